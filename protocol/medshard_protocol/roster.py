@@ -1,0 +1,245 @@
+"""Who takes part: the institutions, their nodes and their keys, and how many institutions make a quorum.
+
+Law: a quorum counts distinct institutions, never signatures, so an institution with many nodes has one voice. The genesis file is
+``Roster.to_bytes()``; whoever holds its SHA-256 holds all the trust there is to pin. Certificates are checked to carry the key they
+are listed under; whether they are valid today is the business of TLS, which has a clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from medshard_protocol.canonical import Fields, Value, decode, encode
+from medshard_protocol.errors import Absent, Malformed
+from medshard_protocol.ids import Key, NodeId, Sha256, key_size, node_id_size
+
+roster_version = 1
+roster_bytes_max = 1 << 20  # 256 institutions and 1024 nodes with generous certificates fit twice
+institutions_max = 256  # a Reed-Solomon code over GF(2^8) has no more shards than that to spread
+nodes_max = 1024
+name_chars_max = 64
+origin_chars_max = 128
+url_chars_max = 256
+certificate_bytes_max = 4096
+capacity_bytes_max = 2**63 - 1
+shards_max = 255
+
+_origin = re.compile(r"[a-z0-9][a-z0-9./_-]*\Z")  # a schema-less URL: no space and no plus, as C2SP key names demand
+_node_name = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
+_institution_name = re.compile(r"[^\x00-\x20\x7f-\xa0]([^\x00-\x1f\x7f-\x9f]*[^\x00-\x20\x7f-\xa0])?\Z")
+_url = re.compile(r"https://(\[[0-9a-f:.]+\]|[a-z0-9]([a-z0-9.-]*[a-z0-9])?):([1-9][0-9]{0,4})\Z")
+
+
+class Quorum(NamedTuple):
+    """How many institutions may be faulty, and how many must agree."""
+
+    f: int
+    q: int
+
+
+def quorum_of(institutions: int) -> Quorum:
+    """Size the quorum: any two of size q share f + 1 institutions, so at least one honest one."""
+    f = (institutions - 1) // 3
+    return Quorum(f, (institutions + f) // 2 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Institution:
+    """One voice in the quorum, and the CA that vouches for its nodes and vaults."""
+
+    name: str
+    ca: bytes  # DER certificate
+    key: Key  # the CA's public key
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One storage node, which is also a mirror of the ledger."""
+
+    id: NodeId
+    name: str
+    institution: int  # index into Roster.institutions
+    url: str  # https://host:port
+    capacity: int  # bytes
+    tls_key: Key
+    cosigner_key: Key
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Everybody who takes part in one log, and what its clients should code with."""
+
+    origin: str
+    log_key: Key
+    sequencer: NodeId
+    institutions: tuple[Institution, ...]
+    nodes: tuple[Node, ...]
+    code: tuple[int, int, int]  # default k, n, w
+
+    def to_bytes(self) -> bytes:
+        """Encode canonically. Raises ValueError if the roster breaks a rule that ``from_bytes`` checks."""
+        if complaint := _complaint(self):
+            raise ValueError(complaint)
+        institutions: list[Value] = [[i.name, i.ca, i.key] for i in self.institutions]
+        nodes: list[Value] = [[n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key] for n in self.nodes]
+        return encode([roster_version, self.origin, self.log_key, self.sequencer, institutions, nodes, list(self.code)])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Roster:
+        """Parse and check a roster. Raises Malformed."""
+        fields = Fields(decode(data, bytes_max=roster_bytes_max, what="roster"), count=7, what="roster")
+        fields.uint(least=roster_version, most=roster_version)
+        origin = fields.text(most=origin_chars_max)
+        log_key = Key(fields.bytes(exactly=key_size))
+        sequencer = NodeId(fields.bytes(exactly=node_id_size))
+        institutions = tuple(_institution(item) for item in fields.list(most=institutions_max))
+        nodes = tuple(_node(item) for item in fields.list(most=nodes_max))
+        code = Fields(fields.list(most=3), count=3, what="roster code")
+        roster = cls(origin, log_key, sequencer, institutions, nodes, (code.uint(), code.uint(), code.uint()))
+        if complaint := _complaint(roster):
+            raise Malformed(f"roster: {complaint}")
+        return roster
+
+    @cached_property
+    def sha256(self) -> Sha256:
+        """What the log's first entry names, and what an operator reads out over the telephone."""
+        return Sha256(hashlib.sha256(self.to_bytes()).digest())
+
+    @cached_property
+    def quorum(self) -> Quorum:
+        """How many of these institutions may be faulty and how many must agree."""
+        return quorum_of(len(self.institutions))
+
+    def has_quorum(self, nodes: Iterable[NodeId]) -> bool:
+        """Say whether these nodes speak for enough distinct institutions. Unknown nodes speak for none."""
+        voices = {self._nodes[node].institution for node in nodes if node in self._nodes}
+        return len(voices) >= self.quorum.q
+
+    def node(self, node: NodeId) -> Node:
+        """Find a node. Raises Absent."""
+        try:
+            return self._nodes[node]
+        except KeyError:
+            raise Absent(f"the roster has no node {node.hex()}") from None
+
+    def cosigner_name(self, node: Node) -> str:
+        """Name the key that a node cosigns checkpoints with."""
+        return f"{self.origin}/{node.name}"
+
+    @cached_property
+    def _nodes(self) -> dict[NodeId, Node]:
+        return {node.id: node for node in self.nodes}
+
+
+def _institution(value: object) -> Institution:
+    fields = Fields(value, count=3, what="roster institution")
+    return Institution(fields.text(most=name_chars_max), fields.bytes(most=certificate_bytes_max), Key(fields.bytes(exactly=key_size)))
+
+
+def _node(value: object) -> Node:
+    fields = Fields(value, count=7, what="roster node")
+    return Node(
+        id=NodeId(fields.bytes(exactly=node_id_size)),
+        name=fields.text(most=name_chars_max),
+        institution=fields.uint(most=institutions_max),
+        url=fields.text(most=url_chars_max),
+        capacity=fields.uint(most=capacity_bytes_max),
+        tls_key=Key(fields.bytes(exactly=key_size)),
+        cosigner_key=Key(fields.bytes(exactly=key_size)),
+    )
+
+
+def _complaint(roster: Roster) -> str | None:
+    """Say what rule a roster breaks, if any. Field sizes are the parser's business, and checked here for rosters made by hand."""
+    checks = (_origin_complaint, _institutions_complaint, _nodes_complaint, _keys_complaint, _code_complaint)
+    return next(filter(None, (check(roster) for check in checks)), None)
+
+
+def _origin_complaint(roster: Roster) -> str | None:
+    if len(roster.origin) > origin_chars_max or not _origin.match(roster.origin):
+        return "the origin must be a lowercase URL without scheme, such as hospital.example/log"
+    return None
+
+
+def _institutions_complaint(roster: Roster) -> str | None:
+    if not 1 <= len(roster.institutions) <= institutions_max:
+        return f"expected 1 to {institutions_max} institutions"
+    if twice := _twice(roster.institutions, lambda i: i.name):
+        return f"institution {twice} is listed twice"
+    for number, institution in enumerate(roster.institutions):
+        if len(institution.name) > name_chars_max or not _institution_name.match(institution.name):
+            return f"institution {number} needs a name of 1 to {name_chars_max} printable characters"
+        if len(institution.ca) > certificate_bytes_max or _certified_key(institution.ca) != institution.key:
+            return f"the CA certificate of {institution.name} does not carry its Ed25519 key"
+        if not any(node.institution == number for node in roster.nodes):
+            return f"{institution.name} has no node, so it could never cosign"
+    return None
+
+
+def _nodes_complaint(roster: Roster) -> str | None:
+    if len(roster.nodes) > nodes_max:
+        return f"more than {nodes_max} nodes"
+    for node in roster.nodes:
+        if len(node.name) > name_chars_max or not _node_name.match(node.name):
+            return "a node's name is 1 to 64 lowercase letters, digits, dots and dashes"
+        if node.institution >= len(roster.institutions):
+            return f"node {node.name} belongs to no institution"
+        url = _url.match(node.url)
+        if len(node.url) > url_chars_max or not url or int(url[3]) > 65535:
+            return f"node {node.name} needs a url like https://host:port"
+        if len(node.id) != node_id_size or not 0 <= node.capacity <= capacity_bytes_max:
+            return f"node {node.name} has a wrong id or capacity"
+    for of in ("id", "name", "url"):
+        if twice := _twice(roster.nodes, lambda n, of=of: getattr(n, of)):  # type: ignore[misc]
+            return f"two nodes have the {of} {twice}"
+    if all(node.id != roster.sequencer for node in roster.nodes):
+        return "the sequencer is not one of the nodes"
+    return None
+
+
+def _keys_complaint(roster: Roster) -> str | None:
+    """One key, one role: a cosignature/v1 does not name its cosigner, and a log that could cosign itself would be two voices."""
+    keys = [roster.log_key]
+    keys += [institution.key for institution in roster.institutions]
+    keys += [key for node in roster.nodes for key in (node.tls_key, node.cosigner_key)]
+    if any(len(key) != key_size for key in keys):
+        return f"a key is {key_size} bytes"
+    if twice := _twice(keys, bytes):
+        return f"the key {twice} has two roles"
+    return None
+
+
+def _code_complaint(roster: Roster) -> str | None:
+    k, n, w = roster.code
+    if not 1 <= k <= w <= n <= shards_max:
+        return f"a code needs 1 <= k <= w <= n <= {shards_max}"
+    if n > len(roster.nodes):
+        return f"a code of {n} shards needs as many nodes; there are {len(roster.nodes)}"
+    return None
+
+
+def _twice(items: Iterable[Any], of: Callable[[Any], str | bytes]) -> str | None:
+    seen: set[str | bytes] = set()
+    for item in items:
+        value = of(item)
+        if value in seen:
+            return value.hex() if isinstance(value, bytes) else value
+        seen.add(value)
+    return None
+
+
+def _certified_key(certificate: bytes) -> bytes | None:
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+    except Exception:  # noqa: BLE001 - the parser's errors are of many kinds, and all of them mean the same here
+        return None
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(key, Ed25519PublicKey) else None
