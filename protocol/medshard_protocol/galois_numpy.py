@@ -39,7 +39,7 @@ def matmul(
     if not -1 <= path < 1:
         raise ValueError(f"path {path}: this machine has 0 to 0, or -1 for the best")
     if not isinstance(matrix, bytes):
-        raise TypeError(f"expected bytes, {type(matrix).__name__} found")
+        raise TypeError(f"matmul() argument 1 must be bytes, not {type(matrix).__name__}")
     views = _views(inputs, "input", 1)
     cols = len(views)
     views += _views(outputs, "output", 0)
