@@ -1,0 +1,257 @@
+"""Signed notes, checkpoints and cosignatures (C2SP signed-note, tlog-checkpoint, tlog-cosignature), read strictly.
+
+Law: a checkpoint counts for nothing until the log's key and a quorum of institutions have signed exactly its bytes. Signature lines
+of keys that the roster does not know are passed over, so that later key types travel along; a line that claims a known key and
+does not verify spoils the whole note.
+
+Our logs write no extension lines (not every cosignature type covers them), and a checkpoint that has some is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.ids import Key, NodeId
+from medshard_protocol.merkle import hash_size
+from medshard_protocol.roster import Roster
+
+Sign: TypeAlias = Callable[[bytes], bytes]  # makes an Ed25519 signature with a key that stays where it is kept
+
+note_bytes_max = 2 << 20  # 256 institutions with an Ed25519 and an ML-DSA-44 cosignature each take 1 MiB
+signatures_max = 600
+size_max = 2**63 - 1
+time_max = 2**63 - 1  # seconds since 1970
+signature_bytes_max = 8192  # the largest standard post-quantum signature of tlog-cosignature has 2420
+
+log_signature = 0x01
+cosignature_v1 = 0x04
+
+_dash = "\u2014 "
+_name = re.compile(r"[^\s+]+\Z")
+_control = re.compile(r"[\x00-\x09\x0b-\x1f]")
+_decimal = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """One signature line: who says to have signed, and what follows the key id."""
+
+    name: str
+    key_id: bytes  # 4 bytes
+    value: bytes
+
+    def line(self) -> str:
+        """The line as it stands in a note, newline included."""
+        return f"{_dash}{self.name} {base64.b64encode(self.key_id + self.value).decode()}\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Signature:
+        """Parse a line, newline included. Raises Malformed."""
+        parts = line.removeprefix(_dash).removesuffix("\n").split(" ")
+        if not line.startswith(_dash) or not line.endswith("\n") or len(parts) != 2 or not _name.match(parts[0]):
+            raise Malformed("note: not a signature line")
+        blob = _base64(parts[1])
+        if not 4 < len(blob) <= 4 + signature_bytes_max:
+            raise Malformed("note: a signature of a wrong length")
+        return cls(parts[0], blob[:4], blob[4:])
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A text and the signatures under it, none of them checked."""
+
+    text: str  # ends in a newline
+    signatures: tuple[Signature, ...]
+
+    def to_bytes(self) -> bytes:
+        """The note as it is stored and sent."""
+        return (self.text + "\n" + "".join(signature.line() for signature in self.signatures)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Note:
+        """Parse a note. Raises Malformed."""
+        if len(data) > note_bytes_max:
+            raise Malformed(f"note: {len(data)} bytes, more than the {note_bytes_max} allowed")
+        try:
+            whole = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Malformed("note: not UTF-8") from None
+        head, blank, tail = whole.rpartition("\n\n")
+        if _control.search(whole) or not blank or not tail.endswith("\n"):
+            raise Malformed("note: expected text, an empty line, and signature lines")
+        lines = tail[:-1].split("\n")
+        if len(lines) > signatures_max:
+            raise Malformed(f"note: more than the {signatures_max} signatures allowed")
+        return cls(head + "\n", tuple(Signature.from_line(line + "\n") for line in lines))
+
+    def signed_by(self, more: Iterable[Signature]) -> Note:
+        """The same text with more signatures after those it has."""
+        return Note(self.text, (*self.signatures, *more))
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A log's claim: at this size, the Merkle tree over all entries has this root."""
+
+    origin: str
+    size: int
+    root: bytes
+
+    def text(self) -> str:
+        """The text to sign."""
+        return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
+
+    @classmethod
+    def from_text(cls, text: str) -> Checkpoint:
+        """Parse the text of a note. Raises Malformed, and Refused for extension lines."""
+        lines = text.split("\n")
+        if len(lines) < 4 or lines[-1] or not all(lines[:-1]):
+            raise Malformed("checkpoint: expected origin, size and root on a line each")
+        origin, decimal, root = lines[0], lines[1], _base64(lines[2])
+        if not _decimal.match(decimal) or len(decimal) > 19 or int(decimal) > size_max:
+            raise Malformed("checkpoint: the size is no decimal number in range")
+        if len(root) != hash_size:
+            raise Malformed(f"checkpoint: a root has {hash_size} bytes")
+        if len(lines) > 4:
+            raise Refused("checkpoint: has extension lines, which no cosigner vouches for")
+        return cls(origin, int(decimal), root)
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """A named public key with one signature type: what a signature line is checked against."""
+
+    name: str
+    type: int
+    key: Key
+
+    @property
+    def key_id(self) -> bytes:
+        """First four bytes of SHA-256(name, newline, type, key)."""
+        return hashlib.sha256(self.name.encode() + b"\n" + bytes([self.type]) + self.key).digest()[:4]
+
+    def vkey(self) -> str:
+        """The key as other C2SP tools take it."""
+        return f"{self.name}+{self.key_id.hex()}+{base64.b64encode(bytes([self.type]) + self.key).decode()}"
+
+    @classmethod
+    def from_vkey(cls, text: str) -> Verifier:
+        """Parse a verifier key of a type that we verify. Raises Malformed."""
+        name, _, rest = text.partition("+")
+        key_id, _, encoded = rest.partition("+")
+        blob = _base64(encoded)
+        if not _name.match(name) or len(blob) != 33 or blob[0] not in (log_signature, cosignature_v1):
+            raise Malformed("verifier key: expected an Ed25519 key of a known signature type")
+        verifier = cls(name, blob[0], Key(blob[1:]))
+        if verifier.key_id.hex() != key_id:
+            raise Malformed("verifier key: the key id belongs to another key")
+        return verifier
+
+    def sign(self, text: str, sign: Sign, time: int = 0) -> Signature:
+        """Sign a note's text; a cosignature also states the ``time`` in seconds since 1970."""
+        if self.type == log_signature:
+            return Signature(self.name, self.key_id, sign(text.encode()))
+        return Signature(self.name, self.key_id, time.to_bytes(8, "big") + sign(_cosigned(text, time)))
+
+    def verify(self, text: str, signature: Signature) -> int:
+        """Check a signature and give its time (0 where the type has none). Raises Refused."""
+        value, time = signature.value, 0
+        message = text.encode()
+        if self.type == cosignature_v1:
+            time, value = int.from_bytes(value[:8], "big"), value[8:]
+            message = _cosigned(text, time)
+        try:
+            if time > time_max:
+                raise ValueError
+            _public(self.key).verify(value, message)
+        except (InvalidSignature, ValueError):
+            raise Refused(f"the signature of {self.name} does not hold") from None
+        return time
+
+    def made(self, signature: Signature) -> bool:
+        """Say whether a line claims to be by this key."""
+        return signature.name == self.name and signature.key_id == self.key_id
+
+
+@lru_cache(maxsize=64)
+def log_verifier(roster: Roster) -> Verifier:
+    """The key that signs a log's checkpoints; it bears the origin's name."""
+    return Verifier(roster.origin, log_signature, roster.log_key)
+
+
+@lru_cache(maxsize=1024)
+def cosigner_verifier(roster: Roster, node: NodeId) -> Verifier:
+    """The key that a node cosigns with. Raises Absent for a node that the roster lacks."""
+    member = roster.node(node)
+    return Verifier(roster.cosigner_name(member), cosignature_v1, member.cosigner_key)
+
+
+def open_signed(note: Note, roster: Roster) -> Checkpoint:
+    """Read a checkpoint that the log itself signed; nobody else needs to have seen it. Raises Malformed or Refused."""
+    checkpoint = Checkpoint.from_text(note.text)
+    if checkpoint.origin != roster.origin:
+        raise Refused(f"checkpoint: of the log {checkpoint.origin!r}, not of {roster.origin!r}")
+    verifier = log_verifier(roster)
+    lines = [signature for signature in note.signatures if verifier.made(signature)]
+    if not lines:
+        raise Refused("checkpoint: not signed by the log")
+    for line in lines:
+        verifier.verify(note.text, line)
+    return checkpoint
+
+
+def cosigners(note: Note, roster: Roster) -> dict[NodeId, int]:
+    """Check every line of a roster's cosigner; say which nodes cosigned, and when. Raises Refused if one does not hold."""
+    known = _cosigners(roster)
+    times = {}
+    for signature in note.signatures:
+        found = known.get((signature.name, signature.key_id))
+        if found is not None:
+            node, verifier = found
+            times[node] = verifier.verify(note.text, signature)
+    return times
+
+
+def open_published(data: bytes, roster: Roster) -> Checkpoint:
+    """Read a checkpoint that the log and a quorum of institutions signed. Raises Malformed or Refused."""
+    note = Note.from_bytes(data)
+    checkpoint = open_signed(note, roster)
+    if not roster.has_quorum(cosigners(note, roster)):
+        raise Refused(f"checkpoint: cosigned by fewer than {roster.quorum.q} institutions")
+    return checkpoint
+
+
+@lru_cache(maxsize=64)
+def _cosigners(roster: Roster) -> dict[tuple[str, bytes], tuple[NodeId, Verifier]]:
+    verifiers = ((node.id, cosigner_verifier(roster, node.id)) for node in roster.nodes)
+    return {(verifier.name, verifier.key_id): (node, verifier) for node, verifier in verifiers}
+
+
+@lru_cache(maxsize=1024)
+def _public(key: Key) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(key)
+
+
+def _cosigned(text: str, time: int) -> bytes:
+    return f"cosignature/v1\ntime {time}\n{text}".encode()
+
+
+def _base64(text: str) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Malformed("note: not base64") from None
+    if base64.b64encode(data).decode() != text:
+        raise Malformed("note: not canonical base64")
+    return data

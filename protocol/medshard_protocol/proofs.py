@@ -1,0 +1,118 @@
+"""Proof that an entry stands in the ledger, and the messages in which a client asks for it.
+
+Law: nothing in a proof is believed. The checkpoint must carry the log's signature and those of a quorum of institutions, the path must
+lead from the entry's own bytes to that checkpoint's root, and the author's signature must hold. What the proof does not say: that the
+author had the right (``state`` does), or that no earlier entry said otherwise; a client compares the author with the owner it expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+
+from medshard_protocol import merkle
+from medshard_protocol.canonical import Fields, Value, decode, encode
+from medshard_protocol.checkpoint import Checkpoint, note_bytes_max, open_published, size_max
+from medshard_protocol.entries import Entry, entry_bytes_max
+from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.merkle import hash_size, path_hashes_max, sha256
+from medshard_protocol.roster import Roster
+
+message_version = 1
+append_entries_max = 256  # signatures of one request are checked in about 25 ms
+append_bytes_max = append_entries_max * (entry_bytes_max + 3) + 16
+appended_bytes_max = note_bytes_max + append_entries_max * (path_hashes_max * (hash_size + 2) + 16) + 16
+
+
+@dataclass(frozen=True, slots=True)
+class Inclusion:
+    """An entry, where it stands, and what proves it. Unchecked until ``verify``."""
+
+    index: int
+    entry: bytes
+    path: tuple[bytes, ...]
+    checkpoint: bytes  # the note, cosigned by a quorum
+
+    def to_value(self) -> Value:
+        """The form to put into a canonical message."""
+        return [self.index, self.entry, list(self.path), self.checkpoint]
+
+    @classmethod
+    def from_value(cls, value: object) -> Inclusion:
+        """Parse. Raises Malformed."""
+        fields = Fields(value, count=4, what="inclusion")
+        index, entry = fields.uint(most=size_max), fields.bytes(most=entry_bytes_max)
+        return cls(index, entry, _path(fields.list(most=path_hashes_max)), fields.bytes(most=note_bytes_max))
+
+    def verify(self, roster: Roster, seen: MutableMapping[bytes, Checkpoint] | None = None) -> tuple[Checkpoint, Entry]:
+        """Check everything that a roster allows to check. Raises Malformed or Refused.
+
+        ``seen`` remembers notes that were found good under this roster, for a caller with many inclusions under one checkpoint.
+        """
+        checkpoint = None if seen is None else seen.get(self.checkpoint)
+        if checkpoint is None:
+            checkpoint = open_published(self.checkpoint, roster)
+            if seen is not None:
+                seen[self.checkpoint] = checkpoint
+        leaf = merkle.leaf_hash(self.entry, sha256)
+        if merkle.root_from_path(leaf, self.index, checkpoint.size, self.path, sha256) != checkpoint.root:
+            raise Refused(f"inclusion: entry {self.index} is not in the ledger that the checkpoint describes")
+        entry = Entry.from_bytes(self.entry)
+        entry.verify(roster.origin)
+        return checkpoint, entry
+
+
+def pack_append(entries: Sequence[bytes]) -> bytes:
+    """Body of POST /v1/ledger/append. Raises ValueError for more entries than one request takes."""
+    if not 1 <= len(entries) <= append_entries_max:
+        raise ValueError(f"append takes 1 to {append_entries_max} entries")
+    return encode([message_version, list(entries)])
+
+
+def unpack_append(data: bytes) -> list[bytes]:
+    """Parse the body of POST /v1/ledger/append. Raises Malformed."""
+    fields = Fields(decode(data, bytes_max=append_bytes_max, what="append"), count=2, what="append")
+    fields.uint(least=message_version, most=message_version)
+    entries = fields.list(most=append_entries_max)
+    if not entries or not all(isinstance(entry, bytes) and len(entry) <= entry_bytes_max for entry in entries):
+        raise Malformed(f"append: expected 1 to {append_entries_max} entries of at most {entry_bytes_max} bytes")
+    return entries
+
+
+def pack_appended(inclusions: Sequence[Inclusion]) -> bytes:
+    """Answer to POST /v1/ledger/append: one checkpoint, and where under it each entry stands."""
+    places: list[Value] = [[item.index, list(item.path)] for item in inclusions]
+    return encode([message_version, inclusions[0].checkpoint, places])
+
+
+def unpack_appended(data: bytes, entries: Sequence[bytes]) -> tuple[Inclusion, ...]:
+    """Parse the answer for the entries that were sent. Raises Malformed; the inclusions are still to be verified."""
+    fields = Fields(decode(data, bytes_max=appended_bytes_max, what="appended"), count=3, what="appended")
+    fields.uint(least=message_version, most=message_version)
+    note, places = fields.bytes(most=note_bytes_max), fields.list(most=append_entries_max)
+    if len(places) != len(entries):
+        raise Malformed("appended: not as many places as entries")
+    inclusions = []
+    for entry, item in zip(entries, places, strict=True):
+        place = Fields(item, count=2, what="appended")
+        inclusions.append(Inclusion(place.uint(most=size_max), entry, _path(place.list(most=path_hashes_max)), note))
+    return tuple(inclusions)
+
+
+def pack_registration(inclusion: Inclusion) -> bytes:
+    """Answer to GET /v1/ledger/registrations/{file}."""
+    return encode([message_version, inclusion.to_value()])
+
+
+def unpack_registration(data: bytes) -> Inclusion:
+    """Parse the answer to GET /v1/ledger/registrations/{file}. Raises Malformed."""
+    fields = Fields(decode(data, bytes_max=appended_bytes_max, what="registration"), count=2, what="registration")
+    fields.uint(least=message_version, most=message_version)
+    return Inclusion.from_value(fields.list(most=4))
+
+
+def _path(value: Sequence[object]) -> tuple[bytes, ...]:
+    path = tuple(item for item in value if isinstance(item, bytes) and len(item) == hash_size)
+    if len(path) != len(value):
+        raise Malformed("inclusion: a path consists of 32-byte hashes")
+    return path
