@@ -130,10 +130,7 @@ static void portable_kernel(const struct work *w, size_t from, size_t to)
     }
 }
 
-static int always(void)
-{
-    return 1;
-}
+static int always(void) { return 1; }
 
 #ifdef HAVE_X86
 
@@ -172,10 +169,7 @@ static INLINE TARGET __m256i avx2_add(__m256i sum, avx2_parts x, avx2_factor f)
 
 #include "_gf256_kernel.h"
 
-static int have_avx2(void)
-{
-    return __builtin_cpu_supports("avx2");
-}
+static int have_avx2(void) { return __builtin_cpu_supports("avx2"); }
 
 /* ---- GFNI on 256-bit vectors ---- */
 
@@ -200,10 +194,7 @@ static INLINE TARGET __m256i gfni256_add(__m256i sum, __m256i x, __m256i f)
 
 #include "_gf256_kernel.h"
 
-static int have_gfni256(void)
-{
-    return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx2");
-}
+static int have_gfni256(void) { return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx2"); }
 
 /* ---- GFNI on 512-bit vectors ---- */
 

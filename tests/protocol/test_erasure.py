@@ -16,7 +16,8 @@ from reedsolo import RSCodec
 from medshard_protocol.erasure import Code, code
 from medshard_protocol.galois import matmul
 
-vectors = json.loads((Path(__file__).parent.parent / "vectors" / "erasure.json").read_text())
+repository = Path(__file__).parent.parent.parent
+vectors = json.loads((repository / "tests" / "vectors" / "erasure.json").read_text())
 
 
 def encoded(k: int, n: int, length: int, seed: object = 0) -> list[bytes]:
@@ -170,6 +171,12 @@ def test_cells_match_the_vectors(vector: dict[str, Any]) -> None:
 @pytest.mark.parametrize("vector", vectors["parity_matrix"], ids=named)
 def test_parity_matrices_match_the_vectors(vector: dict[str, Any]) -> None:
     assert code(vector["k"], vector["n"]).parity_matrix.hex() == "".join(vector["rows"])
+
+
+def test_the_example_in_the_format_runs_on_reedsolo_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (repository / "docs" / "formats" / "erasure-code.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out == "b'any k of n cells'\n"
 
 
 @pytest.mark.parametrize("vector", vectors["repair"], ids=named)
