@@ -1,0 +1,85 @@
+"""Plaintext to stripes, and stripes to plaintext. CPU work only: call it from a thread, a stripe at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from medshard.sealing import FileSeal
+from medshard.source import Source
+from medshard_protocol.erasure import code
+from medshard_protocol.errors import Damaged
+from medshard_protocol.shards import Digest, Layout, digests, shard_root, tag_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """One encoded stripe: ``cells[i]`` is the cell of shard i; ``plain`` counts the true (unpadded) bytes in it."""
+
+    number: int
+    cells: tuple[memoryview, ...]
+    plain: int
+
+
+class Encoder:
+    """Seal and encode a source, stripe by stripe, collecting every shard's cell digests."""
+
+    def __init__(self, source: Source, seal: FileSeal, layout: Layout, digest: str = "blake3") -> None:
+        self.layout = layout
+        self._source = source
+        self._seal = seal
+        self._code = code(layout.k, layout.n)
+        self._digest: Digest = digests[digest]
+        self._cell_digests: list[list[bytes]] = [[] for _ in range(layout.n)]
+        self._plain = bytearray(min(layout.segment_plain, layout.plain_size))
+        self._next = 0
+
+    def __bool__(self) -> bool:
+        return self._next < self.layout.stripes
+
+    def next(self) -> Stripe:
+        """The next stripe. Raises Changed or OSError from the source."""
+        shape, number = self.layout, self._next
+        sealed, cell = shape.segment_length(number), shape.cell_length(number)
+        plain = memoryview(self._plain)[: sealed - tag_bytes]
+        got = self._source.read_into(plain)
+        if got < len(plain):
+            plain[got:] = bytes(len(plain) - got)  # Padmé's zeros
+        # A fresh buffer for each stripe: senders still hold views of the ones before.
+        buffer = memoryview(bytearray(shape.n * cell))
+        self._seal.seal_into(number, number == shape.stripes - 1, plain, buffer[:sealed])
+        cells = tuple(buffer[i * cell : (i + 1) * cell] for i in range(shape.n))
+        self._code.encode(cells[: shape.k], cells[shape.k :])
+        for known, part in zip(self._cell_digests, cells, strict=True):
+            known.append(self._digest(part))
+        self._next += 1
+        return Stripe(number, cells, got)
+
+    def roots(self) -> tuple[bytes, ...]:
+        """The root of every shard, once all stripes are done."""
+        return tuple(shard_root(known, self._digest) for known in self._cell_digests)
+
+
+class Decoder:
+    """Open stripes of a sealed file from any k cells that were checked. A wrong cell here would be found by the segment's tag."""
+
+    def __init__(self, seal: FileSeal, layout: Layout) -> None:
+        self.layout = layout
+        self._seal = seal
+        self._code = code(layout.k, layout.n)
+
+    def open(self, number: int, cells: Mapping[int, memoryview]) -> bytes:
+        """The padded plaintext of stripe ``number``. Raises Damaged."""
+        shape = self.layout
+        sealed, cell, k = shape.segment_length(number), shape.cell_length(number), shape.k
+        if any(len(part) != cell for part in cells.values()):
+            raise Damaged(f"stripe {number}: a cell of a wrong length")
+        stripe = memoryview(bytearray(k * cell))
+        missing = [i for i in range(k) if i not in cells]
+        for i in range(k):
+            if i in cells:
+                stripe[i * cell : (i + 1) * cell] = cells[i]
+        if missing:
+            have = sorted(cells, key=lambda i: (i >= k, i))[:k]
+            self._code.rebuild(have, [cells[i] for i in have], missing, [stripe[i * cell : (i + 1) * cell] for i in missing])
+        return self._seal.open_segment(number, number == shape.stripes - 1, stripe[:sealed])

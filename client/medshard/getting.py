@@ -1,0 +1,174 @@
+"""Restoring: from a plaintext's SHA-256 to its bytes, every step checked.
+
+tag → manifest (from any holder; its hash is on the ledger under a quorum) → ACCESS entry → k shards → cells checked → unsealed →
+SHA-256 compared → rename. Nothing wrong is ever written under a final name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from medshard.download import BadCell, Download
+from medshard.encoding import Decoder
+from medshard.lookup import Lookup
+from medshard.model import Progress
+from medshard.restoring import Restore, Target, pour, stripes_needed
+from medshard.smallfiles import SmallReads, object_bytes_max
+from medshard.transport import Net
+from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.shards import split
+
+batch_bytes_max: Final = 16 * 1024 * 1024
+OnProgress = Callable[[Progress], None]
+
+
+class Getter:
+    """Restores of one vault over one set of connections."""
+
+    def __init__(self, net: Net, lookup: Lookup, announce: Callable[[Sequence[FileId]], Awaitable[bool]]) -> None:
+        self._net = net
+        self._lookup = lookup
+        self._announce = announce
+        self.bad_cells: list[BadCell] = []
+
+    async def restore(self, restores: Sequence[Restore], progress: OnProgress | None = None) -> bool:
+        """Fill and finish every restore; whether all reads are on the ledger. On an error what is not finished leaves no trace."""
+        total = sum(restore.target.size for restore in restores)
+        done = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress:
+                progress(Progress(done, total, "restoring", ""))
+
+        by_file: dict[FileId, list[Restore]] = defaultdict(list)
+        for restore in restores:
+            by_file[restore.target.manifest.file_id].append(restore)
+        access = asyncio.create_task(_as_coroutine(self._announce(list(by_file))))
+        try:
+            small: list[list[Restore]] = []
+            for group in by_file.values():
+                if _is_small(group[0].target.manifest):
+                    small.append(group)
+                else:
+                    await self._restore_large(group, advance)
+            for batch in _batches(small):
+                await self._restore_small(batch, advance)
+            # Nothing gets its final name before the read is on the ledger, or the ledger is known to be out of reach.
+            recorded = await access
+            for restore in restores:
+                await asyncio.to_thread(restore.finish)
+        except BaseException:
+            access.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await access
+            for restore in restores:
+                restore.abandon()
+            raise
+        return recorded
+
+    async def read(self, target: Target, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` of one plaintext, by reading only the stripes they lie in."""
+        length = max(0, min(length, target.size - offset))
+        if offset < 0:
+            raise ValueError("offset must not be negative")
+        if length == 0:
+            return b""
+        start = target.offset + offset
+        layout = target.manifest.layout
+        wanted = layout.stripes_of(start, length)
+        access = asyncio.create_task(_as_coroutine(self._announce([target.manifest.file_id])))
+        try:
+            decoder = Decoder(target.seal, layout)
+            parts: list[bytes] = []
+            stripes = Download(self._net, target.manifest, self.bad_cells.append).stripes(wanted)
+            async with contextlib.aclosing(stripes):
+                async for number, cells in stripes:
+                    parts.append(decoder.open(number, cells))
+            await access
+        except BaseException:
+            access.cancel()
+            raise
+        skip = start - wanted.start * layout.segment_plain
+        return b"".join(parts)[skip : skip + length]
+
+    async def _restore_large(self, group: Sequence[Restore], advance: Callable[[int], None]) -> None:
+        manifest = group[0].target.manifest
+        group = sorted(group, key=lambda restore: restore.target.offset)
+        decoder = Decoder(group[0].target.seal, manifest.layout)
+        for run in stripes_needed(manifest.layout, [restore.target for restore in group]):
+            stripes = Download(self._net, manifest, self.bad_cells.append).stripes(run)
+            pouring: asyncio.Task[None] | None = None
+            try:
+                async with contextlib.aclosing(stripes):
+                    async for number, cells in stripes:
+                        if pouring is not None:
+                            await pouring
+                        pouring = asyncio.create_task(self._pour(decoder, number, cells, group, advance))
+            finally:
+                if pouring is not None:
+                    await pouring
+
+    @staticmethod
+    async def _pour(
+        decoder: Decoder, number: int, cells: dict[int, memoryview], group: Sequence[Restore], advance: Callable[[int], None]
+    ) -> None:
+        # One stripe is opened, hashed and written in a thread while the next one is received.
+        before = sum(restore.written for restore in group)
+        await asyncio.to_thread(pour, decoder, number, dict(cells), group)
+        advance(sum(restore.written for restore in group) - before)
+
+    async def _restore_small(self, groups: Sequence[Sequence[Restore]], advance: Callable[[int], None]) -> None:
+        manifests = [group[0].target.manifest for group in groups]
+        shards = await SmallReads(self._net, manifests, self.bad_cells.append).fetch()
+
+        def pour_all() -> None:
+            for group in groups:
+                target = group[0].target
+                _pour_small(target, shards[target.manifest.file_id], sorted(group, key=lambda r: r.target.offset))
+
+        await asyncio.to_thread(pour_all)
+        advance(sum(restore.target.size for group in groups for restore in group))
+
+
+def _pour_small(target: Target, shards: dict[int, bytes], group: Sequence[Restore]) -> None:
+    layout = target.manifest.layout
+    decoder = Decoder(target.seal, layout)
+    cells = {index: list(split(shard, layout.cell_size)) for index, shard in shards.items()}
+    for number in range(layout.stripes):
+        pour(decoder, number, {index: parts[number] for index, parts in cells.items()}, group)
+
+
+def _is_small(manifest: Manifest) -> bool:
+    return manifest.layout.sealed_size <= object_bytes_max + object_bytes_max // 8
+
+
+def _batches(groups: Iterable[list[Restore]]) -> Iterable[list[list[Restore]]]:
+    batch: list[list[Restore]] = []
+    size = 0
+    for group in groups:
+        size += group[0].target.manifest.layout.sealed_size
+        if batch and size > batch_bytes_max:
+            yield batch
+            batch, size = [], group[0].target.manifest.layout.sealed_size
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+async def _as_coroutine(awaitable: Awaitable[bool]) -> bool:
+    return await awaitable
+
+
+def default_destination(name: bytes, folder: Path) -> Path:
+    """Where a restore goes when nothing was said: the stored name's last part, in ``folder``."""
+    import os
+
+    return folder / os.fsdecode(name.rsplit(b"/", 1)[-1])

@@ -1,0 +1,109 @@
+"""The ledger as a vault sees it: hand in entries, take back proofs, believe nothing that is not proved.
+
+Every answer is checked against the pinned roster: quorum of cosigning institutions, inclusion proof recomputed to the root, and
+that the entry is the very one that was handed in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from medshard.keys import VaultKeys
+from medshard.transport import Net
+from medshard_protocol.checkpoint import Checkpoint
+from medshard_protocol.entries import Access, Body, Entry, Purpose, Register, access_files_max, nonce_size, sign_entry
+from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
+from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.proofs import Inclusion, pack_append, unpack_appended, unpack_registration
+from medshard_protocol.roster import Node
+
+append_timeout_s: Final = 6.0
+entries_max: Final = 256  # in one request
+seen_max: Final = 512  # notes of some 3 KB each
+
+
+class LedgerClient:
+    """Entries in the name of one vault."""
+
+    def __init__(self, net: Net, keys: VaultKeys) -> None:
+        self._net = net
+        self._keys = keys
+        self.newest = b""  # the newest cosigned checkpoint that was verified
+        self._seen: dict[bytes, Checkpoint] = {}  # checkpoints whose signatures were verified: one serves many files
+
+    async def register(self, manifests: Sequence[Manifest]) -> list[Inclusion]:
+        """Put these files on the ledger; returns when each is in a quorum-cosigned checkpoint, with the proofs, verified."""
+        return await self._append([Register(m.file_id, m.sha256, os.urandom(nonce_size)) for m in manifests])
+
+    async def announce(self, file_ids: Sequence[FileId], purpose: Purpose = Purpose.UNSPECIFIED) -> list[Inclusion]:
+        """Say that these files are about to be read."""
+        distinct = list(dict.fromkeys(file_ids))
+        groups = [tuple(distinct[at : at + access_files_max]) for at in range(0, len(distinct), access_files_max)]
+        return await self._append([Access(group, purpose, os.urandom(nonce_size)) for group in groups])
+
+    async def registration(self, file_id: FileId) -> Inclusion | None:
+        """The proof of a file's registration from any node that has it; None when none knows the file."""
+        for node in self._by_preference():
+            try:
+                answer = await self._net.call(node, "GET", f"/v1/ledger/registrations/{file_id.hex()}", timeout_s=3.0, ok=(200,))
+                inclusion = unpack_registration(answer)
+                self._remember(inclusion)
+                return inclusion
+            except MedshardError:
+                continue
+        return None
+
+    def check(self, manifest: Manifest, inclusion: Inclusion) -> None:
+        """Raise Refused, Malformed or Damaged unless ``inclusion`` proves that ``manifest`` is what its owner registered."""
+        entry = self._verify(inclusion)
+        body = entry.body
+        if not isinstance(body, Register) or body.file_id != manifest.file_id or entry.author != manifest.owner:
+            raise Refused("the ledger's proof is of another entry")
+        if body.manifest_sha256 != manifest.sha256:
+            raise Damaged("the manifest is not the one whose hash is on the ledger")
+
+    async def _append(self, bodies: Sequence[Body]) -> list[Inclusion]:
+        roster, sign = self._net.roster, self._keys.signing.sign
+        entries = [sign_entry(roster.origin, body, self._keys.public, sign).to_bytes() for body in bodies]
+        proofs: list[Inclusion] = []
+        for at in range(0, len(entries), entries_max):
+            proofs += await self._submit(entries[at : at + entries_max])
+        return proofs
+
+    async def _submit(self, entries: list[bytes]) -> list[Inclusion]:
+        failures: list[str] = []
+        # The same bytes again are the same entry: a retry through another node appends nothing twice.
+        for node in self._by_preference()[:3]:
+            try:
+                answer = await self._net.call(
+                    node, "POST", "/v1/ledger/append", pack_append(entries), timeout_s=append_timeout_s
+                )
+                return self._proved(entries, answer)
+            except Unavailable as error:
+                failures.append(str(error))
+        raise Unavailable(
+            f"the ledger did not take the entry ({'; '.join(failures)})",
+            hint="a quorum of the institutions' nodes must be up; see `medshard doctor`",
+        )
+
+    def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
+        proofs = list(unpack_appended(answer, entries))
+        for inclusion in proofs:
+            self._remember(inclusion)
+        return proofs
+
+    def _remember(self, inclusion: Inclusion) -> None:
+        self._verify(inclusion)
+        self.newest = inclusion.checkpoint
+
+    def _verify(self, inclusion: Inclusion) -> Entry:
+        if len(self._seen) >= seen_max:
+            self._seen.clear()
+        return inclusion.verify(self._net.roster, self._seen)[1]
+
+    def _by_preference(self) -> list[Node]:
+        roster = self._net.roster
+        return sorted(roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id != roster.sequencer))

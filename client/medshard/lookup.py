@@ -1,0 +1,151 @@
+"""From a plaintext's SHA-256 to a checked manifest: the local index first, then any node.
+
+What a node answers counts only if this vault's key opens it and the ledger proves it under a quorum. The index is a cache: without
+it the same answers come from the nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from medshard.index import Index
+from medshard.keys import VaultKeys
+from medshard.ledger import LedgerClient
+from medshard.model import Header
+from medshard.restoring import Target
+from medshard.sealing import FileSeal, unwrap
+from medshard.transport import Net
+from medshard_protocol import canonical
+from medshard_protocol.errors import Absent, MedshardError, Unavailable
+from medshard_protocol.ids import FileId, Tag
+from medshard_protocol.manifest import Manifest, manifest_bytes_max
+from medshard_protocol.messages import Found, lookup_tags_max, pack_lookup, unpack_found
+from medshard_protocol.proofs import Inclusion
+from medshard_protocol.roster import Node
+
+parallel: Final = 3  # nodes asked at once: one may be frozen, and most hold the manifest
+timeout_s: Final = 1.5
+cached_bytes_max: Final = manifest_bytes_max + 1024 * 1024
+
+
+class Lookup:
+    """Finds files of one vault."""
+
+    def __init__(self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient) -> None:
+        self._net = net
+        self._keys = keys
+        self._index = index
+        self._ledger = ledger
+
+    async def targets(self, hashes: Sequence[bytes]) -> list[Target]:
+        """A checked target for each hash. Raises Absent for one that nobody has, Unavailable when nobody could be asked."""
+        found: dict[bytes, Target] = {}
+        for wanted in hashes:
+            if target := self._from_index(wanted):
+                found[wanted] = target
+        missing = [wanted for wanted in dict.fromkeys(hashes) if wanted not in found]
+        for at in range(0, len(missing), lookup_tags_max):
+            found.update(await self._from_nodes(missing[at : at + lookup_tags_max]))
+        return [found[wanted] for wanted in hashes]
+
+    def remember(self, manifest: Manifest, inclusion: Inclusion) -> None:
+        """Keep a manifest and its proof beside the index, so that the next restore need not ask for them."""
+        self._index.keep_manifest(manifest.file_id, canonical.encode([manifest.to_bytes(), inclusion.to_value()]))
+
+    def remembered(self, file_id: FileId) -> tuple[Manifest, Inclusion] | None:
+        """A manifest and its proof from the cache; None when it is not there or not readable."""
+        data = self._index.manifest(file_id)
+        if data is None:
+            return None
+        try:
+            f = canonical.Fields(canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest")
+            manifest = Manifest.from_bytes(f.bytes(most=manifest_bytes_max))
+            inclusion = Inclusion.from_value(f.list(most=8))
+            self._ledger.check(manifest, inclusion)
+        except MedshardError:
+            return None
+        return manifest, inclusion
+
+    def open(self, manifest: Manifest, inclusion: Inclusion, wanted: bytes) -> Target | None:
+        """The plaintext ``wanted`` inside this object, if it is there. Raises Damaged or Malformed for what does not open."""
+        seal = unwrap(self._keys.vault, manifest)
+        header = Header.from_bytes(seal.open_header(manifest.header))
+        return locate(manifest, seal, header, inclusion, wanted)
+
+    def _from_index(self, wanted: bytes) -> Target | None:
+        for row in self._index.by_tag(self._keys.tag(wanted)):
+            known = self.remembered(FileId(row.file_id))
+            if known is not None and (target := self.open(*known, wanted)):
+                return target
+        return None
+
+    async def _from_nodes(self, hashes: Sequence[bytes]) -> dict[bytes, Target]:
+        found: dict[bytes, Target] = {}
+        failures: list[str] = []
+        nodes = sorted(self._net.roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id))
+        for at in range(0, len(nodes), parallel):
+            missing = [wanted for wanted in hashes if wanted not in found]
+            if not missing:
+                break
+            asked = [self._ask(node, [self._keys.tag(wanted) for wanted in missing]) for node in nodes[at : at + parallel]]
+            for answer in asyncio.as_completed(asked):
+                try:
+                    candidates = await answer
+                except MedshardError as error:
+                    failures.append(str(error))
+                    continue
+                for wanted, files in zip(missing, candidates, strict=True):
+                    if wanted not in found and (target := await self._first_good(files, wanted)):
+                        found[wanted] = target
+        for wanted in hashes:
+            if wanted not in found:
+                raise _not_found(wanted, failures, len(nodes))
+        return found
+
+    async def _ask(self, node: Node, tags: Sequence[Tag]) -> list[list[Found]]:
+        return unpack_found(await self._net.call(node, "POST", "/v1/lookup", pack_lookup(tags), timeout_s=timeout_s), len(tags))
+
+    async def _first_good(self, files: Sequence[Found], wanted: bytes) -> Target | None:
+        for file in files:
+            try:
+                manifest = Manifest.from_bytes(file.manifest)
+                if manifest.owner != self._keys.public:
+                    continue
+                inclusion = await self._proof(manifest, file)
+                if inclusion is None:
+                    continue
+                self._ledger.check(manifest, inclusion)
+                if target := self.open(manifest, inclusion, wanted):
+                    self.remember(manifest, inclusion)
+                    return target
+            except MedshardError:
+                continue  # one node's bad answer is no reason to stop asking
+        return None
+
+    async def _proof(self, manifest: Manifest, file: Found) -> Inclusion | None:
+        if file.inclusion is not None:
+            return Inclusion.from_value(file.inclusion)
+        return await self._ledger.registration(manifest.file_id)
+
+
+def locate(manifest: Manifest, seal: FileSeal, header: Header, inclusion: Inclusion, wanted: bytes) -> Target | None:
+    """The plaintext ``wanted`` in an opened object: the file itself, or one member of a pack."""
+    if header.kind == "file":
+        if header.sha256 != wanted:
+            return None
+        return Target(wanted, manifest, seal, header, inclusion, header.name, 0, header.size)
+    for member in header.members:
+        if member.sha256 == wanted:
+            return Target(wanted, manifest, seal, header, inclusion, member.name, member.offset, member.size)
+    return None
+
+
+def _not_found(wanted: bytes, failures: Sequence[str], nodes: int) -> MedshardError:
+    if len(failures) == nodes:
+        return Unavailable(f"no node answered ({'; '.join(failures[:4])})", hint="is the network up? `medshard doctor` says more")
+    hint = "check the hash: `medshard ls` lists what this vault holds"
+    if failures:
+        hint = f"{len(failures)} of {nodes} nodes did not answer ({'; '.join(failures[:4])}); try again when they are back, or {hint}"
+    return Absent(f"this vault holds no file with SHA-256 {wanted.hex()}", hint=hint)

@@ -1,0 +1,117 @@
+"""Rebuilding the local index: from the ledger, the nodes that live, and the keys.
+
+The whole log is read and its root recomputed, so no node can leave a file of this vault out. Manifests come from any holder and
+are checked against the hash on the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from medshard.index import Index
+from medshard.keys import VaultKeys
+from medshard.model import Header, Progress
+from medshard.placement import order
+from medshard.putting import rows_of
+from medshard.sealing import unwrap
+from medshard.transport import Net
+from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Checkpoint, note_bytes_max, open_published
+from medshard_protocol.entries import Entry, Register
+from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Unavailable
+from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.messages import manifest_path
+from medshard_protocol.roster import Node
+from medshard_protocol.tiles import TileName, tile_names, unpack_bundle
+
+timeout_s: Final = 10.0
+manifests_at_once: Final = 16
+OnProgress = Callable[[Progress], None]
+
+
+async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress | None = None) -> int:
+    """Fill an empty index with all files of this vault; how many rows. Raises Unavailable when no node has a whole log."""
+    mine = await _registrations(net, keys)
+    slots = asyncio.Semaphore(manifests_at_once)
+    done = rows = 0
+    lost: list[str] = []
+
+    async def one(file_id: FileId, number: int, manifest_sha256: bytes) -> None:
+        nonlocal done, rows
+        async with slots:
+            manifest = await _manifest(net, file_id, manifest_sha256)
+        done += 1
+        if progress:
+            progress(Progress(done, len(mine), "files", file_id.hex()[:16]))
+        if manifest is None:
+            lost.append(file_id.hex())
+            return
+        header = Header.from_bytes(unwrap(keys.vault, manifest).open_header(manifest.header))
+        found = rows_of(manifest, header, number)
+        index.add_all([(keys.tag(row.sha256), row) for row in found])
+        rows += len(found)
+
+    await asyncio.gather(*(one(file_id, number, digest) for file_id, (number, digest) in mine.items()))
+    if lost:
+        raise Unavailable(
+            f"{len(lost)} of {len(mine)} files have no holder that answers now; {rows} rows were rebuilt",
+            hint="run `medshard reindex` again when more nodes are up",
+        )
+    return rows
+
+
+async def _registrations(net: Net, keys: VaultKeys) -> dict[FileId, tuple[int, bytes]]:
+    failures: list[str] = []
+    best: tuple[Checkpoint, Node] | None = None
+    for node in net.roster.nodes:
+        try:
+            checkpoint = open_published(await net.call(node, "GET", "/log/checkpoint", timeout_s=timeout_s), net.roster)
+        except MedshardError as error:
+            failures.append(str(error))
+            continue
+        if best is None or checkpoint.size > best[0].size:
+            best = (checkpoint, node)
+    if best is None:
+        raise Unavailable(f"no node gives a cosigned checkpoint ({'; '.join(failures[:4])})", hint="see `medshard doctor`")
+    entries = [entry async for entry in _entries(net, *best)]
+    leaves = [merkle.leaf_hash(entry, merkle.sha256) for entry in entries]
+    if merkle.root(leaves, merkle.sha256) != best[0].root:
+        raise Damaged(f"{best[1].name}: its log does not have the root that the institutions cosigned")
+    mine: dict[FileId, tuple[int, bytes]] = {}
+    for number, file_id, digest in _mine(entries, keys, net.roster.origin):
+        mine.setdefault(file_id, (number, digest))  # the first registration counts, as in the ledger's state
+    return mine
+
+
+async def _entries(net: Net, checkpoint: Checkpoint, node: Node):  # type: ignore[no-untyped-def]
+    for name in tile_names(checkpoint.size):
+        if name.level is None:
+            data = await net.call(node, "GET", "/log/tile/" + name.path(), timeout_s=timeout_s)
+            for entry in unpack_bundle(data, name.width):
+                yield entry
+
+
+def _mine(entries: list[bytes], keys: VaultKeys, origin: str) -> Iterator[tuple[int, FileId, bytes]]:
+    for number, data in enumerate(entries):
+        try:
+            entry = Entry.from_bytes(data)
+            if isinstance(entry.body, Register) and entry.author == keys.public:
+                entry.verify(origin)
+                yield number, entry.body.file_id, entry.body.manifest_sha256
+        except MedshardError:
+            continue  # an entry of another type or a void one: the fold ignores it too
+
+
+async def _manifest(net: Net, file_id: FileId, manifest_sha256: bytes) -> Manifest | None:
+    # Rendezvous order: the holders come first.
+    for node in sorted(order(file_id, net.roster), key=lambda node: net.health.is_suspect(node.id)):
+        try:
+            manifest = Manifest.from_bytes(await net.call(node, "GET", manifest_path(file_id), timeout_s=timeout_s))
+        except (Absent, Unavailable, Malformed):
+            continue
+        if manifest.sha256 == manifest_sha256:
+            return manifest
+    return None

@@ -1,0 +1,164 @@
+"""Talking to nodes: TLS connections, requests, answers turned into values or errors, and a memory of who was slow.
+
+It knows who a node is (the roster, and its certificate under its institution's CA), and nothing of keys, files or codes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+
+from medshard_protocol.errors import Absent, MedshardError, Unavailable
+from medshard_protocol.identity import node_hostname
+from medshard_protocol.ids import NodeId
+from medshard_protocol.messages import unpack_error
+from medshard_protocol.roster import Node, Roster
+
+answer_bytes_max: Final = 96 * 1024 * 1024  # no answer that is read whole is larger; a hostile node must not fill our memory
+suspect_s: Final = 30.0  # how long a node that stalled is tried last
+connect_timeout_s: Final = 10.0
+
+
+class Health:
+    """Which nodes stalled or failed lately. Only an order of preference: nothing is refused because of it."""
+
+    def __init__(self) -> None:
+        self._suspect_until: dict[NodeId, float] = {}
+
+    def suspect(self, node: NodeId) -> None:
+        """Remember that this node did not answer."""
+        self._suspect_until[node] = time.monotonic() + suspect_s
+
+    def well(self, node: NodeId) -> None:
+        """Forget a stall: the node answered."""
+        self._suspect_until.pop(node, None)
+
+    def is_suspect(self, node: NodeId) -> bool:
+        """Whether the node failed within the last half minute."""
+        return self._suspect_until.get(node, 0.0) > time.monotonic()
+
+
+class Net:
+    """Connections to the nodes of one roster. Use as an async context manager."""
+
+    def __init__(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
+        self.roster = roster
+        self.health = Health()
+        self._contexts = contexts
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        # No total timeout here: each call sets its own, and a long upload has only stall limits.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60), timeout=timeout, auto_decompress=False
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        ok: Collection[int] = (200, 201, 204),
+    ) -> bytes:
+        """One request, its whole answer. Raises what the node answered, or Unavailable when it did not."""
+        async with self._open(node, method, path, body or None, {}, timeout_s) as response:
+            data = await _read_all(response)
+            if response.status not in ok:
+                raise unpack_error(response.status, data, node.name)
+            return data
+
+    async def head(self, node: Node, path: str, header: str, *, timeout_s: float) -> str:
+        """One header of a HEAD answer. Raises Absent where there is no such thing."""
+        async with self._open(node, "HEAD", path, None, {}, timeout_s) as response:
+            if response.status == 404:
+                raise Absent(f"{node.name}: not there")
+            if response.status not in (200, 204):
+                raise Unavailable(f"{node.name}: answered {response.status}")
+            return response.headers.get(header, "")
+
+    async def send(self, node: Node, path: str, size: int, headers: Mapping[str, str], body: AsyncIterator[memoryview]) -> bytes:
+        """PUT ``size`` bytes as they come. No deadline of its own: whoever feeds it watches for a stall."""
+        async with self._open(node, "PUT", path, body, {**headers, "Content-Length": str(size)}, None) as response:
+            data = await _read_all(response)
+            if response.status not in (200, 201):
+                raise unpack_error(response.status, data, node.name)
+            return data
+
+    @asynccontextmanager
+    async def receive(self, node: Node, path: str) -> AsyncIterator[aiohttp.StreamReader]:
+        """GET a body to be read piece by piece."""
+        async with self._open(node, "GET", path, None, {}, None) as response:
+            if response.status != 200:
+                raise unpack_error(response.status, await _read_all(response), node.name)
+            yield response.content
+
+    @asynccontextmanager
+    async def _open(
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: bytes | AsyncIterator[memoryview] | None,
+        headers: Mapping[str, str],
+        timeout_s: float | None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise RuntimeError("use Net as an async context manager")
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method,
+                    node.url + path,
+                    data=body,
+                    headers=headers,
+                    ssl=self._contexts[node.institution],
+                    server_hostname=node_hostname(node.id),
+                    allow_redirects=False,
+                ) as response,
+            ):
+                yield response
+        except MedshardError:
+            raise
+        except TimeoutError:
+            self.health.suspect(node.id)
+            raise Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            self.health.suspect(node.id)
+            raise Unavailable(f"{node.name}: {_reason(error)}") from None
+        self.health.well(node.id)
+
+
+async def _read_all(response: aiohttp.ClientResponse) -> bytes:
+    chunks: list[bytes] = []
+    total = 0
+    async for chunk in response.content.iter_any():
+        total += len(chunk)
+        if total > answer_bytes_max:
+            raise Unavailable("the node answered with more bytes than any answer has")
+        chunks.append(chunk)
+    return b"".join(chunks) if len(chunks) != 1 else chunks[0]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError | ssl.SSLError):
+        return f"TLS refused ({error})"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "cannot connect"
+    return str(error) or type(error).__name__

@@ -1,0 +1,182 @@
+"""Sending one object's shards to their holders, in step, without waiting for the slowest.
+
+Each stripe's cells go to n senders. A sender that falls a whole window behind and stands still is left behind, as long as w
+institutions go on; its shard is for repair. Memory is O(window), never O(file).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from medshard.encoding import Stripe
+from medshard.transport import Net
+from medshard_protocol.errors import MedshardError, Unavailable
+from medshard_protocol.ids import FileId
+from medshard_protocol.messages import cell_size_header, shard_path, unpack_stored
+from medshard_protocol.roster import Node
+from medshard_protocol.shards import Layout
+
+window_stripes: Final = 6  # at 10/16 and 128 KiB cells, 12 MiB of cells in flight
+stall_s: Final = 0.9  # a healthy node on a slow link still moves one cell in this time
+stall_suspect_s: Final = 0.1  # a node that stalled within the last half minute gets little credit
+patience_s: Final = 30.0  # with fewer than w others, a slow node is better than none
+
+
+@dataclass(eq=False, slots=True)
+class _Sender:
+    index: int
+    node: Node
+    queue: asyncio.Queue[memoryview | None]
+    taken: int = 0
+    moved_at: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[bytes] | None = None
+    failure: str = ""
+
+
+class Upload:
+    """The shards of one object on their way. ``feed`` every stripe, then ``finish``; ``close`` in any case."""
+
+    def __init__(self, net: Net, file_id: FileId, layout: Layout, holders: Sequence[Node], w: int, skip: frozenset[int] = frozenset()) -> None:
+        self._net = net
+        self._file_id = file_id
+        self._layout = layout
+        self._w = w
+        self._holders = holders
+        self._done: set[int] = set(skip)  # shards that are stored already
+        self._produced = 0
+        self._moved = asyncio.Event()
+        self._started = time.monotonic()
+        self._senders = [_Sender(i, node, asyncio.Queue()) for i, node in enumerate(holders) if i not in skip]
+        for sender in self._senders:
+            sender.task = asyncio.create_task(self._send(sender))
+
+    async def feed(self, stripe: Stripe) -> None:
+        """Hand every sender its cell; waits while the window is full. Raises Unavailable when fewer than w can go on."""
+        for sender in self._live():
+            sender.queue.put_nowait(stripe.cells[sender.index])
+        self._produced += 1
+        while any(self._produced - sender.taken > window_stripes for sender in self._live()):
+            await self._wait_or_drop(lambda sender: self._produced - sender.taken > window_stripes)
+        self._require()
+
+    async def finish(self, roots: Sequence[bytes]) -> set[int]:
+        """The shards that are durable on their nodes, at least w. A slow rest is waited for a little, then left behind."""
+        for sender in self._live():
+            sender.queue.put_nowait(None)
+        while self._live() and not self._enough():
+            # Nobody is dropped for a slow fsync before w have theirs; only one that is silent for `patience_s` is.
+            await self._wait_or_drop(lambda sender: time.monotonic() - sender.moved_at > patience_s)
+            self._harvest(roots)
+            self._require()
+        grace = max(0.3, min(1.0, (time.monotonic() - self._started) / 2))
+        slow = [sender for sender in self._live() if not self._net.health.is_suspect(sender.node.id)]
+        if slow:
+            await asyncio.wait([sender.task for sender in slow if sender.task], timeout=grace)
+        for sender in self._live():
+            self._leave_behind(sender, "slower than the others")
+        self._harvest(roots)
+        self._require()
+        return self._done
+
+    async def close(self) -> None:
+        """Stop whatever is still going."""
+        tasks = [sender.task for sender in self._senders if sender.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def failures(self) -> dict[str, str]:
+        """Node name to what went wrong, for those that do not have their shard."""
+        return {sender.node.name: sender.failure for sender in self._senders if sender.failure}
+
+    async def _send(self, sender: _Sender) -> bytes:
+        async def cells() -> AsyncIterator[memoryview]:
+            while (cell := await sender.queue.get()) is not None:
+                yield cell
+                sender.taken += 1
+                sender.moved_at = time.monotonic()
+                self._moved.set()
+
+        try:
+            return await self._net.send(
+                sender.node,
+                shard_path(self._file_id, sender.index),
+                self._layout.shard_size,
+                {cell_size_header: str(self._layout.cell_size)},
+                cells(),
+            )
+        finally:
+            self._moved.set()
+
+    async def _wait_or_drop(self, behind: Callable[[_Sender], bool]) -> None:
+        self._moved.clear()
+        try:
+            async with asyncio.timeout(0.05):
+                await self._moved.wait()
+        except TimeoutError:
+            now = time.monotonic()
+            for sender in [s for s in self._live() if behind(s)]:
+                allowed = stall_suspect_s if self._net.health.is_suspect(sender.node.id) else stall_s
+                spare = self._reachable() - {sender.node.institution}
+                if now - sender.moved_at > (allowed if len(spare) >= self._w else patience_s):
+                    self._leave_behind(sender, f"stalled for {now - sender.moved_at:.1f} s")
+        self._notice_failures()
+
+    def _leave_behind(self, sender: _Sender, why: str) -> None:
+        sender.failure = why
+        self._net.health.suspect(sender.node.id)
+        if sender.task:
+            sender.task.cancel()
+
+    def _notice_failures(self) -> None:
+        for sender in self._senders:
+            if sender.task and sender.task.done() and not sender.failure and not sender.task.cancelled():
+                error = sender.task.exception()
+                if isinstance(error, MedshardError):
+                    sender.failure = str(error)
+                elif error is not None:
+                    raise error
+
+    def _harvest(self, roots: Sequence[bytes]) -> None:
+        self._notice_failures()
+        for sender in self._senders:
+            if sender.index in self._done or sender.failure or not (sender.task and sender.task.done()):
+                continue
+            try:
+                stored = unpack_stored(sender.task.result())
+            except MedshardError as error:
+                sender.failure = str(error)
+                continue
+            if stored == roots[sender.index]:
+                self._done.add(sender.index)
+            else:
+                sender.failure = "stored other bytes than were sent"
+
+    def _live(self) -> list[_Sender]:
+        return [sender for sender in self._senders if not sender.failure and not (sender.task and sender.task.done())]
+
+    def _reachable(self) -> set[int]:
+        stored = {self._holders[i].institution for i in self._done}
+        ended = {s.node.institution for s in self._senders if not s.failure}
+        return stored | ended
+
+    def _enough(self) -> bool:
+        return len({self._holders[i].institution for i in self._done}) >= self._w
+
+    def _require(self) -> None:
+        self._notice_failures()
+        if len(self._reachable()) < self._w:
+            raise too_few(len(self._reachable()), self._w, self.failures())
+
+
+def too_few(good: int, w: int, failures: dict[str, str]) -> Unavailable:
+    """The error of a put that cannot reach w institutions."""
+    listed = "; ".join(f"{name}: {why}" for name, why in sorted(failures.items()))
+    return Unavailable(
+        f"only {good} institutions can take a shard, and {w} must before anything is acknowledged ({listed})",
+        hint="nothing was acknowledged; run the same command again when the nodes are back",
+    )

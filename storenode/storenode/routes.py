@@ -1,0 +1,328 @@
+"""The node's answers about shards and manifests. A route parses, awaits one call of the store, returns.
+
+Who may: any identity that a roster institution vouches for may store; a shard and a manifest belong to the key that sent them.
+Readers check what they get; nothing here is trusted by them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from medshard_protocol import merkle
+from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
+from medshard_protocol.ids import FileId, NodeId, file_id_from_hex
+from medshard_protocol.manifest import Manifest, manifest_bytes_max
+from medshard_protocol.messages import (
+    Found,
+    SmallPut,
+    SpanHead,
+    body_type,
+    bundle_bytes_max,
+    cell_size_header,
+    lookup_files_max,
+    pack_check,
+    pack_found,
+    pack_outcomes,
+    pack_shards,
+    pack_stored,
+    root_header,
+    unpack_lookup,
+    unpack_small_puts,
+    unpack_small_reads,
+)
+from medshard_protocol.shards import cell_bytes_max, cells_in, code_n_max, digests
+from storenode.config import Config
+from storenode.identity import Peer
+from storenode.ledger import Ledger
+from storenode.shardstore import Incoming, Shard, ShardStore
+from storenode.shardstore.store import check_size
+
+block_bytes: Final = 512 * 1024  # one thread hop and one disk call for this much
+paths_cells_max: Final = 1024  # Merkle paths are for samples; a whole shard is checked by its digests
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What the handlers work on."""
+
+    config: Config
+    id: NodeId
+    store: ShardStore
+    ledger: Ledger
+
+
+node_key: Final = web.AppKey("node", Node)
+
+
+def routes() -> list[web.RouteDef]:
+    """All routes of this file."""
+    shard = r"/v1/shards/{file}/{index}"
+    return [
+        web.put(shard, put_shard),
+        web.get(shard, get_shard, allow_head=False),
+        web.head(shard, head_shard),
+        web.post(shard + "/check", check_shard),
+        web.put("/v1/manifests/{file}", put_manifest),
+        web.get("/v1/manifests/{file}", get_manifest),
+        web.post("/v1/files", put_files),
+        web.post("/v1/read", read_files),
+        web.post("/v1/lookup", lookup),
+        web.get("/v1/status", status),
+    ]
+
+
+# -- in
+
+
+async def put_shard(request: web.Request) -> web.Response:
+    """Take one shard, streamed."""
+    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    if request.content_length is None:
+        raise Malformed("a shard is sent with its Content-Length")
+    check_size(request.content_length, node.config.limits.shard_bytes_max, "a shard")
+    cell_size = _cell_size(request, request.content_length)
+    incoming = node.store.begin(request.content_length, cell_size)
+    try:
+        await _receive(request, incoming, node.config.limits.body_stall_s)
+        put = await node.store.commit(incoming, file_id, index, _peer(request).key)
+    finally:
+        node.store.abandon(incoming)
+    return _stored(put.root, put.created)
+
+
+async def put_manifest(request: web.Request) -> web.Response:
+    """Keep a manifest beside the shard it describes."""
+    node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
+    manifest = Manifest.from_bytes(await read_body(request, min(node.config.limits.manifest_bytes_max, manifest_bytes_max)))
+    if manifest.file_id != file_id:
+        raise Malformed("the manifest is of another file")
+    if manifest.owner != _peer(request).key:
+        raise Refused("a manifest is stored by its owner alone")
+    shard = node.store.shard(file_id)
+    if shard is None:
+        raise Absent("a manifest is kept beside a shard, and none of this file is here")
+    if manifest.index_on(node.id) != shard.index or manifest.shards[shard.index].root != shard.root:
+        raise Malformed("the manifest does not describe the shard that is stored here")
+    created = await node.store.put_manifest(manifest)
+    return _stored(manifest.sha256, created)
+
+
+async def put_files(request: web.Request) -> web.Response:
+    """Take many small shards with their manifests; each is answered for itself."""
+    node, owner = request.app[node_key], _peer(request).key
+    puts = unpack_small_puts(await read_body(request, bundle_bytes_max))
+
+    async def one(put: SmallPut) -> MedshardError | None:
+        try:
+            manifest = Manifest.from_bytes(put.manifest)
+            if manifest.owner != owner:
+                raise Refused("a manifest is stored by its owner alone")
+            if manifest.index_on(node.id) != put.index or len(put.shard) != manifest.layout.shard_size:
+                raise Malformed("the manifest does not describe this shard on this node")
+            await node.store.commit_small(put.shard, manifest, put.index)
+        except MedshardError as error:
+            return error
+        return None
+
+    return web.Response(body=pack_outcomes(await asyncio.gather(*map(one, puts))), content_type=body_type)
+
+
+# -- out
+
+
+async def head_shard(request: web.Request) -> web.Response:
+    """Whether a shard is here, and its root."""
+    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    shard = node.store.shard_at(file_id, index)
+    return web.Response(status=204, headers={root_header: shard.root.hex()})
+
+
+async def get_shard(request: web.Request) -> web.StreamResponse:
+    """Cells of one shard, after the digests or Merkle paths that check them."""
+    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    shard = node.store.shard_at(file_id, index)
+    cells = _span(request.query.get("cells", ""), shard)
+    head = _head(request.query.get("proof", "digests"), shard, cells).to_bytes()
+    prefix = len(head).to_bytes(4, "big") + head
+    start = cells.start * shard.cell_size
+    end = min(cells.stop * shard.cell_size, shard.size)
+    if end - start <= block_bytes:
+        data = await _read(node, shard, start, end - start)
+        return web.Response(body=prefix + data, content_type=body_type)
+    response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
+    await response.prepare(request)
+    await response.write(prefix)
+    for offset in range(start, end, block_bytes):
+        await response.write(await _read(node, shard, offset, min(block_bytes, end - offset)))
+    return response
+
+
+async def get_manifest(request: web.Request) -> web.Response:
+    """A manifest by file id."""
+    data = request.app[node_key].store.manifest(file_id_from_hex(request.match_info["file"]))
+    return web.Response(body=data, content_type=body_type)
+
+
+async def read_files(request: web.Request) -> web.Response:
+    """Whole small shards of many files."""
+    node = request.app[node_key]
+    answers: list[bytes | None] = []
+    room = bundle_bytes_max
+    for file_id, index in unpack_small_reads(await read_body(request, bundle_bytes_max)):
+        shard = node.store.shard(file_id)
+        if shard is None or shard.index != index or shard.size > room:
+            answers.append(None)
+            continue
+        room -= shard.size
+        try:
+            answers.append(await _read(node, shard, 0, shard.size))
+        except MedshardError:
+            answers.append(None)
+    return web.Response(body=pack_shards(answers), content_type=body_type)
+
+
+async def lookup(request: web.Request) -> web.Response:
+    """Manifests by lookup tag, with the proof of their registration."""
+    node = request.app[node_key]
+    answers = []
+    for tag in unpack_lookup(await read_body(request, bundle_bytes_max)):
+        found = []
+        for file_id in node.store.files_of(tag)[:lookup_files_max]:
+            inclusion = node.ledger.inclusion_of(file_id)
+            found.append(Found(node.store.manifest(file_id), None if inclusion is None else inclusion.to_value()))
+        answers.append(found)
+    return web.Response(body=pack_found(answers), content_type=body_type)
+
+
+async def check_shard(request: web.Request) -> web.Response:
+    """Re-read and re-hash the shard on this node's disk."""
+    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    shard = node.store.shard_at(file_id, index)
+    bad = await asyncio.to_thread(node.store.bad_cells, shard)
+    return web.Response(body=pack_check(bad), content_type=body_type)
+
+
+async def status(request: web.Request) -> web.Response:
+    """What an operator wants to know, as JSON."""
+    node = request.app[node_key]
+    shards, manifests = node.store.counts()
+    return web.Response(
+        text=json.dumps(
+            {
+                "node": node.id.hex(),
+                "shards": shards,
+                "manifests": manifests,
+                "used_bytes": node.store.used,
+                "capacity_bytes": node.config.capacity_bytes,
+                "free_bytes": node.store.free_bytes(),
+                "ledger": node.ledger.status(),
+            }
+        ),
+        content_type="application/json",
+    )
+
+
+# -- parts
+
+
+async def read_body(request: web.Request, bytes_max: int) -> bytes:
+    """A whole small body, counted as it comes: ``client_max_size`` does not bound it. Raises TooLarge."""
+    check_size(request.content_length or 0, bytes_max, "a body")
+    chunks: list[bytes] = []
+    total = 0
+    stall_s = request.app[node_key].config.limits.body_stall_s
+    while True:
+        chunk = await _next_chunk(request, stall_s)
+        if not chunk:
+            return b"".join(chunks)
+        total += len(chunk)
+        check_size(total, bytes_max, "a body")
+        chunks.append(chunk)
+
+
+async def _receive(request: web.Request, incoming: Incoming, stall_s: float) -> None:
+    pending: list[bytes] = []
+    held = 0
+    in_memory = incoming.temporary is None
+    while True:
+        chunk = await _next_chunk(request, stall_s)
+        if chunk:
+            pending.append(chunk)
+            held += len(chunk)
+        if pending and (held >= block_bytes or not chunk):
+            if in_memory:
+                incoming.write(pending)
+            else:
+                await asyncio.to_thread(incoming.write, pending)
+            pending, held = [], 0
+        if not chunk:
+            return
+
+
+async def _next_chunk(request: web.Request, stall_s: float) -> bytes:
+    try:
+        async with asyncio.timeout(stall_s):
+            return await request.content.readany()
+    except TimeoutError:
+        request.protocol.force_close()
+        raise web.HTTPRequestTimeout(text=f"no byte came for {stall_s:g} s") from None
+
+
+async def _read(node: Node, shard: Shard, offset: int, length: int) -> bytes:
+    if shard.data is not None:
+        return node.store.read(shard, offset, length)
+    return await asyncio.to_thread(node.store.read, shard, offset, length)
+
+
+def _head(proof: str, shard: Shard, cells: range) -> SpanHead:
+    if proof == "digests":
+        return SpanHead(cells.start, len(cells), b"".join(shard.digests), ())
+    if proof == "none":
+        return SpanHead(cells.start, len(cells), b"", ())
+    if proof != "paths" or len(cells) > paths_cells_max:
+        raise Malformed("proof is digests, none, or paths for at most a thousand cells")
+    digest = digests["blake3"]
+    leaves = [merkle.leaf_hash(cell, digest) for cell in shard.digests]
+    return SpanHead(cells.start, len(cells), b"", tuple(tuple(merkle.inclusion_path(leaves, i, digest)) for i in cells))
+
+
+def _span(text: str, shard: Shard) -> range:
+    if not text:
+        return range(shard.cells)
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and len(text) < 24):
+        raise Malformed("cells are asked for as FIRST-LAST")
+    cells = range(int(first), int(last) + 1)
+    if not cells or cells.stop > shard.cells:
+        raise Malformed(f"the shard has cells 0 to {shard.cells - 1}")
+    return cells
+
+
+def _shard_id(request: web.Request) -> tuple[FileId, int]:
+    index = request.match_info["index"]
+    if not (index.isdecimal() and len(index) <= 3 and int(index) < code_n_max):
+        raise Malformed("a shard's index is a number below 255")
+    return file_id_from_hex(request.match_info["file"]), int(index)
+
+
+def _cell_size(request: web.Request, size: int) -> int:
+    text = request.headers.get(cell_size_header, "")
+    if not (text.isdecimal() and len(text) <= 8 and 1 <= int(text) <= cell_bytes_max) or size < 1:
+        raise Malformed(f"{cell_size_header} is a number from 1 to {cell_bytes_max}, and a shard is not empty")
+    if cells_in(size, int(text)) > 1 << 24:
+        raise Malformed("too many cells")
+    return int(text)
+
+
+def _peer(request: web.Request) -> Peer:
+    peer: Peer = request["peer"]
+    return peer
+
+
+def _stored(root: bytes, created: bool) -> web.Response:
+    return web.Response(status=201 if created else 200, body=pack_stored(root, created), content_type=body_type)

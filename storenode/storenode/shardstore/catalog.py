@@ -1,0 +1,123 @@
+"""One SQLite file that says which shards and manifests a node holds, and holds the small shards themselves.
+
+Writes queue up for one thread that commits them together, so a hundred small puts at once cost one fsync. A write's future
+resolves only after its commit. Reads go to a second connection (WAL: they wait for nobody).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+Write = Callable[[sqlite3.Connection], Any]
+
+_schema = """
+CREATE TABLE IF NOT EXISTS shards(
+    file_id BLOB NOT NULL, idx INTEGER NOT NULL, size INTEGER NOT NULL, cell_size INTEGER NOT NULL, root BLOB NOT NULL,
+    digest TEXT NOT NULL, digests BLOB NOT NULL, owner BLOB NOT NULL, stored_at INTEGER NOT NULL,
+    registered INTEGER NOT NULL DEFAULT 0, data BLOB, PRIMARY KEY(file_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unregistered ON shards(stored_at) WHERE registered = 0;
+CREATE TABLE IF NOT EXISTS manifests(
+    file_id BLOB PRIMARY KEY, sha256 BLOB NOT NULL, owner BLOB NOT NULL, stored_at INTEGER NOT NULL, bytes BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS tags(tag BLOB NOT NULL, file_id BLOB NOT NULL, PRIMARY KEY(tag, file_id)) WITHOUT ROWID;
+"""
+batch_max = 256  # one commit's worth: keeps the wait of the first in a batch short
+
+
+class Catalog:
+    """Open at ``path``. Call ``close`` to finish queued writes and stop the thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader = _connect(path)
+        self._reader.executescript(_schema)
+        self._queue: queue.SimpleQueue[tuple[Write, asyncio.Future[Any], asyncio.AbstractEventLoop] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
+        self._thread.start()
+
+    async def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Run ``change`` in a transaction shared with its neighbours; return its result once that is durable.
+
+        An exception from ``change`` undoes that change alone and is raised here.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        self._queue.put((change, future, loop))
+        # Shielded: a reader that hangs up must not cancel a future that the writer thread is about to resolve.
+        return await asyncio.shield(future)
+
+    def one(self, sql: str, *args: object) -> tuple[Any, ...] | None:
+        """The first row, or None. Small point reads only: this runs on the caller's thread."""
+        row: tuple[Any, ...] | None = self._reader.execute(sql, args).fetchone()
+        return row
+
+    def all(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
+        """All rows of a small result."""
+        return self._reader.execute(sql, args).fetchall()
+
+    def close(self) -> None:
+        """Finish what is queued, then close."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+
+    def _run(self) -> None:
+        connection = _connect(self._path)
+        running = True
+        while running:
+            batch = [self._queue.get()]
+            while len(batch) < batch_max:
+                try:
+                    batch.append(self._queue.get_nowait())
+                except queue.Empty:
+                    break
+            running = None not in batch
+            self._commit(connection, [item for item in batch if item is not None])
+        connection.close()
+
+    @staticmethod
+    def _commit(connection: sqlite3.Connection, batch: list[tuple[Write, asyncio.Future[Any], asyncio.AbstractEventLoop]]) -> None:
+        outcomes: list[tuple[asyncio.Future[Any], asyncio.AbstractEventLoop, Any, Exception | None]] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for change, future, loop in batch:
+                connection.execute("SAVEPOINT one")
+                try:
+                    outcomes.append((future, loop, change(connection), None))
+                except Exception as error:
+                    connection.execute("ROLLBACK TO one")
+                    outcomes.append((future, loop, None, error))
+                connection.execute("RELEASE one")
+            connection.execute("COMMIT")  # synchronous=FULL: returns after the WAL is on disk
+        except sqlite3.Error as error:  # a full or failing disk: nothing of this batch may be acknowledged
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            outcomes = [(future, loop, None, error) for _, future, loop in batch]
+        for future, loop, result, failure in outcomes:
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, failure)
+            except RuntimeError:  # the loop is closed: the waiter is gone, the write stands
+                continue
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, failure: Exception | None) -> None:
+    if future.done():
+        return
+    if failure is not None:
+        future.set_exception(failure)
+    else:
+        future.set_result(result)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA busy_timeout=10000")
+    return connection

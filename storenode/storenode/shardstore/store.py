@@ -1,0 +1,326 @@
+"""The node's store: one shard of a file at most, its manifest beside it. It owns its folder.
+
+    store.sqlite        the catalog, and shards of `small_bytes_max` bytes and less
+    shards/ab/ID-ROOT   larger shards, one file each; the name holds the root, so two uploads of one file id never share a name
+    tmp/                shards on their way in; emptied at start
+
+A shard is acknowledged after: its bytes fsynced, its name fsynced in its folder, its catalog row committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Connection
+
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, TooLarge
+from medshard_protocol.ids import FileId, Key, Tag
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.shards import digests, shard_root, split
+from storenode.shardstore.catalog import Catalog
+from storenode.shardstore.incoming import Incoming
+
+reserve_bytes = 64 * 1024 * 1024  # the catalog and the ledger must be able to write when shards have filled the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A stored shard. ``data`` is set for a small one."""
+
+    file_id: FileId
+    index: int
+    size: int
+    cell_size: int
+    root: bytes
+    digests: tuple[bytes, ...]
+    owner: Key
+    data: bytes | None
+
+    @property
+    def cells(self) -> int:
+        """How many cells it has."""
+        return len(self.digests)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """The answer to a put: the root that was computed here, and whether anything new was stored."""
+
+    root: bytes
+    created: bool
+
+
+class ShardStore:
+    """Open on ``folder``. Async methods return when the change is durable; the plain ones are quick reads."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        capacity: int,
+        small_bytes_max: int = 65536,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._shards = folder / "shards"
+        self._tmp = folder / "tmp"
+        self._capacity = capacity
+        self._small_max = small_bytes_max
+        self._clock = clock
+        self._shards.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._tmp, ignore_errors=True)  # uploads that a crash cut off: nobody was told they were stored
+        self._tmp.mkdir()
+        self.catalog = Catalog(folder / "store.sqlite")
+        self.used = int((self.catalog.one("SELECT coalesce(sum(size), 0) FROM shards") or (0,))[0])
+        self._reserved = 0
+
+    # -- in
+
+    def begin(self, size: int, cell_size: int) -> Incoming:
+        """Make room for a shard of ``size`` bytes. Raises Full. Pair with ``commit`` or ``abandon``."""
+        if self.used + self._reserved + size > self._capacity:
+            raise Full("this node's quota is used up", hint="the operator can raise capacity_bytes, or add a node")
+        if self.free_bytes() < size + self._reserved + reserve_bytes:
+            raise Full("this node's disk is full", hint="the operator must free space or add a disk")
+        self._reserved += size
+        return Incoming(size, cell_size, None if size <= self._small_max else self._tmp / uuid.uuid4().hex)
+
+    def abandon(self, incoming: Incoming) -> None:
+        """Forget an upload that did not finish."""
+        self._reserved -= incoming.size
+        incoming.abandon()
+
+    async def commit(self, incoming: Incoming, file_id: FileId, index: int, owner: Key) -> Put:
+        """Give a finished upload its name. Same bytes again: nothing new. Raises Conflict for other bytes or another index."""
+        data = await asyncio.to_thread(self._settle, incoming, file_id)
+        return await self._enter(incoming, data, file_id, index, owner, None)
+
+    async def commit_small(self, shard: bytes, manifest: Manifest, index: int) -> Put:
+        """Store a small shard and its manifest in one transaction. Raises Damaged when it is not the one the manifest names."""
+        incoming = self.begin(len(shard), manifest.layout.cell_size)
+        try:
+            if incoming.temporary is None:
+                incoming.write([shard])
+                data = incoming.finish()
+            else:
+                await asyncio.to_thread(incoming.write, [shard])
+                data = await asyncio.to_thread(self._settle, incoming, manifest.file_id)
+            return await self._enter(incoming, data, manifest.file_id, index, manifest.owner, manifest)
+        finally:
+            self.abandon(incoming)
+
+    async def _enter(
+        self, incoming: Incoming, data: bytes | None, file_id: FileId, index: int, owner: Key, manifest: Manifest | None
+    ) -> Put:
+        root = shard_root(incoming.digests, digests["blake3"])
+        if manifest is not None and manifest.shards[index].root != root:
+            raise Damaged("the shard is not the one that its manifest names")
+
+        def change(connection: Connection) -> Put:
+            put = self._insert(connection, incoming, root, data, file_id, index, owner)
+            if manifest is not None:
+                self._insert_manifest(connection, manifest)
+            return put
+
+        try:
+            put = await self.catalog.write(change)
+        except Conflict:
+            stored = self.shard(file_id)
+            if stored is not None and stored.root != root:
+                self._path(file_id, root).unlink(missing_ok=True)
+            raise
+        if put.created:
+            self.used += incoming.size
+        return put
+
+    def _settle(self, incoming: Incoming, file_id: FileId) -> bytes | None:
+        data = incoming.finish()
+        if incoming.temporary is not None:
+            final = self._path(file_id, shard_root(incoming.digests, digests["blake3"]))
+            if not final.parent.exists():
+                final.parent.mkdir(exist_ok=True)
+                _fsync_folder(self._shards)
+            os.replace(incoming.temporary, final)
+            _fsync_folder(final.parent)  # the name must survive a power cut before anyone is told
+        return data
+
+    def _insert(
+        self, connection: Connection, incoming: Incoming, root: bytes, data: bytes | None, file_id: FileId, index: int, owner: Key
+    ) -> Put:
+        row = connection.execute("SELECT idx, root, owner FROM shards WHERE file_id = ?", (file_id,)).fetchone()
+        if row is not None:
+            if row != (index, root, owner):
+                raise Conflict("another shard of this file is stored here already")
+            return Put(root, created=False)
+        connection.execute(
+            "INSERT INTO shards(file_id, idx, size, cell_size, root, digest, digests, owner, stored_at, data) VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (
+                file_id,
+                index,
+                incoming.size,
+                incoming.cell_size,
+                root,
+                "blake3",
+                b"".join(incoming.digests),
+                owner,
+                int(self._clock()),
+                data,
+            ),
+        )
+        return Put(root, created=True)
+
+    # -- manifests
+
+    async def put_manifest(self, manifest: Manifest) -> bool:
+        """Keep a manifest and its lookup tags; whether it is new. Raises Conflict for another one of the same file."""
+        created = await self.catalog.write(lambda connection: self._insert_manifest(connection, manifest))
+        return bool(created)
+
+    def _insert_manifest(self, connection: Connection, manifest: Manifest) -> bool:
+        row = connection.execute("SELECT sha256 FROM manifests WHERE file_id = ?", (manifest.file_id,)).fetchone()
+        if row is not None:
+            if row[0] != manifest.sha256:
+                raise Conflict("another manifest of this file is stored here already")
+            return False
+        connection.execute(
+            "INSERT INTO manifests VALUES (?, ?, ?, ?, ?)",
+            (manifest.file_id, manifest.sha256, manifest.owner, int(self._clock()), manifest.to_bytes()),
+        )
+        connection.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", ((tag, manifest.file_id) for tag in manifest.tags))
+        return True
+
+    def manifest(self, file_id: FileId) -> bytes:
+        """The manifest's bytes. Raises Absent."""
+        row = self.catalog.one("SELECT bytes FROM manifests WHERE file_id = ?", file_id)
+        if row is None:
+            raise Absent("no manifest of this file here")
+        return bytes(row[0])
+
+    def files_of(self, tag: Tag) -> list[FileId]:
+        """The files with this lookup tag, newest first."""
+        rows = self.catalog.all(
+            "SELECT t.file_id FROM tags t JOIN manifests m USING(file_id) WHERE tag = ? ORDER BY stored_at DESC LIMIT 16", tag
+        )
+        return [FileId(row[0]) for row in rows]
+
+    # -- out
+
+    def shard(self, file_id: FileId) -> Shard | None:
+        """The shard of this file that is stored here, if any."""
+        row = self.catalog.one("SELECT idx, size, cell_size, root, digests, owner, data FROM shards WHERE file_id = ?", file_id)
+        if row is None:
+            return None
+        index, size, cell_size, root, joined, owner, data = row
+        cells = tuple(joined[at : at + 32] for at in range(0, len(joined), 32))
+        return Shard(file_id, index, size, cell_size, root, cells, Key(owner), data)
+
+    def shard_at(self, file_id: FileId, index: int) -> Shard:
+        """Shard ``index`` of this file. Raises Absent."""
+        shard = self.shard(file_id)
+        if shard is None or shard.index != index:
+            raise Absent("this shard is not here")
+        return shard
+
+    def read(self, shard: Shard, offset: int, length: int) -> bytes:
+        """Bytes of a shard, as they lie on disk (the reader checks them). Blocking. Raises Damaged when the file is gone or short."""
+        if shard.data is not None:
+            return shard.data[offset : offset + length]
+        try:
+            with open(self._path(shard.file_id, shard.root), "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), length, offset)
+        except FileNotFoundError:
+            raise Damaged("the shard's file is gone from this node's disk") from None
+        if len(data) != min(length, shard.size - offset):
+            raise Damaged("the shard's file on this node's disk is too short")
+        return data
+
+    def bad_cells(self, shard: Shard) -> list[int]:
+        """Re-read the whole shard and re-hash it: the numbers of the cells that do not match. Blocking."""
+        block = max(1, 1024 * 1024 // shard.cell_size) * shard.cell_size
+        digest = digests["blake3"]
+        bad: list[int] = []
+        for offset in range(0, shard.size, block):
+            first = offset // shard.cell_size
+            try:
+                cells: Iterable[memoryview] = split(self.read(shard, offset, block), shard.cell_size)
+            except Damaged:
+                return bad + list(range(first, shard.cells))
+            bad += [first + i for i, cell in enumerate(cells) if digest(cell) != shard.digests[first + i]]
+        return bad
+
+    # -- upkeep
+
+    async def sweep(self, registered: Callable[[FileId], bool], older_than_s: float) -> int:
+        """Delete shards that were never registered in time; how many. A registered one is marked and never looked at again."""
+        cutoff = int(self._clock() - older_than_s)
+        rows = self.catalog.all("SELECT file_id, size, root FROM shards WHERE registered = 0 AND stored_at <= ? LIMIT 10000", cutoff)
+        known = [FileId(row[0]) for row in rows if registered(FileId(row[0]))]
+        stale = [(FileId(row[0]), int(row[1]), bytes(row[2])) for row in rows if not registered(FileId(row[0]))]
+        if known:
+            await self.catalog.write(
+                lambda c: c.executemany("UPDATE shards SET registered = 1 WHERE file_id = ?", [(file_id,) for file_id in known])
+            )
+        for file_id, size, root in stale:
+            await self._delete(file_id, root)
+            self.used -= size
+        return len(stale)
+
+    async def _delete(self, file_id: FileId, root: bytes) -> None:
+        def change(connection: Connection) -> None:
+            connection.execute("DELETE FROM shards WHERE file_id = ?", (file_id,))
+            connection.execute("DELETE FROM tags WHERE file_id = ?", (file_id,))
+            connection.execute("DELETE FROM manifests WHERE file_id = ?", (file_id,))
+
+        # Row first: a file without a row is only lost space, a row without a file would be a shard that cannot be read.
+        await self.catalog.write(change)
+        self._path(file_id, root).unlink(missing_ok=True)
+
+    def sweep_orphans(self, older_than_s: float) -> int:
+        """Delete shard files that no row names (a crash between rename and commit). Blocking."""
+        cutoff, count = self._clock() - older_than_s, 0
+        for path in self._shards.glob("??/*"):
+            name, _, root = path.name.partition("-")
+            row = self.catalog.one("SELECT hex(substr(root, 1, 8)) FROM shards WHERE file_id = ?", bytes.fromhex(name))
+            if (row is None or str(row[0]).lower() != root) and path.stat().st_mtime <= cutoff:
+                path.unlink(missing_ok=True)
+                count += 1
+        return count
+
+    def counts(self) -> tuple[int, int]:
+        """(shards, manifests) held."""
+        shards = self.catalog.one("SELECT count(*) FROM shards") or (0,)
+        manifests = self.catalog.one("SELECT count(*) FROM manifests") or (0,)
+        return int(shards[0]), int(manifests[0])
+
+    def free_bytes(self) -> int:
+        """Free bytes on the disk below the folder."""
+        stat = os.statvfs(self._folder)
+        return stat.f_bavail * stat.f_frsize
+
+    def close(self) -> None:
+        """Finish queued writes and close."""
+        self.catalog.close()
+
+    def _path(self, file_id: FileId, root: bytes) -> Path:
+        name = file_id.hex()
+        return self._shards / name[:2] / f"{name}-{root[:8].hex()}"
+
+
+def check_size(size: int, allowed: int, what: str) -> None:
+    """Raise TooLarge when ``size`` is over ``allowed``."""
+    if size > allowed:
+        raise TooLarge(f"{what} of {size} bytes, more than the {allowed} that this node takes")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
