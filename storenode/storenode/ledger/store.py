@@ -1,0 +1,203 @@
+"""The ledger on one SQLite database: entries, full hash tiles, the head, and what this node need not check twice.
+
+Law: an append is one transaction, guarded by the size it builds on, and is on disk (WAL, synchronous=FULL) when ``extend`` returns. Nothing
+is ever updated or deleted but the one row of the head and the one row of ``memory``, which only saves work and may be old.
+
+Two connections: one for writes, which a thread may hold for as long as a disk takes, one for reads, which never wait for it. A lock file
+keeps a second process out, since two writers with one cosigner key could sign two histories. Knows bytes, not what they mean.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medshard_protocol.errors import Conflict, Damaged, Full, MedshardError, Unavailable
+from medshard_protocol.tiles import FullTile
+
+format_version = 1
+busy_timeout_s = 5.0  # another process may read the database: a backup, an operator
+
+_schema = """
+CREATE TABLE head(id INTEGER PRIMARY KEY CHECK (id = 0), format INTEGER NOT NULL, origin TEXT NOT NULL, size INTEGER NOT NULL,
+                  root BLOB NOT NULL, note BLOB NOT NULL);
+CREATE TABLE entry(place INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE tile(key INTEGER PRIMARY KEY, hashes BLOB NOT NULL);
+CREATE TABLE place(leaf BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE memory(id INTEGER PRIMARY KEY CHECK (id = 0), checked INTEGER NOT NULL, published BLOB NOT NULL);
+CREATE TABLE unsigned(place INTEGER PRIMARY KEY);
+INSERT INTO memory VALUES (0, 0, x'');
+"""
+
+
+class Head(NamedTuple):
+    """How far the log goes on this disk. ``note`` is the checkpoint that the log signed for it; empty in the sequencer's own store."""
+
+    size: int
+    root: bytes
+    note: bytes
+
+
+class Memory(NamedTuple):
+    """What was found out about entries below ``checked``, and the newest published checkpoint."""
+
+    checked: int
+    unsigned: frozenset[int]  # places of entries that are malformed or that their author did not sign
+    published: bytes
+
+
+class Store:
+    """One log in one SQLite file. Not for two threads at once, save that reads and writes may overlap."""
+
+    def __init__(self, folder: Path, origin: str, empty_root: bytes) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder / "ledger.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._writer = _connect(folder / "ledger.sqlite")
+            self._create(origin, empty_root)
+            self._reader = _connect(folder / "ledger.sqlite")
+        except BlockingIOError:
+            os.close(self._lock)
+            raise Unavailable(f"another process uses the ledger in {folder}", hint="stop the node that runs from this folder") from None
+        except (sqlite3.Error, MedshardError) as error:
+            os.close(self._lock)
+            raise _translated(error) from error
+
+    def close(self) -> None:
+        """Close files and let go of the lock."""
+        self._reader.close()
+        self._writer.close()
+        os.close(self._lock)
+
+    def head(self) -> Head:
+        """Read how far the log goes."""
+        return Head(*self._row("SELECT size, root, note FROM head"))
+
+    def extend(self, old_size: int, entries: Sequence[bytes], tiles: Iterable[FullTile], head: Head, leaves: Sequence[bytes] = ()) -> None:
+        """Append durably. ``leaves``, where given, are the entries' hashes, by which ``find`` finds them again.
+
+        Raises Conflict if the log on disk does not have ``old_size`` entries, Full or Unavailable if it cannot be written; then
+        nothing has changed.
+        """
+        places = range(old_size, old_size + len(entries))
+        with _Transaction(self._writer) as write:
+            guarded = write.execute("UPDATE head SET size=?, root=?, note=? WHERE size=?", (*head, old_size))
+            if guarded.rowcount != 1:
+                raise Conflict(f"the ledger on disk does not have {old_size} entries")
+            write.executemany("INSERT INTO entry VALUES (?, ?)", zip(places, entries, strict=True))
+            if leaves:
+                write.executemany("INSERT INTO place VALUES (?, ?)", zip(leaves, places, strict=True))
+            write.executemany("INSERT INTO tile VALUES (?, ?)", ((_tile_key(t.level, t.number), t.hashes) for t in tiles))
+
+    def entries(self, start: int, end: int) -> list[bytes]:
+        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
+        rows = self._read("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end))
+        if len(rows) != end - start:
+            raise Damaged(f"the ledger lacks entries between {start} and {end}")
+        return [row[0] for row in rows]
+
+    def tile(self, level: int, number: int) -> bytes:
+        """Read a full tile. Raises Damaged if it is missing."""
+        rows = self._read("SELECT hashes FROM tile WHERE key = ?", (_tile_key(level, number),))
+        if not rows:
+            raise Damaged(f"the ledger lacks tile {number} of level {level}")
+        return bytes(rows[0][0])
+
+    def find(self, leaf: bytes) -> int | None:
+        """Find where an entry stands by its leaf hash, if it was stored with that, or ``index`` has run."""
+        rows = self._read("SELECT place FROM place WHERE leaf = ?", (leaf,))
+        return int(rows[0][0]) if rows else None
+
+    def indexed(self) -> int:
+        """Count the entries that ``find`` knows: all below this place."""
+        return int(self._row("SELECT coalesce(max(place) + 1, 0) FROM place")[0])
+
+    def index(self, start: int, leaves: Sequence[bytes]) -> None:
+        """Let ``find`` find entries that were stored without their leaf hashes. The first of equal entries is the one that is found."""
+        with _Transaction(self._writer) as write:
+            write.executemany("INSERT OR IGNORE INTO place VALUES (?, ?)", ((leaf, start + n) for n, leaf in enumerate(leaves)))
+
+    def memory(self) -> Memory:
+        """Read what was remembered."""
+        checked, published = self._row("SELECT checked, published FROM memory")
+        return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM unsigned", ())), published)
+
+    def remember(self, checked: int, unsigned: Iterable[int], published: bytes) -> None:
+        """Note which entries need no second check, and the newest published checkpoint."""
+        with _Transaction(self._writer) as write:
+            write.executemany("INSERT OR IGNORE INTO unsigned VALUES (?)", ((place,) for place in unsigned))
+            write.execute("UPDATE memory SET checked=?, published=?", (checked, published))
+
+    def _create(self, origin: str, empty_root: bytes) -> None:
+        if not self._writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'head'").fetchone():
+            self._writer.executescript(f"BEGIN IMMEDIATE;{_schema}COMMIT;")
+        with _Transaction(self._writer) as write:
+            if not write.execute("SELECT 1 FROM head").fetchone():
+                write.execute("INSERT INTO head VALUES (0, ?, ?, 0, ?, x'')", (format_version, origin, empty_root))
+            found = write.execute("SELECT format, origin FROM head").fetchone()
+        if found != (format_version, origin):
+            raise Damaged(f"this ledger is of the log {found[1]!r}, format {found[0]}; expected {origin!r}, format {format_version}")
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[Any]:
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+
+    def _row(self, query: str) -> Any:
+        return self._read(query, ())[0]
+
+
+class _Transaction:
+    """One transaction: committed at the end of the block, rolled back by any exception, our errors out."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> sqlite3.Connection:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+        return self._connection
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self._connection.execute("COMMIT")
+        except sqlite3.Error as failed:
+            error = failed
+        if error is None:
+            return
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+        if isinstance(error, sqlite3.Error):
+            raise _translated(error) from error
+        raise error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+    return connection
+
+
+def _tile_key(level: int, number: int) -> int:
+    return level << 56 | number
+
+
+def _translated(error: Exception) -> MedshardError:
+    if isinstance(error, MedshardError):
+        return error
+    code = getattr(error, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_FULL:
+        return Full("no room on the disk for the ledger", hint="free some space; nothing has been lost")
+    if isinstance(error, sqlite3.OperationalError):
+        return Unavailable(f"the ledger's database cannot be used ({error})")
+    return Damaged(f"the ledger's database is damaged ({error})", hint="restore the node's folder, or let it mirror the log anew")
