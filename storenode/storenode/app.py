@@ -1,0 +1,193 @@
+"""The node as one program: parts put together, served over TLS, stopped cleanly.
+
+Every request passes ``_guard``: who is it, may it speak at all, and how errors become answers. No route does any of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from medshard_protocol.entries import Enrol, nonce_size, sign_entry
+from medshard_protocol.errors import Full, MedshardError, Refused
+from medshard_protocol.ids import Key
+from medshard_protocol.messages import body_type, pack_error
+from medshard_protocol.roster import Roster
+from storenode import routes
+from storenode.config import Config
+from storenode.genesis import load_genesis
+from storenode.identity import NodeKeys, client_ssl_context, peer_of, server_ssl_context
+from storenode.join import join_routes
+from storenode.ledger import Ledger
+from storenode.metrics import Metrics, serve_metrics
+from storenode.peers import Peers
+from storenode.routes import Node, node_key
+from storenode.shardstore import ShardStore
+
+log = logging.getLogger("storenode")
+open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/join"})  # the only ones that answer without a certificate
+shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
+sweep_every_s: Final = 600.0
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A node's running parts, to be closed in reverse order."""
+
+    node: Node
+    roster: Roster
+    peers: Peers
+    metrics: Metrics
+
+
+def build(parts: Parts, keys: NodeKeys) -> web.Application:
+    """The web application: all routes behind the guard."""
+    app = web.Application(middlewares=[_guard(parts)], client_max_size=0)
+    app[node_key] = parts.node
+    app.router.add_get("/healthz", _healthz, allow_head=False)
+    genesis = parts.roster.to_bytes()
+
+    async def get_genesis(request: web.Request) -> web.Response:
+        return web.Response(body=genesis, content_type=body_type)
+
+    app.router.add_get("/v1/genesis", get_genesis, allow_head=False)
+    app.router.add_routes(routes.routes())
+    app.router.add_routes(parts.node.ledger.routes())
+    app.router.add_routes(join_routes(parts.node.config, parts.roster, keys, _enrol(parts, keys)))
+    return app
+
+
+async def serve(config: Config) -> None:
+    """Run a node until SIGTERM or SIGINT; then finish what is in flight."""
+    keys, roster = NodeKeys.load(config.home), load_genesis(config.home)
+    contexts = {i: client_ssl_context(each.ca, keys) for i, each in enumerate(roster.institutions)}
+    peers = Peers(roster, contexts)
+    store = ShardStore(config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max)
+    ledger = Ledger.open(config.data, roster, keys.node_id, keys.cosigner, keys.log, peers)
+    metrics = Metrics()
+    parts = Parts(Node(config, keys.node_id, store, ledger), roster, peers, metrics)
+    runner = web.AppRunner(build(parts, keys), access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330)
+    await runner.setup()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    sweeper = asyncio.create_task(_sweep(parts))
+    try:
+        await ledger.start()
+        site = web.TCPSite(runner, *config.listen_address, ssl_context=server_ssl_context(roster, keys), reuse_address=True)
+        await site.start()
+        async with serve_metrics(config, metrics, lambda: _gauge(parts)):
+            log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex()})
+            await stopping.wait()
+            log.info("stopping")
+    finally:
+        sweeper.cancel()
+        await runner.cleanup()  # closes the socket, then waits for requests in flight
+        await ledger.close()
+        await peers.close()
+        store.close()
+
+
+def _guard(parts: Parts) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.monotonic()
+        transport = request.transport
+        peer = peer_of(transport.get_extra_info("ssl_object"), parts.roster) if transport else None
+        request["peer"] = peer
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource else "unknown"
+        status = 500
+        try:
+            if peer is None and request.path not in open_paths:
+                raise Refused("a client certificate of one of the institutions is needed", hint="join with an invitation code")
+            if request.headers.get("Content-Encoding", "identity") != "identity":
+                raise web.HTTPUnsupportedMediaType(text="bodies are sent as they are, without Content-Encoding")
+            response = await handler(request)
+            status = response.status
+            return response
+        except MedshardError as error:
+            status, body = pack_error(error)
+            parts.metrics.refused(type(error).__name__)
+            return web.Response(status=status, body=body, content_type=body_type)
+        except (OSError, sqlite3.OperationalError) as error:
+            if not _is_full(error):
+                raise
+            status, body = pack_error(Full("this node's disk is full", hint="the operator must free space or add a disk"))
+            return web.Response(status=status, body=body, content_type=body_type)
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        finally:
+            took = time.monotonic() - started
+            parts.metrics.request(request.method, route, status, took, request.content_length or 0)
+            if log.isEnabledFor(logging.DEBUG) or status >= 500:
+                log.log(
+                    logging.WARNING if status >= 500 else logging.DEBUG,
+                    "request",
+                    extra={
+                        "method": request.method,
+                        "route": route,
+                        "status": status,
+                        "ms": round(took * 1000, 1),
+                        "peer": peer.key.hex()[:16] if peer else "",
+                    },
+                )
+
+    return guard
+
+
+def _is_full(error: OSError | sqlite3.OperationalError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+async def _healthz(request: web.Request) -> web.Response:
+    return web.Response(text="ok\n")
+
+
+def _enrol(parts: Parts, keys: NodeKeys) -> Callable[[Key], Awaitable[None]]:
+    async def enrol(key: Key) -> None:
+        """Put the institution's word for ``key`` on the ledger; returns when a quorum has cosigned it."""
+        ca = keys.ca
+        if ca is None:
+            raise Refused("this node does not keep its institution's CA key", hint="ask for an invitation of the node that does")
+        body = Enrol(key, 0, os.urandom(nonce_size))
+        author = Key(ca.public_key().public_bytes_raw())
+        await parts.node.ledger.append([sign_entry(parts.roster.origin, body, author, ca.sign).to_bytes()])
+
+    return enrol
+
+
+def _gauge(parts: Parts) -> None:
+    shards, manifests = parts.node.store.counts()
+    parts.metrics.stored(shards, manifests, parts.node.store.used, parts.node.store.free_bytes())
+    parts.metrics.ledger(parts.node.ledger.status())
+
+
+async def _sweep(parts: Parts) -> None:
+    """Delete what was never registered in time, now and then."""
+    limit = parts.node.config.limits.sweep_after_s
+    while True:
+        await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))
+        try:
+            swept = await parts.node.store.sweep(lambda file_id: file_id in parts.node.ledger.state.registrations, limit)
+            swept += await asyncio.to_thread(parts.node.store.sweep_orphans, limit)
+        except (OSError, sqlite3.Error):
+            log.exception("sweep failed")
+            continue
+        if swept:
+            parts.metrics.swept(swept)
+            log.info("swept", extra={"shards": swept})

@@ -1,0 +1,57 @@
+"""Calling other nodes of the roster, as this node: one session, one TLS context for each institution."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+
+import aiohttp
+
+from medshard_protocol.errors import Unavailable
+from medshard_protocol.identity import node_hostname
+from medshard_protocol.ids import NodeId
+from medshard_protocol.roster import Roster
+
+answer_bytes_max = 4 * 1024 * 1024  # nothing that nodes tell each other is larger; a hostile one must not fill our memory
+
+
+class Peers:
+    """A ``PeerCaller`` over TLS. Close it at the end."""
+
+    def __init__(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
+        self._roster = roster
+        self._contexts = contexts
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300), timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
+        )
+
+    async def __call__(self, node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """(status, body) of the answer. Raises Unavailable when there is none."""
+        target = self._roster.node(node)
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method,
+                    target.url + path,
+                    data=body or None,
+                    ssl=self._contexts[target.institution],
+                    server_hostname=node_hostname(node),
+                    allow_redirects=False,
+                ) as response,
+            ):
+                data = bytearray()
+                async for chunk in response.content.iter_any():
+                    data += chunk
+                    if len(data) > answer_bytes_max:
+                        raise Unavailable(f"{target.name}: an answer of more than {answer_bytes_max} bytes")
+                return response.status, bytes(data)
+        except TimeoutError:
+            raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise Unavailable(f"{target.name}: {error}") from None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()

@@ -1,0 +1,198 @@
+"""The node's store alone: what it keeps, refuses, forgets, and what a crash may leave behind."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
+from medshard_protocol.ids import FileId, Key, NodeId, Tag
+from medshard_protocol.manifest import Manifest, ShardRef
+from medshard_protocol.shards import Layout, digests, shard_root, split
+from storenode.shardstore import ShardStore
+
+owner = Key(b"o" * 32)
+cell = 1000
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[ShardStore]:
+    opened = ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=4096)
+    yield opened
+    opened.close()
+
+
+def root_of(data: bytes) -> bytes:
+    blake3 = digests["blake3"]
+    return shard_root([blake3(part) for part in split(data, cell)], blake3)
+
+
+async def put(store: ShardStore, data: bytes, file_id: FileId, index: int = 0, by: Key = owner) -> bool:
+    incoming = store.begin(len(data), cell)
+    try:
+        for at in range(0, len(data), 777):
+            incoming.write([data[at : at + 777]])
+        put = await store.commit(incoming, file_id, index, by)
+    finally:
+        store.abandon(incoming)
+    assert put.root == root_of(data)
+    return put.created
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 4096, 4097, 25_000])
+async def test_a_shard_comes_back_as_it_was_put(store: ShardStore, size: int) -> None:
+    data, file_id = os.urandom(size), FileId(os.urandom(32))
+    assert await put(store, data, file_id, 3)
+    shard = store.shard_at(file_id, 3)
+    assert store.read(shard, 0, size) == data
+    assert store.read(shard, size // 2, size) == data[size // 2 :]
+    assert (shard.data is not None) == (size <= 4096)
+    assert store.bad_cells(shard) == []
+
+
+@pytest.mark.parametrize("size", [500, 9000])
+async def test_the_same_shard_again_is_stored_once(store: ShardStore, size: int) -> None:
+    data, file_id = os.urandom(size), FileId(os.urandom(32))
+    assert await put(store, data, file_id)
+    assert not await put(store, data, file_id)
+    assert store.used == size
+
+
+@pytest.mark.parametrize("size", [500, 9000])
+async def test_other_bytes_under_the_same_id_are_refused_and_leave_the_first_whole(store: ShardStore, tmp_path: Path, size: int) -> None:
+    data, file_id = os.urandom(size), FileId(os.urandom(32))
+    await put(store, data, file_id)
+    with pytest.raises(Conflict):
+        await put(store, os.urandom(size), file_id)
+    with pytest.raises(Conflict):
+        await put(store, data, file_id, index=1)
+    with pytest.raises(Conflict):
+        await put(store, data, file_id, by=Key(b"x" * 32))
+    assert store.bad_cells(store.shard_at(file_id, 0)) == []
+    assert len(list((tmp_path / "shards").glob("??/*"))) == (1 if size > 4096 else 0)
+
+
+async def test_a_flipped_bit_is_found_on_read_back(store: ShardStore, tmp_path: Path) -> None:
+    file_id = FileId(os.urandom(32))
+    await put(store, os.urandom(25_500), file_id)
+    (path,) = (tmp_path / "shards").glob("??/*")
+    with path.open("r+b") as file:
+        file.seek(7_321)
+        byte = file.read(1)[0]
+        file.seek(7_321)
+        file.write(bytes([byte ^ 1]))
+    assert store.bad_cells(store.shard_at(file_id, 0)) == [7]
+
+
+async def test_a_file_that_is_gone_or_short_is_damage_and_no_crash(store: ShardStore, tmp_path: Path) -> None:
+    file_id = FileId(os.urandom(32))
+    await put(store, os.urandom(5_500), file_id)
+    (path,) = (tmp_path / "shards").glob("??/*")
+    os.truncate(path, 4_000)
+    shard = store.shard_at(file_id, 0)
+    assert store.bad_cells(shard) == [0, 1, 2, 3, 4, 5]
+    path.unlink()
+    with pytest.raises(Damaged):
+        store.read(shard, 0, 10)
+
+
+async def test_more_or_fewer_bytes_than_announced_are_refused_and_nothing_stays(store: ShardStore, tmp_path: Path) -> None:
+    incoming = store.begin(5000, cell)
+    with pytest.raises(Malformed):
+        incoming.write([bytes(5001)])
+    store.abandon(incoming)
+    incoming = store.begin(5000, cell)
+    incoming.write([bytes(4999)])
+    with pytest.raises(Malformed):
+        await store.commit(incoming, FileId(bytes(32)), 0, owner)
+    store.abandon(incoming)
+    assert store.used == 0
+    assert list((tmp_path / "tmp").iterdir()) == []
+    with pytest.raises(Absent):
+        store.shard_at(FileId(bytes(32)), 0)
+
+
+async def test_over_quota_nothing_is_begun_and_reservations_count(store: ShardStore) -> None:
+    first = store.begin(9_000_000, cell)
+    with pytest.raises(Full):
+        store.begin(2_000_000, cell)
+    store.abandon(first)
+    store.abandon(store.begin(2_000_000, cell))
+
+
+async def test_an_unregistered_shard_is_swept_and_a_registered_one_stays(tmp_path: Path) -> None:
+    now = 1000.0
+    store = ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=4096, clock=lambda: now)
+    kept, swept, young = (FileId(bytes([i]) * 32) for i in range(3))
+    for file_id in (kept, swept):
+        await put(store, os.urandom(9000), file_id)
+    now = 5000.0
+    await put(store, os.urandom(9000), young)
+    assert await store.sweep(lambda file_id: file_id == kept, 3600) == 1
+    assert store.shard(swept) is None
+    assert store.shard(young) is not None
+    assert len(list((tmp_path / "shards").glob("??/*"))) == 2
+    assert store.used == 18_000
+    now = 90_000.0
+    assert await store.sweep(lambda file_id: False, 3600) == 1  # the kept one is marked and not asked about again
+    assert store.shard(kept) is not None
+    store.close()
+
+
+async def test_what_a_crash_left_is_cleared_at_start(tmp_path: Path) -> None:
+    store = ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=10)
+    file_id = FileId(os.urandom(32))
+    data = os.urandom(5000)
+    await put(store, data, file_id)
+    (tmp_path / "tmp" / "half").write_bytes(b"half an upload")
+    folder = tmp_path / "shards" / "ab"
+    folder.mkdir(exist_ok=True)
+    (folder / ("ab" * 32 + "-" + "00" * 8)).write_bytes(b"renamed, never committed")
+    store.close()
+    again = ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=10)
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert again.sweep_orphans(-1) == 1
+    assert again.used == 5000
+    assert again.read(again.shard_at(file_id, 0), 0, 5000) == data
+    again.close()
+
+
+def manifest_for(shard: bytes, file_id: FileId, tags: tuple[Tag, ...] = (), wrap: bytes = bytes(48)) -> Manifest:
+    layout = Layout(1, 2, cell, len(shard))
+    refs = (ShardRef(NodeId(b"n" * 16), root_of(shard)), ShardRef(NodeId(b"m" * 16), bytes(32)))
+    return Manifest(file_id, layout, "blake3", bytes(32), refs, owner, b"", wrap, tags)
+
+
+async def test_a_small_shard_and_its_manifest_are_one_transaction(store: ShardStore) -> None:
+    shard, file_id, tag = os.urandom(900), FileId(os.urandom(32)), Tag(b"t" * 32)
+    manifest = manifest_for(shard, file_id, (tag,))
+    assert (await store.commit_small(shard, manifest, 0)).created
+    assert store.files_of(tag) == [file_id]
+    assert store.manifest(file_id) == manifest.to_bytes()
+    assert not (await store.commit_small(shard, manifest, 0)).created
+    with pytest.raises(Conflict):
+        await store.commit_small(shard, manifest_for(shard, file_id, (tag,), b"w" * 48), 0)
+
+
+async def test_a_shard_that_its_manifest_does_not_name_is_refused(store: ShardStore) -> None:
+    file_id = FileId(os.urandom(32))
+    with pytest.raises(Damaged):
+        await store.commit_small(os.urandom(900), manifest_for(os.urandom(900), file_id), 0)
+    assert store.shard(file_id) is None
+
+
+async def test_one_failing_write_does_not_undo_its_neighbours(store: ShardStore) -> None:
+    import asyncio
+
+    def bad(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO tags VALUES (?, ?)", (b"x", b"y"))
+        raise Conflict("no")
+
+    good = [store.catalog.write(lambda c, i=i: c.execute("INSERT INTO tags VALUES (?, ?)", (bytes([i]), b"f"))) for i in range(5)]
+    results = await asyncio.gather(*good[:2], store.catalog.write(bad), *good[2:], return_exceptions=True)
+    assert sum(isinstance(result, Conflict) for result in results) == 1
+    assert store.catalog.all("SELECT count(*) FROM tags") == [(5,)]
