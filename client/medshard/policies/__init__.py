@@ -1,0 +1,1 @@
+"""What medshard knows of insurance policies, which come as PDF."""

@@ -1,0 +1,35 @@
+"""Text from outside, made fit to keep, to compare and to show. Files name patients and places; none may steer a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from medshard.model import attribute_value_max
+
+
+def clean(text: str) -> str:
+    """Make one line of printable Unicode of ``text``, at most ``attribute_value_max`` characters."""
+    text = text[: 4 * attribute_value_max]
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(c if c.isprintable() else " " if not _invisible(c) else "" for c in text.encode("utf-8", "replace").decode())
+    return " ".join(text.split())[:attribute_value_max].rstrip()
+
+
+def fold(text: str) -> str:
+    """Reduce ``text`` to what search compares: no case, no accents, and ^ and = of person names as blanks."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    return " ".join(text.casefold().translate(_blanks).split())
+
+
+def shown(name: bytes) -> str:
+    """Show a file name to people: what is not printable text appears as \\xNN."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in text)
+
+
+def _invisible(c: str) -> bool:
+    return unicodedata.category(c) in ("Cf", "Cn", "Co")
+
+
+_blanks = str.maketrans({"^": " ", "=": " ", ",": " ", "ø": "o", "ł": "l", "đ": "d", "æ": "ae", "œ": "oe", "ı": "i"})
