@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from bench.machine import Cost
 from bench.steps import Result
@@ -158,6 +159,28 @@ def _stored(figures: Medians, size: str) -> Verdict:
     if result is None or result.stored_ratio is None:
         return Verdict(text, "not measured", None)
     return Verdict(text, f"{result.stored_ratio:.4f}", result.stored_ratio <= STORED_RATIO_MAX)
+
+
+KERNEL_LEAST = {"gfni": 15.0, "avx2": 8.0}  # GB/s of data on one core, by the instruction sets that a path uses
+
+
+def kernel_verdicts(measured: Mapping[str, Any]) -> list[Verdict]:
+    """What bench/kernel.py measured for encoding with cells in cache, against what the kernel promises for the instructions it uses."""
+    found = []
+    for row in measured["results"]:
+        for family, least in KERNEL_LEAST.items():
+            if row["path"].split("-")[0] == family and row["cell_bytes"] == 32 * 1024:
+                rate = row["encode"]["best"]
+                found.append(Verdict(f"kernel, {row['path']}: at least {least:g} GB/s a core", f"{rate:.1f} GB/s", rate >= least))
+    return found
+
+
+def noise(runs: Runs) -> str:
+    """How much other jobs disturbed the steps, for whoever judges the figures."""
+    shares = [result.cost.others_share for run in runs for steps in run.values() for result in steps.values()]
+    if not shares:
+        return "Nothing was measured"
+    return f"Other jobs used {statistics.median(shares):.0%} of the machine in the median step, {max(shares):.0%} in the worst"
 
 
 _works = ("1 MiB", "100 MiB", "1 GiB", "200 x 512 KiB, folder", "200 x 512 KiB, separate", "100 MiB, one node frozen")

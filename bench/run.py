@@ -15,12 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from bench import floor, machine, report
+from bench import floor, kernel, machine, report
 from bench.medshard_side import Medshard
 from bench.peers.swift import Swift
 from bench.peers.tahoe import Tahoe
@@ -28,6 +28,14 @@ from bench.side import ACKNOWLEDGED, BENCH, NEEDED, NODES, Side, SideError
 from bench.steps import GROUPS, Result, Session, make_data
 
 SIDES = (report.OURS, *report.PEERS)
+
+
+@dataclass(frozen=True)
+class _Primitives:
+    """What the machine does without any system around it. `kernel` is what bench/kernel.py measured."""
+
+    floor: floor.Floor
+    kernel: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, notes = _all_runs(options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    floors = floor.measure() if report.OURS in options.sides and not options.no_floor else None
-    return _publish(options, runs, notes, floors, began)
+    primitives = _Primitives(floor.measure(), kernel.measure()) if not options.no_floor else None
+    return _publish(options, runs, notes, primitives, began)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,7 +60,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one run, without the 1 GiB file, waiting less for a quiet machine")
     parser.add_argument("--quiet-s", type=float, default=20.0, help="at most so long a wait for a quiet machine before a step (default 20)")
     parser.add_argument("--peers-1gib", action="store_true", help="peers store the 1 GiB file in every run, not only in the first")
-    parser.add_argument("--no-floor", action="store_true", help="do not measure what the primitives cost by themselves")
+    parser.add_argument("--no-floor", action="store_true", help="do not measure the kernel and what the primitives cost by themselves")
     parser.add_argument("--data", type=Path, default=_tmpfs(), help="folder for all data (default: the tmpfs, if there is one)")
     parser.add_argument("--out", type=Path, default=BENCH / "results", help="folder for the results (default bench/results)")
     options = parser.parse_args(arguments)
@@ -113,12 +121,12 @@ def _publish(
     options: argparse.Namespace,
     runs: list[dict[str, dict[str, Result]]],
     notes: list[str],
-    floors: floor.Floor | None,
+    primitives: _Primitives | None,
     began: float,
 ) -> int:
     figures = report.medians(runs)
-    found = report.verdicts(figures)
-    text = _markdown(figures, found, floors, notes)
+    found = report.verdicts(figures) + (report.kernel_verdicts(primitives.kernel) if primitives else [])
+    text = _markdown(figures, found, primitives, [*notes, report.noise(runs)])
     record = {
         "machine": machine.describe(),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
@@ -131,7 +139,7 @@ def _publish(
         "runs": [_plain(run) for run in runs],
         "median": _plain(figures),
         "promises": [asdict(verdict) for verdict in found],
-        "floor": asdict(floors) if floors else None,
+        "primitives": asdict(primitives) if primitives else None,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -145,7 +153,7 @@ def _plain(figures: report.Medians) -> dict[str, dict[str, object]]:
     return {side: {step: asdict(result) for step, result in steps.items()} for side, steps in figures.items()}
 
 
-def _markdown(figures: report.Medians, found: list[report.Verdict], floors: floor.Floor | None, notes: list[str]) -> str:
+def _markdown(figures: report.Medians, found: list[report.Verdict], primitives: _Primitives | None, notes: list[str]) -> str:
     about = machine.describe()
     cpu = f"{about['cores']} cores of {about['cpu']} ({about['extensions']})"
     parts = [
@@ -155,8 +163,8 @@ def _markdown(figures: report.Medians, found: list[report.Verdict], floors: floo
         report.resources(figures),
         report.promises_table(found),
     ]
-    if floors:
-        parts.append(floor.table(floors, figures))
+    if primitives:
+        parts.append(floor.table(primitives.floor, figures))
     parts += [f"- {note}" for note in dict.fromkeys(notes)]
     return "\n".join(parts) + "\n"
 
