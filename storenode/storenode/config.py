@@ -1,0 +1,268 @@
+"""HOME/config.toml, checked and explained.
+
+Law: a file that is wrong anywhere is refused whole, and the error names the file, the key, what was expected and what to write. Nothing
+is guessed and no key is ignored, so a misspelt limit cannot silently be the default. Keys and certificates are not configuration:
+they lie under HOME/keys, and who takes part stands in HOME/genesis.medshard.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import msgspec
+
+from medshard_protocol.errors import Absent, Malformed
+from medshard_protocol.manifest import manifest_bytes_max
+from storenode.durable import create
+
+config_name: Final = "config.toml"
+config_bytes_max: Final = 64 * 1024
+listen_default: Final = "127.0.0.1:9700"
+capacity_default: Final = 1_000_000_000_000
+
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+LogFormat: TypeAlias = Literal["auto", "json", "text"]
+Address: TypeAlias = tuple[str, int]
+
+_kinds: Final = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "object": "a section"}
+_url = re.compile(r"https://(\[[0-9a-f:.]+\]|[a-z0-9]([a-z0-9.-]*[a-z0-9])?):([1-9][0-9]{0,4})\Z")
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one request may cost. Sizes in bytes, times in seconds."""
+
+    shard_bytes_max: int = 1 << 40
+    manifest_bytes_max: int = manifest_bytes_max
+    small_shard_bytes_max: int = 64 << 10
+    body_stall_s: float = 30.0
+    sweep_after_s: float = 86_400.0
+
+
+class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where Prometheus asks, over plain HTTP; empty is nowhere."""
+
+    listen: str = ""
+    allow_remote: bool = False
+
+
+class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How loud, and in what form."""
+
+    level: LogLevel = "info"
+    format: LogFormat = "auto"
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: str
+    listen: str = listen_default
+    data: str = "data"
+    capacity_bytes: int = capacity_default
+    limits: Limits = Limits()
+    metrics: MetricsSection = MetricsSection()
+    log: LogSection = LogSection()
+
+
+@dataclass(frozen=True)
+class Config:
+    """A node's configuration, checked. Paths are absolute."""
+
+    home: Path
+    url: str
+    listen: str
+    listen_address: Address
+    data: Path
+    capacity_bytes: int
+    limits: Limits
+    metrics_address: Address | None
+    log_level: LogLevel
+    log_format: LogFormat
+
+    @classmethod
+    def load(cls, home: Path) -> Config:
+        """Read HOME/config.toml. Raises Absent or Malformed, both with what to do."""
+        path = home / config_name
+        try:
+            with path.open("rb") as file:
+                data = file.read(config_bytes_max + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Absent(f"{path} does not exist", hint=f"make a node there: storenode --home {home} init --help") from None
+        except OSError as error:
+            raise Malformed(f"{path}: cannot be read ({error.strerror})", hint="check owner and permissions of the file") from None
+        if len(data) > config_bytes_max:
+            raise Malformed(f"{path}: larger than {config_bytes_max} bytes", hint="this is not a configuration file")
+        return cls.parse(home, data.decode("utf-8", errors="surrogateescape"))
+
+    @classmethod
+    def parse(cls, home: Path, text: str) -> Config:
+        """Check the text of a configuration file. Raises Malformed."""
+        path = home / config_name
+        try:
+            values = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, UnicodeError) as error:
+            raise Malformed(
+                f"{path}: not TOML: {error}", hint="strings need quotes; see the comments that `storenode init` writes"
+            ) from None
+        _refuse_unknown(path, values)
+        try:
+            file = msgspec.convert(values, _File)
+        except msgspec.ValidationError as error:
+            raise _explained(path, str(error)) from None
+        _check_url(path, file.url)
+        _check_numbers(path, file)
+        metrics = _address(path, "metrics.listen", file.metrics.listen) if file.metrics.listen else None
+        if metrics and not file.metrics.allow_remote and not _is_loopback(metrics[0]):
+            raise _wrong(
+                path,
+                "metrics.listen",
+                "an address of this machine only, since /metrics has neither TLS nor a password",
+                file.metrics.listen,
+                'write listen = "127.0.0.1:9701", or set allow_remote = true where a firewall guards the port',
+            )
+        return cls(
+            home=home.absolute(),
+            url=file.url,
+            listen=file.listen,
+            listen_address=_address(path, "listen", file.listen),
+            data=home.absolute() / file.data,
+            capacity_bytes=file.capacity_bytes,
+            limits=file.limits,
+            metrics_address=metrics,
+            log_level=file.log.level,
+            log_format=file.log.format,
+        )
+
+
+def write_config(
+    home: Path, *, url: str, listen: str = listen_default, capacity_bytes: int = capacity_default, metrics: str = "", durable: bool = True
+) -> None:
+    """Write a commented HOME/config.toml that ``Config.load`` accepts. Raises Conflict where one exists, Malformed for wrong values."""
+    text = _template.format(url=url, listen=listen, capacity=f"{capacity_bytes:_}", metrics=metrics, limits=Limits())
+    Config.parse(home, text)
+    create(home / config_name, text.encode(), mode=0o644, durable=durable)
+
+
+def _refuse_unknown(path: Path, values: dict[str, Any]) -> None:
+    sections: dict[str, type[msgspec.Struct]] = {"": _File, "limits": Limits, "metrics": MetricsSection, "log": LogSection}
+    for section, kind in sections.items():
+        known = kind.__struct_fields__
+        table = values.get(section, {}) if section else values
+        for key in table if isinstance(table, dict) else ():
+            if key in known:
+                continue
+            near = difflib.get_close_matches(key, known, 1)
+            home = next((name for name, other in sections.items() if name and key in other.__struct_fields__), None)
+            hint = f"did you mean {near[0]}?" if near else f"move it under [{home}]" if home and not section else "remove it"
+            where = f"{section}.{key}" if section else key
+            raise Malformed(f"{path}: {where}: no such key; there are {', '.join(known)}", hint=hint)
+
+
+def _explained(path: Path, error: str) -> Malformed:
+    """Say in our words what msgspec says with a JSON path: "Expected `int`, got `str` - at `$.limits.body_stall_s`"."""
+    if missing := re.search(r"missing required field `(\w+)`", error):
+        return Malformed(f"{path}: {missing[1]}: missing", hint=f'write {missing[1]} = "https://HOST:PORT", as the others reach this node')
+    what, _, where = error.partition(" - at `$.")
+    key = where.rstrip("`") or "file"
+    what = what.replace("`", "").replace("Expected", "expected").replace("Invalid enum value", "expected another word than")
+    hints = {"int": "write a number without quotes", "float": "write a number without quotes", "str": 'write text in "quotes"'}
+    hint = next((text for kind, text in hints.items() if f"expected {kind}" in what), "see the comments that `storenode init` writes")
+    for theirs, ours in _kinds.items():
+        what = re.sub(rf"\b{theirs}\b", ours, what)
+    if key == "log.level":
+        hint = 'write one of "debug", "info", "warning", "error"'
+    elif key == "log.format":
+        hint = 'write one of "auto", "json", "text"'
+    return Malformed(f"{path}: {key}: {what}", hint=hint)
+
+
+def _wrong(path: Path, key: str, expected: str, got: object, hint: str) -> Malformed:
+    return Malformed(f"{path}: {key}: expected {expected}, got {got!r}", hint=hint)
+
+
+def _check_url(path: Path, url: str) -> None:
+    match = _url.match(url)
+    if not match or int(match[3]) > 65535 or len(url) > 256:
+        raise _wrong(path, "url", "https://HOST:PORT in lower case", url, 'write for example url = "https://node.hospital.example:9700"')
+
+
+def _check_numbers(path: Path, file: _File) -> None:
+    limits = file.limits
+    checks: tuple[tuple[str, float, float, float], ...] = (
+        ("capacity_bytes", file.capacity_bytes, 1 << 20, 2**63 - 1),
+        ("limits.shard_bytes_max", limits.shard_bytes_max, 1 << 16, 1 << 44),
+        ("limits.manifest_bytes_max", limits.manifest_bytes_max, 1 << 16, manifest_bytes_max),
+        ("limits.small_shard_bytes_max", limits.small_shard_bytes_max, 0, 1 << 20),
+        ("limits.body_stall_s", limits.body_stall_s, 0.1, 3600),
+        ("limits.sweep_after_s", limits.sweep_after_s, 0.1, 10 * 365 * 86400),
+    )
+    for key, value, least, most in checks:
+        if not least <= value <= most:
+            raise _wrong(path, key, f"a number from {least:,} to {most:,}".replace(",", "_"), value, "choose a number in that range")
+    if not file.data:
+        raise _wrong(path, "data", "a folder", file.data, 'write data = "data"')
+
+
+def _address(path: Path, key: str, text: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        ipaddress.ip_address(host)
+        number = int(port) if port.isascii() and port.isdigit() else 0
+    except ValueError:
+        number = 0
+    if not colon or not 1 <= number <= 65535:
+        raise _wrong(
+            path, key, "IP:PORT", text, f'write for example {key.rpartition(".")[2]} = "0.0.0.0:9700" to listen on every interface'
+        )
+    return host, number
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback
+
+
+_template: Final = """\
+# Configuration of a medshard storage node. Every key is checked; a misspelt one stops the node with an explanation.
+# What is commented out shows the default. Changes count after a restart: SIGTERM finishes what is in flight.
+
+# How the others reach this node. It stands in the genesis file too, so a change here alone moves nothing.
+url = "{url}"
+
+# IP:PORT to listen on. "0.0.0.0:9700" is every IPv4 interface, "[::]:9700" every IPv6 one.
+listen = "{listen}"
+
+# Shards and the ledger, relative to this file's folder. Put it on a disk of its own: all of it must survive a power cut.
+data = "data"
+
+# Never store more than this. Leave the ledger and the file system some room: about 90 % of the disk is right.
+capacity_bytes = {capacity}
+
+[metrics]
+# Prometheus asks here, over plain HTTP without a password, so only this machine may. Empty: no metrics.
+listen = "{metrics}"
+# Set true where the port is guarded otherwise, such as a container's private network.
+# allow_remote = false
+
+[log]
+# "debug" has a line for every request; "info" starts, stops and failures; also "warning", "error".
+level = "info"
+# "json" is one object a line, "text" is for eyes; "auto" is text on a terminal and JSON elsewhere.
+format = "auto"
+
+[limits]
+# Largest shard taken. A shard is the file's size over k.
+# shard_bytes_max = {limits.shard_bytes_max:_}
+# Largest manifest taken. A pack of 10,000 slices needs some MiB.
+# manifest_bytes_max = {limits.manifest_bytes_max:_}
+# Shards up to this size live in one SQLite file instead of a file each.
+# small_shard_bytes_max = {limits.small_shard_bytes_max:_}
+# Cut a sender that sends nothing for so many seconds.
+# body_stall_s = {limits.body_stall_s}
+# Delete a shard that was not registered on the ledger so many seconds after it came. A slow upload must fit in.
+# sweep_after_s = {limits.sweep_after_s:_}
+"""
