@@ -47,14 +47,18 @@ def _files(home: Home) -> list[Finding]:
     else:
         findings.append(Finding("ok", "key file", "keep a copy elsewhere: without it and its passphrase nothing can be restored"))
     if (home.folder / "passphrase").exists():
-        findings.append(Finding("warn", "the passphrase lies beside the key file", "fine for a local trial, not for patients' data", "delete it"))
+        findings.append(
+            Finding("warn", "the passphrase lies beside the key file", "fine for a local trial, not for patients' data", "delete it")
+        )
     return findings
 
 
 def _certificate(home: Home) -> Finding:
     expires = x509.load_der_x509_certificate(home.certificate_bytes()).not_valid_after_utc
     if expires - datetime.now(UTC) < renew_before:
-        return Finding("bad", f"the certificate expires on {expires:%Y-%m-%d}", "nodes refuse it after that", "ask for a new invitation and join")
+        return Finding(
+            "bad", f"the certificate expires on {expires:%Y-%m-%d}", "nodes refuse it after that", "ask for a new invitation and join"
+        )
     return Finding("ok", f"certificate valid until {expires:%Y-%m-%d}")
 
 
@@ -94,7 +98,12 @@ def _consortium(net: Net, alive: list[Node]) -> list[Finding]:
         findings.append(Finding("warn", f"{n - len(alive)} of {n} holders are away", "restores work, with less margin", "bring nodes back"))
     if institutions < w:
         findings.append(
-            Finding("bad", f"{institutions} institutions answer, {w} are needed to store", "nothing is acknowledged on fewer", "bring nodes back")
+            Finding(
+                "bad",
+                f"{institutions} institutions answer, {w} are needed to store",
+                "nothing is acknowledged on fewer",
+                "bring nodes back",
+            )
         )
     return findings or [Finding("ok", f"{len(alive)} nodes of {institutions} institutions: stores ({w}) and restores ({k}) work")]
 
@@ -105,7 +114,9 @@ def _ledger(net: Net, alive: list[Node], checkpoints: list[Checkpoint]) -> Findi
     if not any(node.id == net.roster.sequencer for node in alive):
         return Finding("bad", "the ledger's sequencer is away", "nothing new can be acknowledged", "bring its node back")
     if institutions < quorum:
-        return Finding("bad", f"{institutions} institutions of the {quorum} that make a quorum", "nothing new can be acknowledged", "bring nodes back")
+        return Finding(
+            "bad", f"{institutions} institutions of the {quorum} that make a quorum", "nothing new can be acknowledged", "bring nodes back"
+        )
     by_size: dict[int, set[bytes]] = {}
     for checkpoint in checkpoints:
         by_size.setdefault(checkpoint.size, set()).add(checkpoint.root)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -56,7 +56,7 @@ class Download:
         self._streams: dict[int, _Stream] = {}
         self._failures: dict[str, str] = {}
 
-    async def stripes(self, wanted: range) -> AsyncIterator[tuple[int, dict[int, memoryview]]]:
+    async def stripes(self, wanted: range) -> AsyncGenerator[tuple[int, dict[int, memoryview]], None]:
         """Yield every stripe in ``wanted``. Raises Unavailable when fewer than k holders give good cells."""
         self._now, self._end = wanted.start, wanted.stop
         try:

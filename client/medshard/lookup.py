@@ -52,7 +52,7 @@ class Lookup:
 
     def remember(self, manifest: Manifest, inclusion: Inclusion) -> None:
         """Keep a manifest and its proof beside the index, so that the next restore need not ask for them."""
-        self._index.keep_manifest(manifest.file_id, canonical.encode([manifest.to_bytes(), inclusion.to_value()]))
+        self._index.put_manifest(manifest.file_id, canonical.encode([manifest.to_bytes(), inclusion.to_value()]))
 
     def remembered(self, file_id: FileId) -> tuple[Manifest, Inclusion] | None:
         """A manifest and its proof from the cache; None when it is not there or not readable."""
@@ -60,7 +60,9 @@ class Lookup:
         if data is None:
             return None
         try:
-            f = canonical.Fields(canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest")
+            f = canonical.Fields(
+                canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest"
+            )
             manifest = Manifest.from_bytes(f.bytes(most=manifest_bytes_max))
             inclusion = Inclusion.from_value(f.list(most=8))
             self._ledger.check(manifest, inclusion)

@@ -281,7 +281,9 @@ class Putter:
         async def held(index: int) -> bool:
             ref = manifest.shards[index]
             try:
-                root = await self._net.head(self._net.roster.node(ref.node), shard_path(manifest.file_id, index), root_header, timeout_s=2.0)
+                root = await self._net.head(
+                    self._net.roster.node(ref.node), shard_path(manifest.file_id, index), root_header, timeout_s=2.0
+                )
             except MedshardError:
                 return False
             return root == ref.root.hex()
@@ -323,7 +325,7 @@ class Putter:
 
     def _finish(self, unit: Unit, manifest: Manifest, header: Header, proof: Inclusion, *, advanced: bool = False) -> None:
         rows = rows_of(manifest, header, proof.index)
-        self._index.add_all([(self._keys.tag(row.sha256), row) for row in rows])
+        self._index.add_many([(self._keys.tag(row.sha256), row) for row in rows])
         self._lookup.remember(manifest, proof)
         self._index.journal_delete(_journal_key(unit))
         for part, row in zip(unit.parts, rows, strict=True):
@@ -359,7 +361,17 @@ def rows_of(manifest: Manifest, header: Header, ledger_index: int) -> list[Row]:
     """What the index keeps of one object: a row for a file, or one for each member of a pack."""
     if header.kind == "file":
         return [
-            Row(header.sha256, header.size, header.name, header.media_type, header.attributes, manifest.file_id, None, header.put_time, ledger_index)
+            Row(
+                header.sha256,
+                header.size,
+                header.name,
+                header.media_type,
+                header.attributes,
+                manifest.file_id,
+                None,
+                header.put_time,
+                ledger_index,
+            )
         ]
     return [
         Row(m.sha256, m.size, m.name, m.media_type, m.attributes, manifest.file_id, number, header.put_time, ledger_index)

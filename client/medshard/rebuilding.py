@@ -51,7 +51,7 @@ async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress 
             return
         header = Header.from_bytes(unwrap(keys.vault, manifest).open_header(manifest.header))
         found = rows_of(manifest, header, number)
-        index.add_all([(keys.tag(row.sha256), row) for row in found])
+        index.add_many([(keys.tag(row.sha256), row) for row in found])
         rows += len(found)
 
     await asyncio.gather(*(one(file_id, number, digest) for file_id, (number, digest) in mine.items()))

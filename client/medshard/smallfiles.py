@@ -62,10 +62,11 @@ async def send_all(net: Net, objects: Sequence[Encoded], w: int, stored: Mapping
 
     async def one(node: Node, items: Sequence[tuple[int, int]]) -> None:
         body = pack_small_puts([SmallPut(objects[n].manifest.to_bytes(), i, objects[n].shards[i]) for n, i in items])
+        answers: list[MedshardError | None]
         try:
             answers = unpack_outcomes(await net.call(node, "POST", "/v1/files", body, timeout_s=timeout_s), node.name)
-        except MedshardError as error:
-            answers = [error] * len(items)
+        except MedshardError as failure:
+            answers = [failure] * len(items)
         for (number, index), error in zip(items, answers, strict=False):
             if error is None:
                 outcomes[number].done.add(index)
@@ -78,7 +79,9 @@ async def send_all(net: Net, objects: Sequence[Encoded], w: int, stored: Mapping
         for at in range(0, len(items), request_items_max)
     }
     try:
-        await _until_enough(net, tasks, lambda: all(_enough(net, item, sent, w) for item, sent in zip(objects, outcomes, strict=True)), started)
+        await _until_enough(
+            net, tasks, lambda: all(_enough(net, item, sent, w) for item, sent in zip(objects, outcomes, strict=True)), started
+        )
     finally:
         for task, node in tasks.items():
             if not task.done():

@@ -214,7 +214,9 @@ class Vault:
 
     def _pending(self) -> list[FileId]:
         value = self._index.journal_get(pending_slot)
-        return [] if value is None else [FileId(item) for item in canonical.decode(value, bytes_max=pending_bytes_max, what="pending reads")]
+        return (
+            [] if value is None else [FileId(item) for item in canonical.decode(value, bytes_max=pending_bytes_max, what="pending reads")]
+        )
 
     def _keep_pending(self, file_ids: Sequence[FileId]) -> None:
         if file_ids:

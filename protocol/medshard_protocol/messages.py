@@ -240,7 +240,7 @@ def unpack_stored(data: bytes) -> bytes:
 
 def pack_check(bad_cells: Sequence[int]) -> bytes:
     """Answer to POST …/check: the cells that no longer match their digests."""
-    return canonical.encode([version, list(bad_cells)[:bundle_items_max]])
+    return canonical.encode([version, tuple(bad_cells[:bundle_items_max])])
 
 
 def unpack_check(data: bytes) -> list[int]:

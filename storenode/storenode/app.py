@@ -166,7 +166,7 @@ def _enrol(parts: Parts, keys: NodeKeys) -> Callable[[Key], Awaitable[None]]:
             raise Refused("this node does not keep its institution's CA key", hint="ask for an invitation of the node that does")
         body = Enrol(key, 0, os.urandom(nonce_size))
         author = Key(ca.public_key().public_bytes_raw())
-        await parts.node.ledger.append([sign_entry(parts.roster.origin, body, author, ca.sign).to_bytes()])
+        await parts.node.ledger.append([sign_entry(parts.roster.origin, body, author, ca.sign)])
 
     return enrol
 

@@ -36,11 +36,10 @@ class Incoming:
             if self.received > self.size:
                 raise Malformed("more bytes came than were announced")
             self._hash(memoryview(chunk))
-        if self._file is None:
-            for chunk in chunks:
+            if self._file is None:
                 self._memory += chunk
-        else:
-            _write_all(self._file, b"".join(chunks) if len(chunks) > 1 else chunks[0])
+            else:
+                _write_all(self._file, chunk)
 
     def finish(self) -> bytes | None:
         """Make the bytes durable; the bytes themselves if they were kept in memory. Raises Malformed when some are missing."""
