@@ -39,6 +39,12 @@ _institution_name = re.compile(r"[^\x00-\x20\x7f-\xa0]([^\x00-\x1f\x7f-\x9f]*[^\
 _url = re.compile(r"https://(\[[0-9a-f:.]+\]|[a-z0-9]([a-z0-9.-]*[a-z0-9])?):([1-9][0-9]{0,4})\Z")
 
 
+def is_node_url(text: str) -> bool:
+    """Say whether this is a node's address as a roster writes it: ``https://host:port``, lowercase, with nothing after."""
+    url = _url.match(text)
+    return url is not None and len(text) <= url_chars_max and int(url[3]) <= 65535
+
+
 class Quorum(NamedTuple):
     """How many institutions may be faulty, and how many must agree."""
 
@@ -84,6 +90,9 @@ class Roster:
     institutions: tuple[Institution, ...]
     nodes: tuple[Node, ...]
     code: tuple[int, int, int]  # default k, n, w
+
+    def __hash__(self) -> int:
+        return hash((self.origin, self.log_key))  # rosters key caches on hot paths, and there are few of them
 
     def to_bytes(self) -> bytes:
         """Encode canonically. Raises ValueError if the roster breaks a rule that ``from_bytes`` checks."""
@@ -193,8 +202,7 @@ def _nodes_complaint(roster: Roster) -> str | None:
             return "a node's name is 1 to 64 lowercase letters, digits, dots and dashes"
         if node.institution >= len(roster.institutions):
             return f"node {node.name} belongs to no institution"
-        url = _url.match(node.url)
-        if len(node.url) > url_chars_max or not url or int(url[3]) > 65535:
+        if not is_node_url(node.url):
             return f"node {node.name} needs a url like https://host:port"
         if len(node.id) != node_id_size or not 0 <= node.capacity <= capacity_bytes_max:
             return f"node {node.name} has a wrong id or capacity"

@@ -7,9 +7,9 @@ root from them. ``Tree`` holds only the right edge in memory and asks its owner 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from medshard_protocol import merkle
@@ -123,14 +123,15 @@ class _Pyramid:
 class Tree:
     """An RFC 6962 SHA-256 tree that grows, gives proofs for any size it has had, and keeps its full tiles elsewhere.
 
-    ``read_tile(level, index)`` gives the 8192 bytes of a full tile that ``append`` handed out earlier. Proofs cost a few dozen
-    hashes. Not thread-safe.
+    ``read_tile(level, index)`` gives the 8192 bytes of a full tile that ``append`` handed out; the last few it still has itself, so
+    that a batch may be stored after it was appended. Proofs cost a few dozen hashes. Not thread-safe.
     """
 
     def __init__(self, read_tile: Callable[[int, int], bytes]) -> None:
         self.size = 0
         self._edge: list[_Pyramid] = [_Pyramid()]
-        self._full = lru_cache(maxsize=tiles_cached)(lambda level, index: _Pyramid(split_tile(read_tile(level, index))))
+        self._read_tile = read_tile
+        self._full: OrderedDict[tuple[int, int], _Pyramid] = OrderedDict()  # the last used; those just completed among them
 
     @classmethod
     def load(cls, size: int, last_leaves: Sequence[bytes], read_tile: Callable[[int, int], bytes]) -> Tree:
@@ -143,7 +144,7 @@ class Tree:
         level = 1
         while (hashes := size >> tile_height * level) > 0:
             below = range(hashes - hashes % tile_width, hashes)
-            tree._edge.append(_Pyramid(tree._full(level - 1, index).rows[tile_height][0] for index in below))
+            tree._edge.append(_Pyramid(tree._pyramid(level - 1, index).rows[tile_height][0] for index in below))
             level += 1
         return tree
 
@@ -159,7 +160,9 @@ class Tree:
             edge.append(item)
             if not edge.rows[tile_height]:
                 return full
-            full.append(FullTile(level, (self.size >> tile_height * (level + 1)) - 1, b"".join(edge.rows[0])))
+            number = (self.size >> tile_height * (level + 1)) - 1
+            full.append(FullTile(level, number, b"".join(edge.rows[0])))
+            self._keep(level, number, edge)
             item = edge.rows[tile_height][0]
             self._edge[level] = _Pyramid()
             level += 1
@@ -203,7 +206,17 @@ class Tree:
     def _pyramid(self, level: int, index: int) -> _Pyramid:
         if index == self.size >> tile_height * (level + 1):
             return self._edge[level]
-        return self._full(level, index)
+        pyramid = self._full.get((level, index))
+        if pyramid is None:
+            pyramid = _Pyramid(split_tile(self._read_tile(level, index)))
+        self._keep(level, index, pyramid)
+        return pyramid
+
+    def _keep(self, level: int, index: int, pyramid: _Pyramid) -> None:
+        self._full[level, index] = pyramid
+        self._full.move_to_end((level, index))
+        if len(self._full) > tiles_cached:
+            self._full.popitem(last=False)
 
 
 def split_tile(data: bytes) -> list[bytes]:

@@ -28,7 +28,7 @@ push_timeout_s = 3.0
 catch_up_timeout_s = 20.0  # a full push of 4 MiB to a slow disk over a slow line
 pause_first_s = 0.1
 pause_most_s = 5.0
-tell_after_s = 0.025  # the next checkpoint, if there is one by then, carries the news along
+tell_after_s = 0.1  # under load the next checkpoint carries the news along, and nothing is sent for it alone
 
 _log = logging.getLogger(__name__)
 
@@ -110,16 +110,19 @@ class Pushers:
         """Let the mirrors know what has been published: with the next push, or ``soon``."""
         self._edition += 1
         if soon and self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell)
+            self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
 
     def status(self) -> list[dict[str, object]]:
         """What an operator wants to know of each mirror."""
         return [{"node": peer.node.name, "size": peer.size, "failures": peer.failures, "error": peer.error} for peer in self._peers]
 
-    def _tell(self) -> None:
-        self._telling, self._news = None, self._edition
+    def _tell(self, edition: int) -> None:
+        self._telling, self._news = None, edition
         for peer in self._peers:
-            peer.wake.set()
+            if peer.told < edition:
+                peer.wake.set()
+        if self._edition > edition:
+            self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
 
     async def _serve(self, peer: _Peer) -> None:
         while True:

@@ -59,6 +59,7 @@ class Sequencer:
         self._roster = roster
         self._node = node
         self._key = key
+        self._verifiers = {member.id: cosigner_verifier(roster, member.id) for member in roster.nodes}
         self._queue: list[_Queued] = []
         self._places: dict[bytes, int] = {}  # by leaf hash, of entries accepted but not yet stored
         self._submissions = 0  # in the queue
@@ -223,7 +224,7 @@ class Sequencer:
         """Count a cosignature. Raises Refused if it does not hold."""
         if round_.done.is_set() or round_ is not self._round:
             return
-        cosigner_verifier(self._roster, node).verify(round_.note.text, signature)
+        self._verifiers[node].verify(round_.note.text, signature)
         round_.cosigned[node] = signature
         if self._roster.has_quorum(round_.cosigned):
             self._publish(round_)
