@@ -1,7 +1,8 @@
 """Say what a file is, by its content first and its name second, and what people will look for it by.
 
 Law: ``describe`` reads a bounded part of the file, raises only OSError from the file itself, and never decides whether the file
-is kept: a broken file is described as plain bytes and the problem is told. pydicom and pypdf are loaded when the first file of their kind is seen.
+is kept: a broken file is described as plain bytes and the problem is told. pydicom and pypdf are loaded when the first file of
+their kind is seen.
 """
 
 from __future__ import annotations

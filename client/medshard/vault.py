@@ -31,14 +31,15 @@ from medshard.packs import plan
 from medshard.putting import Code, Putter
 from medshard.query import Query
 from medshard.restoring import Restore, Target
+from medshard.source import hash_file
 from medshard.tls import context_for
 from medshard.transport import Net
 from medshard_protocol import canonical
-from medshard_protocol.errors import Absent, MedshardError
+from medshard_protocol.errors import Absent, Conflict, MedshardError
 from medshard_protocol.ids import FileId
 
 OnProgress = Callable[[Progress], None]
-announce_wait_s: Final = 3.0  # how long a restore waits for its trace when the quorum is out of reach
+announce_wait_s: Final = 1.5  # how long a restore waits for its trace when the quorum is out of reach
 pending_slot: Final = b"access-pending"
 pending_bytes_max: Final = 16 * 1024 * 1024
 
@@ -106,20 +107,41 @@ class Vault:
         return await putter.put(planned, progress)
 
     async def get(
-        self, sha256: bytes, dest: Path | None = None, *, out: BinaryIO | None = None, progress: OnProgress | None = None
+        self,
+        sha256: bytes,
+        dest: Path | None = None,
+        *,
+        out: BinaryIO | None = None,
+        overwrite: bool = True,
+        progress: OnProgress | None = None,
     ) -> GetReport:
-        """Restore one file by its SHA-256 to ``dest`` (a path or a folder; else its own name here), or into ``out``."""
+        """Restore one file by its SHA-256 to ``dest`` (a path or a folder; else its own name here), or into ``out``.
+
+        Without ``overwrite``, raises Conflict where another file has that name.
+        """
         (target,) = await self._lookup.targets([sha256])
         path = None if out is not None else _destination(target, dest)
+        if path is not None and not overwrite:
+            await asyncio.to_thread(_check_free, path, sha256)
         (report,) = await self._restore([(target, path)], out, progress)
         return report
 
-    async def get_many(self, hashes: Sequence[bytes], folder: Path, *, progress: OnProgress | None = None) -> list[GetReport]:
-        """Restore many files into ``folder`` under their stored names. Members of one pack are read together."""
-        targets = await self._lookup.targets(hashes)
+    async def get_many(
+        self, hashes: Sequence[bytes], folder: Path, *, overwrite: bool = True, progress: OnProgress | None = None
+    ) -> list[GetReport]:
+        """Restore many files into ``folder`` under their stored names. Members of one pack are read together.
+
+        Raises Conflict where two of them have one name, and without ``overwrite`` where another file has it.
+        """
+        targets = await self._lookup.targets(list(dict.fromkeys(hashes)))
+        paths = [folder / os.fsdecode(target.name) for target in targets]
+        if len(set(paths)) < len(paths):
+            twice = next(path for path in paths if paths.count(path) > 1)
+            raise Conflict(f"two of these files are called {twice}", hint="get them one by one, each with -o")
         pairs: list[tuple[Target, Path | None]] = []
-        for target in targets:
-            path = folder / os.fsdecode(target.name)
+        for target, path in zip(targets, paths, strict=True):
+            if not overwrite:
+                await asyncio.to_thread(_check_free, path, target.sha256)
             path.parent.mkdir(parents=True, exist_ok=True)
             pairs.append((target, path))
         return await self._restore(pairs, None, progress)
@@ -223,6 +245,12 @@ class Vault:
             self._index.journal_put(pending_slot, canonical.encode(list(dict.fromkeys(file_ids))))
         else:
             self._index.journal_delete(pending_slot)
+
+
+def _check_free(path: Path, sha256: bytes) -> None:
+    """Raise Conflict where ``path`` is a file with other bytes."""
+    if path.exists() and (not path.is_file() or hash_file(path) != sha256):
+        raise Conflict(f"{path} is here already, and is another file", hint="choose another place with -o, or replace it with --force")
 
 
 def _destination(target: Target, dest: Path | None) -> Path:

@@ -98,10 +98,14 @@ def test_the_journal_gives_back_what_was_noted(index: Index) -> None:
 
 
 def test_changes_made_together_are_made_or_not_made(index: Index) -> None:
-    with pytest.raises(KeyError), index.together():
-        index.add(tag, row)
-        index.journal_put(b"k", b"v")
-        raise KeyError
+    def change_and_fail() -> None:
+        with index.together():
+            index.add(tag, row)
+            index.journal_put(b"k", b"v")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        change_and_fail()
     assert (index.count(), index.journal_get(b"k")) == (0, None)
     with index.together():
         index.add(tag, row)

@@ -1,0 +1,157 @@
+"""verify, doctor and reindex."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from medshard.cli import output
+from medshard.cli.exits import Exit, exit_of
+from medshard.cli.options import Session, examples, run, sha256, shared
+from medshard.model import Finding, Progress, VerifyReport
+from medshard_protocol.errors import Damaged, MedshardError
+
+if TYPE_CHECKING:
+    from medshard.vault import Vault
+
+_marks = {"proven": "✓", "damaged": "✗", "missing": "✗", "unreachable": "?", "slow": "?", "ok": "✓", "warn": "!", "bad": "✗"}
+
+
+@click.command(epilog=examples("medshard verify 3b1f…", "medshard verify --all --json"))
+@click.argument("hashes", nargs=-1, type=sha256, metavar="[SHA256...]")
+@click.option("--all", "everything", is_flag=True, help="Every file of the vault.")
+@shared
+def verify(session: Session, hashes: tuple[bytes, ...], everything: bool) -> int:
+    """Ask every holder to prove its shard.
+
+    A holder re-reads and re-hashes its whole shard, and shows a few cells that we choose with their Merkle paths. The shards
+    themselves are not downloaded.
+    """
+    if everything == bool(hashes):
+        raise click.UsageError("name the files by their SHA-256, or say --all")
+    reports = run(_verify(session, hashes))
+    if session.json:
+        output.document({"ok": all(report.ok for report in reports), "files": output.plain(reports)})
+    states = {holder.state for report in reports for holder in report.holders}
+    if states & {"damaged", "missing"}:
+        return Exit.DAMAGED
+    return Exit.UNAVAILABLE if states - {"proven"} else Exit.OK
+
+
+async def _verify(session: Session, hashes: tuple[bytes, ...]) -> list[VerifyReport]:
+    reports: list[VerifyReport] = []
+    async with session.vault() as vault:
+        wanted = list(hashes) or _one_of_each(vault)
+        with output.meter(wanted=not (session.quiet or session.json) and len(wanted) > 1) as progress:
+            async for report in _each(vault, wanted):
+                reports.append(report)
+                if progress:
+                    progress(Progress(len(reports), len(wanted), "files", report.sha256.hex()))
+                if not session.json:
+                    _tell_verified(report, whole=bool(hashes))
+    if not session.json and not session.quiet and not hashes:
+        bad = sum(not report.ok for report in reports)
+        output.line(f"{len(reports)} stored objects: {len(reports) - bad} whole, {bad} with holders that did not prove their shard")
+    return reports
+
+
+async def _each(vault: Vault, wanted: Iterable[bytes]) -> AsyncIterator[VerifyReport]:
+    for each in wanted:
+        yield await vault.verify(each)
+
+
+def _one_of_each(vault: Vault) -> list[bytes]:
+    """One file of every stored object: members of one pack share their shards."""
+    return list({row.file_id: row.sha256 for row in vault.ls()}.values())
+
+
+def _tell_verified(report: VerifyReport, *, whole: bool) -> None:
+    proven = sum(holder.state == "proven" for holder in report.holders)
+    if report.margin < 0:
+        verdict = f"CANNOT BE RESTORED NOW: {-report.margin} shards are wanting"
+    else:
+        verdict = f"can be restored; {report.margin} more shards may be lost"
+    output.line(f"{report.sha256.hex()}  {proven} of {len(report.holders)} shards proven, {verdict}")
+    for holder in report.holders:
+        if whole or holder.state != "proven":
+            cells = f", bad cells {', '.join(map(str, holder.bad_cells[:8]))}" if holder.bad_cells else ""
+            detail = f"  ({holder.detail})" if holder.detail else ""
+            output.line(
+                f"  {_marks[holder.state]} shard {holder.shard:>3}  {holder.state:<11} {holder.node} ({holder.institution}){cells}{detail}"
+            )
+
+
+@click.command(epilog=examples("medshard doctor", "medshard doctor --json"))
+@shared
+def doctor(session: Session) -> int:
+    """Explain what is wrong, and what to do.
+
+    Looks at everything that storing and restoring needs: the vault's files, its certificate, this disk, each node, the ledger.
+    Changes nothing.
+    """
+
+    async def work() -> list[Finding]:
+        async with session.vault() as vault:
+            return await vault.doctor()
+
+    code = Exit.OK
+    try:
+        findings = run(work())
+    except MedshardError as error:
+        findings, code = [Finding("bad", str(error), "the vault cannot be opened", error.hint)], exit_of(error)
+    if any(finding.level == "bad" for finding in findings):
+        code = code or Exit.DAMAGED
+    if session.json:
+        output.document({"ok": code == Exit.OK, "findings": output.plain(findings)})
+    else:
+        for finding in findings:
+            if finding.level != "ok" or not session.quiet:
+                _tell_finding(finding)
+    return code
+
+
+def _tell_finding(finding: Finding) -> None:
+    output.line(f"{_marks[finding.level]} {finding.what}")
+    for label, text in (("why", finding.why), ("fix", finding.fix)):
+        if text and finding.level != "ok":
+            output.line(f"    {label}: {text}")
+
+
+@click.command(epilog=examples("medshard reindex"))
+@shared
+def reindex(session: Session) -> int:
+    """Rebuild the local index.
+
+    From the ledger, any nodes that live, and the keys. Nothing is lost with the index: it is a cache, and this makes it again.
+    A damaged index is set aside as index.sqlite.damaged.
+    """
+    count = run(_reindex(session))
+    if session.json:
+        output.document({"files": count})
+    elif not session.quiet:
+        output.line(f"{count} files")
+    return Exit.OK
+
+
+async def _reindex(session: Session) -> int:
+    try:
+        return await _reindex_once(session)
+    except Damaged:
+        # The index itself, most likely. Were it anything else, trying with a new index shows it.
+        from medshard.home import Home
+
+        path = Home(session.home).index
+        if not path.exists():
+            raise
+        path.replace(path.with_name(path.name + ".damaged"))
+        for end in ("-wal", "-shm"):
+            path.with_name(path.name + end).unlink(missing_ok=True)
+    return await _reindex_once(session)
+
+
+async def _reindex_once(session: Session) -> int:
+    async with session.vault() as vault:
+        with output.meter(wanted=not (session.quiet or session.json)) as progress:
+            return await vault.reindex(progress)

@@ -1,0 +1,94 @@
+"""What every command takes (--home, --json, --quiet, before or after its name) and shares: the session, and running the vault."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from medshard.vault import Vault
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Session:
+    """The choices made for this run."""
+
+    home: Path
+    json: bool = False
+    quiet: bool = False
+
+    @asynccontextmanager
+    async def vault(self) -> AsyncIterator[Vault]:
+        """The vault at home, open."""
+        from medshard.cli import passphrase
+        from medshard.vault import Vault
+
+        secret = "" if not self.home.is_dir() else passphrase.known(self.home)
+        async with Vault.open(self.home, secret) as vault:
+            yield vault
+
+
+def shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the shared options and, as its first argument, the session."""
+
+    @click.option(
+        "--home", type=click.Path(file_okay=False, path_type=Path), help="Folder of the vault [env MEDSHARD_HOME, else ~/.medshard]."
+    )
+    @click.option("--json", is_flag=True, help="Write one JSON document instead of text.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks, only results and errors.")
+    @click.pass_context
+    @functools.wraps(command)
+    def with_session(context: click.Context, /, home: Path | None, json: bool, quiet: bool, **others: Any) -> Any:
+        session = context.ensure_object(Session) if context.obj is None else context.obj
+        session.home = home or session.home
+        session.json |= json
+        session.quiet |= quiet
+        return command(session, **others)
+
+    return with_session
+
+
+def run(task: Coroutine[Any, Any, Result]) -> Result:
+    """Run one coroutine to its end. Ctrl-C cancels it, which cleans up, and comes out as KeyboardInterrupt."""
+    import uvloop  # late, as everything that --help does not need
+
+    return uvloop.run(task)
+
+
+def sha256(text: str) -> bytes:
+    """Parse 64 hexadecimal digits, as sha256sum prints them."""
+    digits = text.strip().lower().removeprefix("\\")  # sha256sum marks escaped names so
+    if not re.fullmatch(r"[0-9a-f]*", digits):
+        raise click.BadParameter(f"{text!a} is not a SHA-256: expected 64 hexadecimal digits, as `medshard put` and `sha256sum` print them")
+    if len(digits) != 64:
+        raise click.BadParameter(f"{text!a} is not a SHA-256: it has {len(digits)} hexadecimal digits, not 64")
+    return bytes.fromhex(digits)
+
+
+def tag(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE."""
+    from medshard.model import check_attributes
+    from medshard_protocol.errors import Malformed
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{text!a} has no '='; write NAME=VALUE")
+    try:
+        check_attributes({f"tag:{key}": value})
+    except Malformed as error:
+        raise click.BadParameter(str(error).removeprefix("header: ")) from None
+    return key, value
+
+
+def examples(*lines: str) -> str:
+    """Lay out examples at the end of a help text, unwrapped."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

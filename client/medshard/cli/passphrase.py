@@ -1,0 +1,60 @@
+"""Where the passphrase comes from: the environment, a file, the terminal. Never the command line, which everybody on the
+machine can read.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from medshard_protocol.errors import Refused
+
+file_bytes_max = 4_096
+_hint = "Set MEDSHARD_PASSPHRASE or MEDSHARD_PASSPHRASE_FILE, or run the command on a terminal."
+
+
+def known(home: Path) -> str:
+    """The passphrase of the vault at ``home``. Raises Refused where there is nobody to ask."""
+    found = _given(home)
+    return found if found is not None else _ask(f"Passphrase of the vault {home}: ")
+
+
+def new(home: Path) -> str:
+    """A passphrase for a vault that does not exist yet; on a terminal it is asked for twice."""
+    found = _given(home)
+    if found is not None:
+        return found
+    while True:
+        first = _ask(f"New passphrase for the vault {home}: ")
+        if not first:
+            raise Refused("an empty passphrase protects nothing", hint="Choose several words that nobody else would.")
+        if first == _ask("Again: "):
+            return first
+        sys.stderr.write("These differ. Once more.\n")
+
+
+def _given(home: Path) -> str | None:
+    if (text := os.environ.get("MEDSHARD_PASSPHRASE")) is not None:
+        return text
+    if (named := os.environ.get("MEDSHARD_PASSPHRASE_FILE")) is not None:
+        return _read(Path(named))
+    trial = home / "passphrase"  # written by `medshard up` alone, for vaults that hold nothing of worth
+    return _read(trial) if trial.is_file() else None
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(file_bytes_max)
+    try:
+        return data.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise Refused(f"{path} is not a text file", hint="It should hold the passphrase, in UTF-8, on one line.") from None
+
+
+def _ask(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        raise Refused("the vault needs its passphrase, and there is no terminal to ask on", hint=_hint)
+    import getpass
+
+    return getpass.getpass(prompt, stream=sys.stderr)

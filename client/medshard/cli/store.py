@@ -1,0 +1,147 @@
+"""put and get."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from medshard.cli import output
+from medshard.cli.exits import Exit
+from medshard.cli.options import Session, examples, run, sha256, shared, tag
+from medshard.model import GetReport, PutReport
+from medshard.text import shown
+
+_local = click.Path(path_type=Path)
+
+
+@click.command(
+    epilog=examples(
+        "medshard put scan.dcm policy.pdf",
+        "medshard put studies/ > studies.sha256      # sha256sum -c checks the originals later",
+        "medshard put --policy-number VN-7 --tag branch=life policy.pdf",
+    )
+)
+@click.argument("paths", nargs=-1, required=True, type=_local, metavar="PATH...")
+@click.option("--policy-number", metavar="NUMBER", help="Number of the policy that the files belong to; find looks for it.")
+@click.option(
+    "--tag", "tags", multiple=True, type=tag, metavar="NAME=VALUE", help="Your own mark on the files, sealed like the rest. Repeatable."
+)
+@shared
+def put(session: Session, paths: tuple[Path, ...], policy_number: str | None, tags: tuple[tuple[str, str], ...]) -> int:
+    """Store files and folders; print SHA256 PATH.
+
+    A line is printed when the file is safe: its shards fsynced on nodes of w institutions and its entry in a ledger checkpoint
+    that a quorum cosigned. A file that is broken, or cannot be read, stops none of the others. An interrupted put can be run
+    again: it finishes without sending stored shards twice.
+    """
+    _check_policy_number(policy_number)
+
+    async def work() -> PutReport:
+        async with session.vault() as vault:
+            with output.meter(wanted=not (session.quiet or session.json)) as progress:
+                return await vault.put(paths, tags=dict(tags), policy_number=policy_number, progress=progress)
+
+    started = time.monotonic()
+    report = run(work())
+    if session.json:
+        output.document(output.plain(report))
+    else:
+        _tell_put(session, report, time.monotonic() - started)
+    failed = [problem for problem in report.problems if not problem.stored]
+    if not failed:
+        return Exit.OK
+    return Exit.PARTIAL if report.stored else Exit.LOCAL
+
+
+def _check_policy_number(number: str | None) -> None:
+    from medshard.model import check_attributes
+    from medshard_protocol.errors import Malformed
+
+    try:
+        check_attributes({"policy-number": number or ""})
+    except Malformed as error:
+        raise click.BadParameter(str(error).removeprefix("header: "), param_hint="--policy-number") from None
+
+
+def _tell_put(session: Session, report: PutReport, took_s: float) -> None:
+    for stored in report.stored:
+        output.hashed(stored.sha256, os.fsencode(stored.path))
+    sys.stdout.flush()
+    for problem in report.problems:
+        if not problem.stored:
+            output.problem(f"{shown(os.fsencode(problem.path))}: {problem.message}; not stored")
+        elif not session.quiet:
+            output.note(f"medshard: {shown(os.fsencode(problem.path))}: {problem.message}; stored as it is")
+    if session.quiet:
+        return
+    if not report.stored and not report.problems:
+        output.note("medshard: there are no files to store in what was named")
+    elif report.stored and sys.stderr.isatty():
+        fresh = sum(stored.size for stored in report.stored if not stored.already)
+        already = sum(stored.already for stored in report.stored)
+        known = f", {already} of them stored before" if already else ""
+        rate = f", {output.size(int(fresh / took_s))}/s" if fresh else ""
+        output.note(f"{len(report.stored)} files{known}, {output.size(fresh)} in {took_s:.1f} s{rate}")
+
+
+@click.command(
+    epilog=examples(
+        "medshard get 3b1f…                     # under its own name, here",
+        "medshard get 3b1f… -o back.dcm",
+        "medshard get 3b1f… -o - | dcmdump -",
+        "medshard find --patient doe --json | jq -r '.files[].sha256' | xargs medshard get -o restored/",
+    )
+)
+@click.argument("hashes", nargs=-1, required=True, type=sha256, metavar="SHA256...")
+@click.option("-o", "--output", "destination", type=_local, metavar="PATH", help="File or folder to write to; - is standard output.")
+@click.option("-f", "--force", is_flag=True, help="Replace a file of the same name that is here already.")
+@shared
+def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, force: bool) -> int:
+    """Restore files by their SHA-256.
+
+    Every byte is checked on the way, and the whole against its SHA-256, before the file gets its name: there is the right file,
+    or none. Several files go into a folder, under the names they were put with.
+    """
+    to_pipe = destination is not None and str(destination) == "-"
+    if len(hashes) > 1 and destination is not None and not to_pipe and destination.exists() and not destination.is_dir():
+        raise click.BadParameter(f"{destination} is a file; several files need a folder", param_hint="-o")
+    reports = run(_restore(session, hashes, destination, to_pipe=to_pipe, replace=force))
+    if session.json and not to_pipe:
+        output.document({"restored": output.plain(reports)})
+    elif not to_pipe:
+        for report in reports:
+            output.hashed(report.sha256, os.fsencode(report.path or "-"))
+    if not session.quiet:
+        _remark(reports)
+    return Exit.OK
+
+
+async def _restore(
+    session: Session, hashes: tuple[bytes, ...], destination: Path | None, *, to_pipe: bool, replace: bool
+) -> list[GetReport]:
+    async with session.vault() as vault:
+        with output.meter(wanted=not (session.quiet or session.json)) as progress:
+            if to_pipe:
+                out: BinaryIO = sys.stdout.buffer
+                return [await vault.get(wanted, out=out, progress=progress) for wanted in hashes]
+            if len(hashes) == 1:
+                named = destination is not None and not destination.is_dir()
+                return [await vault.get(hashes[0], destination, progress=progress, overwrite=replace or named)]
+            folder = destination or Path()
+            folder.mkdir(parents=True, exist_ok=True)
+            return await vault.get_many(hashes, folder, progress=progress, overwrite=replace)
+
+
+def _remark(reports: list[GetReport]) -> None:
+    bad: dict[str, int] = {}
+    for node, _shard, _cell in {cell for report in reports for cell in report.bad_cells}:
+        bad[node] = bad.get(node, 0) + 1
+    for node, count in sorted(bad.items()):
+        output.note(f"medshard: {node} gave {count} damaged cells; they were made good from other nodes. See `medshard verify`.")
+    if not all(report.recorded for report in reports):
+        output.note("medshard: the ledger is out of reach; the record of this read is kept here and appended next time.")
