@@ -147,7 +147,7 @@ def _load(certificate: bytes) -> x509.Certificate:
         raise Malformed(f"certificate: {len(certificate)} bytes, more than the {certificate_bytes_max} allowed")
     try:
         return x509.load_der_x509_certificate(certificate)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise Malformed(f"certificate: not DER X.509 ({error})") from None
 
 

@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from medshard_protocol.canonical import Fields, Value, decode, encode
 from medshard_protocol.errors import Absent, Malformed
+from medshard_protocol.identity import certificate_bytes_max, certificate_key
 from medshard_protocol.ids import Key, NodeId, Sha256, key_size, node_id_size
 
 roster_version = 1
@@ -29,7 +26,6 @@ nodes_max = 1024
 name_chars_max = 64
 origin_chars_max = 128
 url_chars_max = 256
-certificate_bytes_max = 4096
 capacity_bytes_max = 2**63 - 1
 shards_max = 255
 
@@ -187,7 +183,7 @@ def _institutions_complaint(roster: Roster) -> str | None:
     for number, institution in enumerate(roster.institutions):
         if len(institution.name) > name_chars_max or not _institution_name.match(institution.name):
             return f"institution {number} needs a name of 1 to {name_chars_max} printable characters"
-        if len(institution.ca) > certificate_bytes_max or _certified_key(institution.ca) != institution.key:
+        if _certified_key(institution.ca) != institution.key:
             return f"the CA certificate of {institution.name} does not carry its Ed25519 key"
         if not any(node.institution == number for node in roster.nodes):
             return f"{institution.name} has no node, so it could never cosign"
@@ -245,9 +241,8 @@ def _twice(items: Iterable[Any], of: Callable[[Any], str | bytes]) -> str | None
     return None
 
 
-def _certified_key(certificate: bytes) -> bytes | None:
+def _certified_key(certificate: bytes) -> Key | None:
     try:
-        key = x509.load_der_x509_certificate(certificate).public_key()
-    except Exception:  # noqa: BLE001 - the parser's errors are of many kinds, and all of them mean the same here
+        return certificate_key(certificate)
+    except Malformed:
         return None
-    return key.public_bytes(Encoding.Raw, PublicFormat.Raw) if isinstance(key, Ed25519PublicKey) else None

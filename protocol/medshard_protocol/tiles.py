@@ -73,7 +73,7 @@ def tile_names(size: int) -> list[TileName]:
 def _names_of_level(level: int | None, hashes: int) -> list[TileName]:
     full, width = divmod(hashes, tile_width)
     names = [TileName(level, index) for index in range(full)]
-    return names + [TileName(level, full, width)] if width else names
+    return [*names, TileName(level, full, width)] if width else names
 
 
 def pack_bundle(entries: Iterable[bytes]) -> bytes:

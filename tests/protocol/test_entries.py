@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medshard_protocol.canonical import encode
+from medshard_protocol.entries import Access, Enrol, Entry, Genesis, Purpose, Register, Type, entry_bytes_max, signed_bytes
+from medshard_protocol.errors import Malformed, Refused
+
+nonce = bytes(16)
+bodies = {
+    "genesis": Genesis(b"\x01" * 32, nonce),
+    "enrol": Enrol(b"\x02" * 32, 3, nonce),
+    "register": Register(b"\x03" * 32, b"\x04" * 32, nonce),
+    "access": Access((b"\x05" * 32, b"\x06" * 32), Purpose.TREATMENT, nonce),
+}
+
+
+@pytest.mark.parametrize("name", bodies)
+def test_an_entry_comes_back_as_it_was_and_its_signature_holds(consortium, name):
+    entry = consortium(4).entry("vault", bodies[name])
+    again = Entry.from_bytes(entry.to_bytes())
+    assert again == entry
+    again.verify("consortium.example/log")
+
+
+@pytest.mark.parametrize("name", bodies)
+def test_an_entry_of_one_log_means_nothing_in_another(consortium, name):
+    entry = consortium(4).entry("vault", bodies[name])
+    with pytest.raises(Refused):
+        entry.verify("consortium.example/log2")
+
+
+def test_origin_and_type_cannot_be_traded_for_each_other():
+    assert signed_bytes("a", bodies["register"])[17:21] == b"\x00\x01a\x02"
+    assert len({signed_bytes(origin, body) for origin in ("a", "a\x02") for body in bodies.values()}) == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: replace(e, author=bytes(32)),
+        lambda e: replace(e, author=b"\xff" * 32),
+        lambda e: replace(e, signature=bytes(64)),
+        lambda e: replace(e, body=replace(e.body, nonce=b"\x01" * 16)),
+    ],
+)
+def test_a_changed_entry_is_not_the_authors(consortium, change):
+    entry = change(consortium(4).entry("vault", bodies["register"]))
+    with pytest.raises(Refused):
+        Entry.from_bytes(entry.to_bytes()).verify("consortium.example/log")
+
+
+author, signature, id32 = bytes(32), bytes(64), b"\x09" * 32
+malformed = {
+    "not an array": b"\x01",
+    "a map": b"\x80",
+    "empty": b"",
+    "wrong version": encode([2, 2, [id32, id32, nonce], author, signature]),
+    "too few items": encode([1, 2, [id32, id32, nonce], author]),
+    "too many items": encode([1, 2, [id32, id32, nonce], author, signature, 0]),
+    "type 0": encode([1, 0, [id32, id32, nonce], author, signature]),
+    "type not given meaning yet": encode([1, 3, [id32, id32, nonce], author, signature]),
+    "type as a boolean": encode([1, True, [0, id32, nonce], author, signature]),
+    "change as a boolean": encode([1, 1, [False, id32, nonce], author, signature]),
+    "unknown change": encode([1, 1, [2, id32, nonce], author, signature]),
+    "roster body empty": encode([1, 1, [], author, signature]),
+    "genesis with a role": encode([1, 1, [0, id32, 1, nonce], author, signature]),
+    "enrol without roles": encode([1, 1, [1, id32, nonce], author, signature]),
+    "short author": encode([1, 2, [id32, id32, nonce], bytes(31), signature]),
+    "short signature": encode([1, 2, [id32, id32, nonce], author, bytes(63)]),
+    "short file id": encode([1, 2, [bytes(31), id32, nonce], author, signature]),
+    "text for bytes": encode([1, 2, ["a" * 32, id32, nonce], author, signature]),
+    "long nonce": encode([1, 2, [id32, id32, bytes(17)], author, signature]),
+    "access to nothing": encode([1, 5, [[], 0, nonce], author, signature]),
+    "access to one file twice": encode([1, 5, [[id32, id32], 0, nonce], author, signature]),
+    "access to 49 files": encode([1, 5, [[bytes([n]) * 32 for n in range(49)], 0, nonce], author, signature]),
+    "access to something else": encode([1, 5, [[1], 0, nonce], author, signature]),
+    "purpose 256": encode([1, 5, [[id32], 256, nonce], author, signature]),
+    "integer not in shortest form": encode([1, 2, [id32, id32, nonce], author, signature]).replace(b"\x95\x01\x02", b"\x95\x01\xcc\x02"),
+    "something after the end": encode([1, 2, [id32, id32, nonce], author, signature]) + b"\x00",
+    "too long": bytes(entry_bytes_max + 1),
+}
+
+
+@pytest.mark.parametrize("name", malformed)
+def test_anything_else_is_malformed(name):
+    with pytest.raises(Malformed):
+        Entry.from_bytes(malformed[name])
+
+
+def test_48_files_fit_into_one_access(consortium):
+    files = tuple(bytes([n]) * 32 for n in range(48))
+    assert len(consortium(4).entry("vault", Access(files, 255, b"\xff" * 16)).to_bytes()) <= entry_bytes_max
+
+
+def test_the_numbers_of_the_types_are_fixed():
+    names = "ROSTER REGISTER GRANT REVOKE ACCESS MOVE RETAIN HOLD RELEASE RETIRE ERASE TIMESTAMP FREEZE"
+    assert " ".join(kind.name for kind in Type) == names
+    assert [int(kind) for kind in Type] == list(range(1, 14))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_no_bytes_do_more_than_be_malformed(data):
+    with suppress(Malformed):
+        assert Entry.from_bytes(data).to_bytes() == data
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_changed_byte_is_malformed_or_not_signed(consortium, data):
+    entry = consortium(4).entry("vault", data.draw(st.sampled_from(list(bodies.values()))))
+    packed = bytearray(entry.to_bytes())
+    packed[data.draw(st.integers(0, len(packed) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises((Malformed, Refused)):
+        Entry.from_bytes(bytes(packed)).verify("consortium.example/log")
