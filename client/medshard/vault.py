@@ -37,6 +37,8 @@ from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.errors import Absent, Conflict, MedshardError
 from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.proofs import Inclusion
 
 OnProgress = Callable[[Progress], None]
 announce_wait_s: Final = 1.5  # how long a restore waits for its trace when the quorum is out of reach
@@ -182,6 +184,11 @@ class Vault:
         """What is known of one file."""
         (target,) = await self._lookup.targets([sha256])
         return await checking.describe_target(self._net, target, self._row(target))
+
+    async def evidence(self, sha256: bytes) -> tuple[Manifest, Inclusion]:
+        """The public part of a stored file and the proof that the ledger holds it: what a third party needs to check both."""
+        (target,) = await self._lookup.targets([sha256])
+        return target.manifest, target.inclusion
 
     async def verify(self, sha256: bytes) -> VerifyReport:
         """Ask every holder of a file to prove its shard; nothing is downloaded but a few cells."""
