@@ -100,6 +100,8 @@ def open_root(data: bytes, passphrase: str) -> VaultKeys:
     aad = canonical.encode([magic, "scrypt", salt, log2_n, r, p, public])
     try:
         root = AESGCM(_stretch(passphrase, salt, log2_n, r, p)).decrypt(nonce, sealed, aad)
+    except (MemoryError, ValueError):  # RFC 7914 allows N only below 2^(16 r)
+        raise Malformed("key file: scrypt parameters that cannot be computed here") from None
     except InvalidTag:
         raise Refused("the passphrase does not open this vault", hint="check MEDSHARD_PASSPHRASE, or type it again") from None
     keys = VaultKeys.from_root(root)

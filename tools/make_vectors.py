@@ -1,0 +1,365 @@
+#!/usr/bin/env python3
+"""Make tests/vectors/{encoding,sealing,manifest,keyfile,wire}.json. No medshard code: a second implementation, on other libraries.
+
+The program seals with `cryptography` and its own C kernel; this seals with pycryptodome and reedsolo. Equal bytes therefore say that
+the documents in docs/formats/ are what both do. Run it after a change of a format, and read the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+from blake3 import blake3
+from Crypto.Cipher import AES
+from Crypto.Hash import SHA256
+from Crypto.Protocol.KDF import HKDF, scrypt
+from Crypto.PublicKey import ECC
+from reedsolo import RSCodec
+
+folder = Path(__file__).parent.parent / "tests" / "vectors"
+hashers: dict[str, Callable[[bytes], bytes]] = {
+    "blake3": lambda data: blake3(data).digest(),
+    "sha256": lambda data: hashlib.sha256(data).digest(),
+}
+
+
+def drawn(label: str, size: int) -> bytes:
+    """Bytes that look random and are the same every time."""
+    return hashlib.shake_256(f"medshard vectors {label}".encode()).digest(size)
+
+
+def pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def hkdf(key: bytes, salt: bytes, info: bytes, length: int = 32) -> bytes:
+    derived = HKDF(key, length, salt, SHA256, context=info)
+    assert isinstance(derived, bytes)
+    return derived
+
+
+def gcm(key: bytes, nonce: bytes, plain: bytes, aad: bytes = b"") -> bytes:
+    cipher = AES.new(key, AES.MODE_GCM, nonce=nonce)
+    cipher.update(aad)
+    return b"".join(cipher.encrypt_and_digest(plain))
+
+
+def tree_head(leaves: Sequence[bytes], digest: Callable[[bytes], bytes]) -> bytes:
+    """RFC 6962, section 2.1, as written there."""
+    if len(leaves) == 1:
+        return digest(b"\x00" + leaves[0])
+    split = 1 << (len(leaves) - 1).bit_length() - 1
+    return digest(b"\x01" + tree_head(leaves[:split], digest) + tree_head(leaves[split:], digest))
+
+
+def parity(cells: Sequence[bytes], k: int, n: int) -> list[bytes]:
+    if k == n:
+        return []
+    columns = [bytes(RSCodec(n - k, nsize=n).encode(bytes(column))) for column in zip(*cells, strict=True)]
+    return [bytes(column[i] for column in columns) for i in range(k, n)]
+
+
+# -- one object: sealing.json and manifest.json
+
+
+def seal_object(what: str, plain: bytes, k: int, n: int, cell_size: int, digest: str, header: list[Any]) -> dict[str, Any]:
+    """Everything that becomes of ``plain``."""
+    file_key, file_id, vault_key = (drawn(f"{what}: {name}", 32) for name in ("file key", "file id", "vault key"))
+    derived = hkdf(file_key, file_id, b"medshard/file/v1", 96)
+    content_key, header_key, commitment = derived[:32], derived[32:64], derived[64:]
+    data = plain + bytes(padded(len(plain)) - len(plain))
+    per_segment = k * cell_size - 16
+    pieces = [data[at : at + per_segment] for at in range(0, len(data), per_segment)]
+    shards: list[list[bytes]] = [[] for _ in range(n)]
+    for number, piece in enumerate(pieces):
+        nonce = number.to_bytes(11, "big") + (b"\x01" if number == len(pieces) - 1 else b"\x00")
+        segment = gcm(content_key, nonce, piece)
+        length = -(-len(segment) // k)
+        segment += bytes(k * length - len(segment))
+        cells = [segment[i * length : (i + 1) * length] for i in range(k)]
+        for shard, cell in zip(shards, cells + parity(cells, k, n), strict=True):
+            shard.append(cell)
+    hasher = hashers[digest]
+    digests = [[hasher(cell) for cell in shard] for shard in shards]
+    roots = [tree_head(leaves, hasher) for leaves in digests]
+    header_nonce = drawn(f"{what}: header nonce", 12)
+    sealed_header = header_nonce + gcm(header_key, header_nonce, pack(header), b"medshard/header/v1")
+    wrap = gcm(hkdf(vault_key, file_id, b"medshard/wrap/v1"), bytes(12), file_key)
+    sealed_size = len(data) + 16 * len(pieces)
+    nodes = [drawn(f"{what}: node {i}", 16) for i in range(n)]
+    owner = drawn(f"{what}: owner", 32)
+    tags = sorted(drawn(f"{what}: tag {i}", 32) for i in range(max(1, len(header[8]))))
+    places = [[node, root] for node, root in zip(nodes, roots, strict=True)]
+    manifest = pack([1, file_id, k, n, cell_size, sealed_size, digest, commitment, places, owner, sealed_header, wrap, tags])
+    return {
+        "what": what,
+        "plain": plain.hex(),
+        "padded_size": len(data),
+        "k": k,
+        "n": n,
+        "cell_size": cell_size,
+        "sealed_size": sealed_size,
+        "digest": digest,
+        "file_key": file_key.hex(),
+        "file_id": file_id.hex(),
+        "content_key": content_key.hex(),
+        "header_key": header_key.hex(),
+        "commitment": commitment.hex(),
+        "shards": [b"".join(shard).hex() for shard in shards],
+        "cell_digests": [[item.hex() for item in leaves] for leaves in digests],
+        "roots": [root.hex() for root in roots],
+        "header": pack(header).hex(),
+        "sealed_header": sealed_header.hex(),
+        "vault_key": vault_key.hex(),
+        "wrap": wrap.hex(),
+        "nodes": [node.hex() for node in nodes],
+        "owner": owner.hex(),
+        "tags": [tag.hex() for tag in tags],
+        "manifest": manifest.hex(),
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+    }
+
+
+def objects() -> list[dict[str, Any]]:
+    text = b"Versicherungsschein Nr. 7. " * 30
+    slices = [drawn("slice 0", 700), b"", drawn("slice 2", 325)]
+    sums = [hashlib.sha256(item).digest() for item in slices]
+
+    def header(name: bytes, plain: bytes) -> list[Any]:
+        return [1, 0, name, len(plain), hashlib.sha256(plain).digest(), 1_700_000_000, "text/plain", [], []]
+
+    at = [0, 700, 700]
+    members = [[b"ct/IM%d" % i, at[i], len(slices[i]), sums[i], "", []] for i in range(3)]
+    whole = hashlib.sha256(b"".join(sums)).digest()
+    pack_header = [1, 1, b"ct", 1025, whole, 0, "application/dicom", [["modality", "CT"]], members]
+    return [
+        seal_object("the empty file, 3 of 6", b"", 3, 6, 347, "blake3", header(b"empty", b"")),
+        seal_object("five stripes, the last with smaller cells, 2 of 4", text, 2, 4, 128, "blake3", header(b"a.txt", text)),
+        seal_object("a pack of three, 4 of 5", b"".join(slices), 4, 5, 100, "blake3", pack_header),
+        seal_object("SHA-256 cells, 2 of 2", text[:10], 2, 2, 400, "sha256", header(b"b", text[:10])),
+    ]
+
+
+def refused_manifests(good: bytes) -> list[dict[str, str]]:
+    """One rule broken each."""
+
+    def changed(what: str, at: int, value: Any) -> dict[str, str]:
+        items = msgpack.unpackb(good)
+        items[at] = value
+        return {"what": what, "bytes": pack(items).hex()}
+
+    items = msgpack.unpackb(good)
+    places, tags = items[8], items[12]
+    return [
+        {"what": "cut off", "bytes": good[:-1].hex()},
+        {"what": "a byte too many", "bytes": (good + b"\x00").hex()},
+        {"what": "version in two bytes instead of one", "bytes": (good[:1] + b"\xcc" + good[1:]).hex()},
+        {"what": "an item too many", "bytes": pack([*items, 0]).hex()},
+        changed("version 2", 0, 2),
+        changed("a file id of 31 bytes", 1, items[1][:31]),
+        changed("k of 0", 2, 0),
+        changed("k over n", 2, items[3] + 1),
+        changed("n of 256", 3, 256),
+        changed("n other than the number of shards", 3, items[3] + 1),
+        changed("a cell size of 1", 4, 1),
+        changed("a cell size over 1 MiB", 4, 2**20 + 1),
+        changed("a last segment without data", 5, items[2] * items[4] + 16),
+        changed("an unknown digest", 6, "md5"),
+        changed("a commitment of 16 bytes", 7, items[7][:16]),
+        changed("one node twice", 8, [places[0], [places[0][0], places[1][1]], *places[2:]]),
+        changed("a root of 31 bytes", 8, [[places[0][0], places[0][1][:31]], *places[1:]]),
+        changed("a wrap of 47 bytes", 11, items[11][:47]),
+        changed("tags in falling order", 12, sorted([*tags, drawn("another tag", 32)], reverse=True)),
+        changed("one tag twice", 12, [tags[0], tags[0]]),
+    ]
+
+
+# -- keyfile.json
+
+
+def key_file(what: str, passphrase: str, log2_n: int, r: int, p: int) -> dict[str, Any]:
+    root, salt, nonce = drawn(f"{what}: root", 32), drawn(f"{what}: salt", 16), drawn(f"{what}: nonce", 12)
+    purposes = ("signing", "vault", "lookup", "index", "hpke")
+    keys = {purpose: hkdf(root, b"", f"medshard/vault/v1/{purpose}".encode()) for purpose in purposes}
+    public = ECC.construct(curve="Ed25519", seed=keys["signing"]).public_key().export_key(format="raw")
+    head = ["medshard/keyfile/v1", "scrypt", salt, log2_n, r, p, public]
+    stretched = scrypt(passphrase.encode(), salt, 32, 1 << log2_n, r, p)
+    plain_sha256 = hashlib.sha256(b"abc").digest()
+    return {
+        "what": what,
+        "passphrase": passphrase,
+        "root": root.hex(),
+        "salt": salt.hex(),
+        "log2_n": log2_n,
+        "r": r,
+        "p": p,
+        "nonce": nonce.hex(),
+        "bytes": pack([*head, nonce, gcm(stretched, nonce, root, pack(head))]).hex(),
+        "public": bytes(public).hex(),
+        "keys": {purpose: key.hex() for purpose, key in keys.items()},
+        "plain_sha256": plain_sha256.hex(),
+        "tag": hmac.new(keys["lookup"], plain_sha256, "sha256").hexdigest(),
+    }
+
+
+# -- encoding.json
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    return [as_json(item) for item in value] if isinstance(value, list) else value
+
+
+def encodings() -> dict[str, Any]:
+    integers = [0, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**64 - 1, -1, -32, -33, -128, -129, -(2**15), -(2**31), -(2**63)]
+    others = [
+        None,
+        False,
+        True,
+        "",
+        "é",
+        "x" * 31,
+        "x" * 32,
+        "x" * 256,
+        b"",
+        b"\x00",
+        b"y" * 255,
+        b"y" * 256,
+        [],
+        [0] * 15,
+        [0] * 16,
+        [[b"z"], "z"],
+    ]
+    refused = {
+        "nothing": "",
+        "1 in two bytes": "cc01",
+        "1 in nine bytes": "cf0000000000000001",
+        "-1 in two bytes": "d0ff",
+        "text of one byte with a length byte": "d90161",
+        "bytes with a length of two bytes": "c5000161",
+        "an array of one with a length of two bytes": "dc000100",
+        "a byte after the value": "0000",
+        "an array cut off": "9200",
+        "a map": "8100c0",
+        "an empty map": "80",
+        "a float": "cb3ff0000000000000",
+        "an extension": "d40100",
+        "a timestamp": "d6ff00000000",
+        "text that is not UTF-8": "a1ff",
+        "a surrogate in UTF-8": "a3eda080",
+        "the byte that msgpack never uses": "c1",
+        "an array of four thousand million items": "ddffffffff",
+        "seventeen brackets": "91" * 17 + "00",
+    }
+    return {
+        "values": [{"value": as_json(value), "bytes": pack(value).hex()} for value in [*integers, *others]],
+        "refused": [{"what": what, "bytes": data} for what, data in refused.items()],
+    }
+
+
+# -- wire.json
+
+
+def messages() -> list[dict[str, Any]]:
+    file_id, root, tag = drawn("wire: file", 32), drawn("wire: root", 32), drawn("wire: tag", 32)
+    path = [drawn("wire: hash 0", 32), drawn("wire: hash 1", 32)]
+    conflict = [1, "conflict", "another shard of this file is stored here already", ""]
+    inclusion = [7, b"entry", [path[0]], b"note"]
+    bodies: dict[str, Any] = {
+        "error": conflict,
+        "small puts": [1, [[b"manifest", 2, b"shard"]]],
+        "outcomes": [1, [b"", pack(conflict)]],
+        "small reads": [1, [[file_id, 2]]],
+        "shards": [1, [b"shard", None]],
+        "lookup": [1, [tag]],
+        "found": [1, [[[b"manifest", inclusion], [b"another", None]], []]],
+        "span with digests": [1, 0, 2, b"".join(path), []],
+        "span with paths": [1, 1, 1, b"", [path]],
+        "stored": [1, root, 1],
+        "check": [1, [3, 5]],
+    }
+    return [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
+
+
+def write(name: str, about: str, content: dict[str, Any]) -> None:
+    head = {
+        "about": f"{about} Bytes are hex. Made by tools/make_vectors.py with msgpack, pycryptodome, reedsolo and blake3, not with medshard."
+    }
+    (folder / f"{name}.json").write_text(json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    sizes = [
+        0,
+        1,
+        1024,
+        1025,
+        1056,
+        1057,
+        4096,
+        4097,
+        65536,
+        65537,
+        1_000_000,
+        2**20 + 1,
+        100 * 2**20,
+        100 * 2**20 + 1,
+        2**30 + 1,
+        2**40 + 1,
+    ]
+    stored = objects()
+    refused = refused_manifests(bytes.fromhex(stored[1]["manifest"]))
+    manifest_fields: tuple[str, ...] = (
+        "what",
+        "file_id",
+        "k",
+        "n",
+        "cell_size",
+        "sealed_size",
+        "digest",
+        "commitment",
+        "nodes",
+        "roots",
+        "owner",
+    )
+    manifest_fields += ("sealed_header", "wrap", "tags", "manifest", "manifest_sha256")
+    sealed_without = ("nodes", "owner", "tags", "manifest", "manifest_sha256")
+    write("encoding", "Canonical msgpack, see docs/formats/encoding.md.", encodings())
+    write(
+        "sealing",
+        "Sealed files and their shards, see docs/formats/sealing.md and shard.md.",
+        {
+            "padme": [[size, padded(size)] for size in sizes],
+            "objects": [{key: value for key, value in item.items() if key not in sealed_without} for item in stored],
+        },
+    )
+    write(
+        "manifest",
+        "Manifests of the objects in sealing.json, see docs/formats/manifest.md.",
+        {"manifests": [{key: item[key] for key in manifest_fields} for item in stored], "refused": refused},
+    )
+    files = [key_file("a passphrase that a person chose", "drei Häuser, kein Dach", 15, 8, 3), key_file("a drawn one", "x7!", 12, 8, 3)]
+    write("keyfile", "Key files, see docs/formats/key-file.md.", {"files": files})
+    write("wire", "Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()})
+
+
+def padded(size: int) -> int:
+    """Padmé (Nikitin et al., PETS 2019, algorithm 1), and 1 KiB at least: keep as many bits as the length of the length's length."""
+    if size <= 1024:
+        return 1024
+    e = size.bit_length() - 1  # floor(log2 L)
+    s = e.bit_length()  # floor(log2 E) + 1
+    low = e - s
+    return -(-size >> low) << low
+
+
+if __name__ == "__main__":
+    main()
