@@ -82,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MedshardError as error:
         return told.error(exit_of(error), str(error), error.hint)
     except BrokenPipeError:
-        _silence(sys.stdout)
-        return Exit.PIPE
+        return _silence()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # click's way of saying so
+            return _silence()
+        raise
     except OSError as error:
         return told.error(exit_of(error), *explain(error))
     except Exception as error:
@@ -133,11 +136,10 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no UTF-8 must not end a put
 
 
-def _silence(stream: object) -> None:
-    """Point standard output at nothing, so that Python's last flush does not complain."""
-    with contextlib.suppress(OSError, AttributeError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, stream.fileno())  # type: ignore[attr-defined]
+def _silence() -> int:
+    """Point standard output at nothing, so that Python's last flush does not complain; the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return Exit.PIPE
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ _pixel_data = {0x7FE00008, 0x7FE00009, 0x7FE00010}
 _telling = {"sop-class", "sop-uid", "study-uid", "series-uid"}  # one of these stands in every DICOM file
 
 
-class _Deflated(Exception):  # noqa: N818 -- a signal, not an error
+class _Deflated(Exception):
     """pydicom asked for the whole rest of the file, which it does only to inflate it."""
 
 

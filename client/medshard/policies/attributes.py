@@ -44,7 +44,7 @@ def read_attributes(source: BinaryIO) -> tuple[dict[str, str], str | None]:
     return attributes, clean(problem) if problem else None
 
 
-class _Failed(Exception):  # noqa: N818 -- named like the errors of medshard_protocol
+class _Failed(Exception):
     """The reader did not answer; the message says why, for people."""
 
 
