@@ -168,9 +168,9 @@ def test_debugging_shows_a_bug_as_python_does(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:
-    program = "import sys; from medshard.cli.main import main; from medshard.cli import output, local; import click\n"
-    program += "def talk(**_): [output.line('x' * 1000) for _ in range(10_000)]\n"
-    program += "local.demo.callback = talk; sys.exit(main(['demo']))"
+    program = "import sys; from medshard.cli.main import main; from medshard.cli import output, options, local\n"
+    program += "def talk(*_, **__): [output.line('x' * 1000) for _ in range(10_000)]\n"
+    program += "local.demo.callback = options.shared(talk); sys.exit(main(['demo']))"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None

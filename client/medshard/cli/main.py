@@ -16,7 +16,7 @@ import click
 
 from medshard.cli import check, local, look, output, store
 from medshard.cli.exits import Exit, exit_of, explain
-from medshard.cli.options import Session, examples
+from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
 
 
@@ -81,12 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return told.error(Exit.INTERRUPTED, "interrupted", "Nothing half-done was left; run the same command again to finish.")
     except MedshardError as error:
         return told.error(exit_of(error), str(error), error.hint)
-    except BrokenPipeError:
+    except (BrokenPipeError, Unread):
         return _silence()
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # click's way of saying so
-            return _silence()
-        raise
     except OSError as error:
         return told.error(exit_of(error), *explain(error))
     except Exception as error:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+class Unread(Exception):
+    """Whoever read our output stopped reading."""
+
+
 @dataclass
 class Session:
     """The choices made for this run."""
@@ -52,7 +56,10 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
         session.home = home or session.home
         session.json |= json
         session.quiet |= quiet
-        return command(session, **others)
+        try:
+            return command(session, **others)
+        except BrokenPipeError as error:
+            raise Unread from error  # click would end the program with code 1
 
     return with_session
 
