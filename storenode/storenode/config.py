@@ -19,6 +19,7 @@ import msgspec
 
 from medshard_protocol.errors import Absent, Malformed
 from medshard_protocol.manifest import manifest_bytes_max
+from medshard_protocol.roster import is_node_url
 from storenode.durable import create
 
 config_name: Final = "config.toml"
@@ -31,7 +32,6 @@ LogFormat: TypeAlias = Literal["auto", "json", "text"]
 Address: TypeAlias = tuple[str, int]
 
 _kinds: Final = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "object": "a section"}
-_url = re.compile(r"https://(\[[0-9a-f:.]+\]|[a-z0-9]([a-z0-9.-]*[a-z0-9])?):([1-9][0-9]{0,4})\Z")
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -185,8 +185,7 @@ def _wrong(path: Path, key: str, expected: str, got: object, hint: str) -> Malfo
 
 
 def _check_url(path: Path, url: str) -> None:
-    match = _url.match(url)
-    if not match or int(match[3]) > 65535 or len(url) > 256:
+    if not is_node_url(url):
         raise _wrong(path, "url", "https://HOST:PORT in lower case", url, 'write for example url = "https://node.hospital.example:9700"')
 
 

@@ -1,0 +1,233 @@
+"""What a node counts, and where Prometheus fetches it.
+
+Law: counting costs a dictionary update, under a microsecond and without a lock in the event loop; everything dear happens when somebody
+asks. Labels come from closed sets (route templates, methods, error classes), never from what a client wrote, so nobody can make the
+table grow. No label names a file, a vault or a key.
+
+prometheus_client is the optional part ``medshard[node]``: without it a node counts all the same and serves no /metrics.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, Final
+
+from aiohttp import web
+
+from medshard_protocol.errors import Unavailable
+from storenode.config import Config
+
+methods: Final = frozenset({"GET", "HEAD", "PUT", "POST"})
+seconds_buckets: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+content_type: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Histogram:
+    """How often something took how long. Not locked."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(seconds_buckets) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(seconds_buckets, seconds)] += 1
+        self.total += seconds
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Give (upper bound, how many up to it), as Prometheus wants it."""
+        running, buckets = 0, []
+        for bound, count in zip((*map(str, seconds_buckets), "+Inf"), self.counts, strict=True):
+            running += count
+            buckets.append((bound, float(running)))
+        return buckets
+
+
+class Metrics:
+    """A node's counters. ``fsync`` may be called from any thread, everything else from the event loop."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self._requests: Counter[tuple[str, str, int]] = Counter()
+        self._took: dict[tuple[str, str], Histogram] = {}
+        self._refused: Counter[str] = Counter()
+        self._bytes = {"in": 0, "out": 0}
+        self._swept = 0
+        self._fsync = Histogram()
+        self._fsync_lock = threading.Lock()
+        self._gauges: dict[str, float] = {}
+        self._entries: dict[str, int] = {}
+        self._expiries: dict[str, float] = {}
+
+    def request(self, method: str, route: str, status: int, seconds: float, bytes_in: int, bytes_out: int = 0) -> None:
+        """Count an answered request. ``route`` is the route's template, never the path."""
+        if method not in methods:
+            method = "other"
+        self._requests[method, route, status] += 1
+        histogram = self._took.get((method, route))
+        if histogram is None:
+            histogram = self._took[method, route] = Histogram()
+        histogram.observe(seconds)
+        self._bytes["in"] += bytes_in
+        self._bytes["out"] += bytes_out
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was not granted, by the class of the error."""
+        self._refused[reason] += 1
+
+    def fsync(self, seconds: float) -> None:
+        """Count one fsync of a shard."""
+        with self._fsync_lock:
+            self._fsync.observe(seconds)
+
+    def swept(self, shards: int) -> None:
+        """Count shards deleted because they were never registered."""
+        self._swept += shards
+
+    def stored(self, shards: int, manifests: int, used_bytes: int, free_bytes: int) -> None:
+        """Set what is stored now."""
+        self._gauges |= {
+            "medshard_shards": shards,
+            "medshard_manifests": manifests,
+            "medshard_stored_bytes": used_bytes,
+            "medshard_free_bytes": free_bytes,
+        }
+
+    def capacity(self, capacity_bytes: int) -> None:
+        """Set how much this node may store."""
+        self._gauges["medshard_capacity_bytes"] = capacity_bytes
+
+    def certificate(self, name: str, expires: float) -> None:
+        """Set when a certificate that this node uses ends, in Unix seconds."""
+        self._expiries[name] = expires
+
+    def ledger(self, status: Mapping[str, Any]) -> None:
+        """Set what ``Ledger.status()`` says."""
+        self._gauges["medshard_ledger_size"] = status.get("size", 0)
+        self._gauges["medshard_ledger_published_size"] = status.get("published", 0)
+        self._gauges["medshard_ledger_is_sequencer"] = status.get("role") == "sequencer"
+        self._entries = {str(kind): int(count) for kind, count in dict(status.get("entries", {})).items()}
+
+    def render(self) -> bytes:
+        """Give everything in Prometheus' text format. Raises Unavailable without prometheus_client."""
+        try:
+            from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+        except ImportError:
+            raise Unavailable("/metrics needs prometheus_client", hint="pip install 'medshard[node]'") from None
+        registry = CollectorRegistry()
+        registry.register(_Collector(self))
+        ProcessCollector(registry=registry)
+        rendered: bytes = generate_latest(registry)
+        return rendered
+
+    def families(self) -> Iterable[Any]:
+        """Give everything as prometheus_client's families."""
+        yield from self._counter_families()
+        yield from self._gauge_families()
+        yield from self._histogram_families()
+
+    def _counter_families(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        requests = CounterMetricFamily("medshard_requests", "Requests answered.", labels=["method", "route", "status"])
+        for (method, route, status), count in self._requests.items():
+            requests.add_metric([method, route, str(status)], count)
+        refused = CounterMetricFamily("medshard_refused", "Requests not granted, by kind of error.", labels=["reason"])
+        for reason, count in self._refused.items():
+            refused.add_metric([reason], count)
+        moved = CounterMetricFamily("medshard_body_bytes", "Bytes of request (in) and answer (out) bodies.", labels=["direction"])
+        for direction, count in self._bytes.items():
+            moved.add_metric([direction], count)
+        yield from (requests, refused, moved)
+        yield CounterMetricFamily("medshard_swept_shards", "Shards deleted since they were never registered.", value=self._swept)
+
+    def _gauge_families(self) -> Iterable[Any]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        for name, value in self._gauges.items():
+            yield GaugeMetricFamily(name, _help[name], value=float(value))
+        entries = GaugeMetricFamily("medshard_ledger_entries", "Entries of the ledger in this node's mirror.", labels=["type"])
+        for kind, count in self._entries.items():
+            entries.add_metric([kind], count)
+        expiries = GaugeMetricFamily(
+            "medshard_certificate_expires_timestamp_seconds", "When a certificate in use ends.", labels=["certificate"]
+        )
+        for certificate, expires in self._expiries.items():
+            expiries.add_metric([certificate], expires)
+        yield from (entries, expiries)
+        yield GaugeMetricFamily("medshard_start_timestamp_seconds", "When this process started.", value=self.started)
+        build = GaugeMetricFamily("medshard_build_info", "Always 1.", labels=["version"])
+        build.add_metric([version("medshard")], 1)
+        yield build
+
+    def _histogram_families(self) -> Iterable[Any]:
+        from prometheus_client.core import HistogramMetricFamily
+
+        took = HistogramMetricFamily("medshard_request_seconds", "From a request's head to its answer.", labels=["method", "route"])
+        for (method, route), histogram in self._took.items():
+            took.add_metric([method, route], buckets=histogram.cumulative(), sum_value=histogram.total)
+        yield took
+        with self._fsync_lock:
+            buckets, total = self._fsync.cumulative(), self._fsync.total
+        fsync = HistogramMetricFamily("medshard_fsync_seconds", "How long the disk took to make a shard durable.")
+        fsync.add_metric([], buckets=buckets, sum_value=total)
+        yield fsync
+
+
+_help: Final = {
+    "medshard_shards": "Shards stored.",
+    "medshard_manifests": "Manifests stored.",
+    "medshard_stored_bytes": "Bytes of shards and manifests stored.",
+    "medshard_free_bytes": "Bytes that may still be stored: the lesser of quota left and disk left.",
+    "medshard_capacity_bytes": "Bytes that this node may store at most.",
+    "medshard_ledger_size": "Entries in this node's mirror of the ledger.",
+    "medshard_ledger_published_size": "Entries under the newest checkpoint that a quorum cosigned, as far as this node knows.",
+    "medshard_ledger_is_sequencer": "1 on the node that orders entries.",
+}
+
+
+class _Collector:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Any]:
+        return self._metrics.families()
+
+
+@asynccontextmanager
+async def serve_metrics(config: Config, metrics: Metrics, refresh: Callable[[], None]) -> AsyncIterator[None]:
+    """Answer /metrics and /healthz over plain HTTP where the configuration says, if it says so. ``refresh`` sets the gauges.
+
+    Raises Unavailable if metrics are asked for and prometheus_client is not installed: an operator who waits for alerts must know.
+    """
+    if config.metrics_address is None:
+        yield
+        return
+    metrics.capacity(config.capacity_bytes)
+    metrics.render()
+
+    async def answer(request: web.Request) -> web.Response:
+        refresh()
+        return web.Response(body=metrics.render(), headers={"Content-Type": content_type})
+
+    async def healthy(request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    app = web.Application(client_max_size=1024)
+    app.router.add_get("/metrics", answer)
+    app.router.add_get("/healthz", healthy)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, *config.metrics_address, reuse_address=True).start()
+        yield
+    finally:
+        await runner.cleanup()
