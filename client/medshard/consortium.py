@@ -31,6 +31,7 @@ from medshard_protocol.roster import Node, Roster
 if TYPE_CHECKING:
     from medshard.cli.options import Session
 
+institutions_default = 6
 start_wait_s = 60.0  # sixteen Python processes on two busy cores take 10
 stop_wait_s = 10.0  # what a node gets to finish what is in flight
 _probe_wait_s = 2.0
@@ -43,9 +44,10 @@ _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medshard-nodes"
 class LocalConsortium:
     """The nodes under ``folder/nodes`` and the vault at ``folder/vault``. Made by ``start`` where they are not there yet."""
 
-    def __init__(self, folder: Path, *, institutions: int = 6, code: tuple[int, int] = (3, 6)) -> None:
+    def __init__(self, folder: Path, *, institutions: int | None = None, code: tuple[int, int] | None = None) -> None:
         self.folder = folder.absolute()
         self.vault_home = self.folder / "vault"
+        self._genesis = self.folder / "genesis.medshard"
         self._institutions = institutions
         self._code = code
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -65,6 +67,11 @@ class LocalConsortium:
         return (self.vault_home / "passphrase").read_text().strip()
 
     @property
+    def exists(self) -> bool:
+        """Whether it was made before."""
+        return self._genesis.exists()
+
+    @property
     def names(self) -> list[str]:
         """The nodes' names, sorted."""
         return sorted(path.parent.name for path in self.folder.glob("nodes/*/config.toml"))
@@ -78,7 +85,7 @@ class LocalConsortium:
         self._make()
         self._hold()
         try:
-            self.roster = Roster.from_bytes((self.home(self.names[0]) / "genesis.medshard").read_bytes())
+            self.roster = Roster.from_bytes(self._genesis.read_bytes())
             for name in self.names:
                 self._spawn(name)
             self._wait_for(self.names)
@@ -142,13 +149,23 @@ class LocalConsortium:
     # Inside
 
     def _make(self) -> None:
-        if self.names:
+        if self._genesis.exists():
+            self._check_same()
             return
-        k, n = self._code
-        made = _storenode(["consortium", str(self.folder), "--institutions", str(self._institutions), "--code", f"{k}/{n}"])
+        code = ["--code", f"{self._code[0]}/{self._code[1]}"] if self._code else []
+        made = _storenode(["consortium", str(self.folder), "--institutions", str(self._institutions or institutions_default), *code])
         if made.returncode != 0:
             message, _, hint = made.stderr.strip().partition("\nhint: ")
             raise Absent(f"no consortium could be made in {self.folder}: {message.removeprefix('storenode: ')}", hint=hint)
+
+    def _check_same(self) -> None:
+        there = Roster.from_bytes(self._genesis.read_bytes())
+        k, n, _ = there.code
+        if self._institutions not in (None, len(there.institutions)) or self._code not in (None, (k, n)):
+            raise Conflict(
+                f"{self.folder} holds a consortium of {len(there.institutions)} institutions with code {k}/{n}",
+                hint="Leave --institutions and --code out to use it, or choose another --dir.",
+            )
 
     def _hold(self) -> None:
         """Make sure that nobody else runs these nodes."""
@@ -263,7 +280,7 @@ def serve(consortium: LocalConsortium, session: Session) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        if not session.quiet and not consortium.names:
+        if not session.quiet and not consortium.exists:
             output.note(f"making a consortium in {consortium.folder}")
         consortium.start()
         _tell_ready(consortium, session)

@@ -53,10 +53,10 @@ def _code(text: str) -> tuple[int, int]:
     show_default=True,
     help="Where all of it lives.",
 )
-@click.option("--institutions", type=click.IntRange(1, 255), default=6, show_default=True, help="How many, with one node each.")
-@click.option("--code", type=_code, default="3/6", show_default=True, metavar="K/N", help="Any K of N shards restore a file.")
+@click.option("--institutions", type=click.IntRange(1, 64), help="How many, with one node each [6].")
+@click.option("--code", type=_code, metavar="K/N", help="Any K of N shards restore a file [3/6 for 6 institutions].")
 @shared
-def up(session: Session, folder: Path, institutions: int, code: tuple[int, int]) -> int:
+def up(session: Session, folder: Path, institutions: int | None, code: tuple[int, int] | None) -> int:
     """Run a consortium on this machine, for trials.
 
     Stays in the foreground; Ctrl-C stops all of it. Each institution's node is a process of its own, with its data in
