@@ -31,7 +31,7 @@ from storenode.ledger.routes import Routes
 from storenode.ledger.sequencer import Sequencer, append_wait_s
 
 forward_wait_s = append_wait_s + 2.0  # the sequencer gives up first, and says why
-ask_wait_s = 3.0
+ask_wait_s = 1.0
 
 _log = logging.getLogger(__name__)
 

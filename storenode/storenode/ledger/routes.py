@@ -6,15 +6,16 @@ Who may: anybody with a certificate of the roster reads and hands in entries, wh
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from medshard_protocol.errors import Absent, Refused, TooLarge, Unavailable
-from medshard_protocol.ids import NodeId, file_id_from_hex
+from medshard_protocol.ids import file_id_from_hex
 from medshard_protocol.messages import body_type
 from medshard_protocol.proofs import append_bytes_max, pack_registration
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width
+from storenode.callers import caller
 from storenode.ledger import wire
 from storenode.ledger.mirror import Behind
 from storenode.ledger.wire import Push
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 body_wait_s = 30.0
 immutable = {"Cache-Control": "public, max-age=31536000, immutable"}
 fleeting = {"Cache-Control": "no-cache"}
-
-
-class _Peer(Protocol):
-    node: NodeId | None
 
 
 class Routes:
@@ -54,8 +51,7 @@ class Routes:
 
     async def mirror(self, request: web.Request) -> web.Response:
         """Take a push of the sequencer and answer with this node's cosignature."""
-        peer: _Peer = request["peer"]
-        if peer.node != self._ledger.roster.sequencer:
+        if caller(request).node != self._ledger.roster.sequencer:
             raise Refused("only the sequencer pushes to its mirrors")
         push = Push.from_bytes(await _body(request, wire.push_bytes_max))
         try:

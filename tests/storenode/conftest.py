@@ -1,0 +1,138 @@
+"""Ledgers of several nodes in one process, joined by real HTTP servers on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from medshard_protocol.entries import Enrol, Entry, Register
+from medshard_protocol.errors import MedshardError, Unavailable
+from medshard_protocol.identity import public_key
+from medshard_protocol.ids import NodeId
+from medshard_protocol.messages import pack_error
+from storenode.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as the node's middleware would find out from TLS."""
+
+    node: NodeId | None
+
+
+@dataclass
+class Net:
+    """A consortium's ledgers. Nodes are numbered as in the roster; node 0 is the sequencer."""
+
+    consortium: object
+    folder: Path
+    ledgers: dict[int, Ledger] = field(default_factory=dict)
+    frozen: set[int] = field(default_factory=set)  # takes connections and never answers
+    calls: list[tuple[int, int, str, bytes]] = field(default_factory=list)  # from, to, path, body
+    _runners: dict[int, web.AppRunner] = field(default_factory=dict)
+    _ports: dict[NodeId, int] = field(default_factory=dict)
+    _thawed: asyncio.Event = field(default_factory=asyncio.Event)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        self.roster = self.consortium.roster
+        self.session = aiohttp.ClientSession()
+        self._numbers = {node.id: number for number, node in enumerate(self.roster.nodes)}
+
+    def caller(self, number: int) -> Callable[..., object]:
+        async def call(node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+            self.calls.append((number, self._numbers[node], path, body))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self.request(self._numbers[node], method, path, body, as_node=number)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise Unavailable(f"no answer ({error!r})") from None
+
+        return call
+
+    async def request(self, number: int, method: str, path: str, body: bytes = b"", as_node: int | None = None) -> tuple[int, bytes]:
+        port = self._ports.get(self.roster.nodes[number].id)
+        if port is None:
+            raise ConnectionRefusedError
+        headers = {} if as_node is None else {"As-Node": str(as_node)}
+        async with self.session.request(method, f"http://127.0.0.1:{port}{path}", data=body, headers=headers) as response:
+            return response.status, await response.read()
+
+    def open(self, number: int, **keywords: object) -> Ledger:
+        node, key = self.roster.nodes[number], self.consortium.key
+        log_key = key("log") if number == 0 else None
+        folder = self.folder / node.name
+        return Ledger.open(folder, self.roster, node.id, key(f"cosigner {number}"), log_key, self.caller(number), **keywords)
+
+    async def start(self, *numbers: int) -> None:
+        """Start nodes, mirrors first, as a sequencer that finds nobody pauses before it tries again."""
+        for number in sorted(numbers, reverse=True):
+            self.ledgers[number] = self.open(number)
+            app = web.Application(middlewares=[self._middleware(number)], client_max_size=0)
+            app.add_routes(self.ledgers[number].routes())
+            self._runners[number] = web.AppRunner(app, shutdown_timeout=0.05, access_log=None)
+            await self._runners[number].setup()
+            site = web.TCPSite(self._runners[number], "127.0.0.1", 0)
+            await site.start()
+            self._ports[self.roster.nodes[number].id] = self._runners[number].addresses[0][1]
+            await self.ledgers[number].start()
+
+    async def stop(self, *numbers: int) -> None:
+        for number in numbers:
+            del self._ports[self.roster.nodes[number].id]
+            await self._runners.pop(number).cleanup()
+            await self.ledgers.pop(number).close()
+
+    def thaw(self) -> None:
+        self.frozen.clear()
+        self._thawed.set()
+        self._thawed = asyncio.Event()
+
+    async def close(self) -> None:
+        self.thaw()
+        await self.stop(*sorted(self.ledgers))
+        await self.session.close()
+
+    def register(self, manifest: int = 0, author: str = "vault") -> Entry:
+        """A REGISTER entry of a new file."""
+        self._count += 1
+        return self.consortium.entry(author, Register(self._count.to_bytes(32, "big"), bytes([manifest]) * 32, bytes(16)))
+
+    async def enrol(self, who: str = "vault") -> None:
+        await self.ledgers[0].append([self.consortium.entry("ca 0", Enrol(public_key(self.consortium.key(who)), 0, bytes(16)))])
+
+    async def until(self, true: Callable[[], object], within_s: float = 5.0) -> None:
+        async with asyncio.timeout(within_s):
+            while not true():
+                await asyncio.sleep(0.005)
+
+    def _middleware(self, number: int) -> Callable[..., object]:
+        @web.middleware
+        async def middleware(request: web.Request, handler: Callable[..., object]) -> web.StreamResponse:
+            if number in self.frozen:
+                await self._thawed.wait()
+            as_node = request.headers.get("As-Node")
+            request["peer"] = Caller(None if as_node is None else self.roster.nodes[int(as_node)].id)
+            try:
+                return await handler(request)
+            except MedshardError as error:
+                status, body = pack_error(error)
+                return web.Response(status=status, body=body)
+
+        return middleware
+
+
+@pytest.fixture
+async def net(consortium: Callable[..., object], tmp_path: Path) -> AsyncIterator[Net]:
+    """Four institutions with a node each, none of them started; a quorum is three."""
+    made = Net(consortium(4), tmp_path)
+    try:
+        yield made
+    finally:
+        await made.close()
