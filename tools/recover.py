@@ -98,8 +98,11 @@ def open_key_file(data: bytes, passphrase: bytes) -> Keys:
     """[magic, "scrypt", salt, log2 N, r, p, public key, nonce, root key sealed with what scrypt makes of the passphrase]."""
     magic, kdf, salt, log2_n, r, p, public, nonce, sealed = unpack(data, 9, "key file")
     if (magic, kdf) != ("medshard/keyfile/v1", "scrypt"):
-        raise Trouble(DAMAGED, f"a key file of a kind this program does not know: {magic!r}, {kdf!r}")
-    stretched = scrypt(passphrase, salt, 32, 1 << log2_n, r, p)
+        raise Trouble(DAMAGED, f"this is no key file of the only kind known here, but of {magic!r}, {kdf!r}")
+    try:
+        stretched = scrypt(passphrase, salt, 32, 1 << log2_n, r, p)
+    except (TypeError, ValueError) as error:
+        raise Trouble(DAMAGED, f"this is no key file: {error}") from None
     root = gcm_open(stretched, nonce, sealed, aad=msgpack.packb([magic, kdf, salt, log2_n, r, p, public]))
     if root is None:
         raise Trouble(REFUSED, "the passphrase does not open the key file (or the key file is damaged)")
@@ -124,8 +127,14 @@ class Manifest:
         version, self.file_id, self.k, self.n, self.cell_size, self.sealed_size = items[:6]
         self.digest, self.commitment, shards, self.owner, self.header, self.wrap, self.tags = items[6:]
         if version != 1:
-            raise Trouble(DAMAGED, f"a manifest of version {version}, which this program does not know")
-        self.roots = [root for _node, root in shards]
+            raise Trouble(DAMAGED, f"this is no manifest of version 1, the only one known here, but of {version!r}")
+        try:
+            self.roots = [bytes(root) for _node, root in shards]
+            sound = 1 <= self.k <= self.n == len(self.roots) <= 255 and self.k * self.cell_size > TAG < self.sealed_size
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise Trouble(DAMAGED, "this is no manifest: its numbers do not fit together")
         self.stripe_size = self.k * self.cell_size
         self.stripes = -(-self.sealed_size // self.stripe_size)  # -(-a // b) is a / b rounded up
         self.shard_size = (self.stripes - 1) * self.cell_size + self.cell_length(self.stripes - 1)
@@ -283,8 +292,8 @@ def recipe(k: int, n: int, have: tuple[int, ...]) -> list[bytes]:
 
     The code is linear, so it is enough to ask reedsolo for the data when one of these cells holds a 1 and the others 0.
     """
-    lost = [i for i in range(n) if i not in have]
-    answers = [RSCodec(n - k, nsize=n).decode(bytes(i == one for i in range(n)), erase_pos=lost)[0] for one in have]
+    codec, lost = RSCodec(n - k, nsize=n), [i for i in range(n) if i not in have]
+    answers = [codec.decode(bytes(i == one for i in range(n)), erase_pos=lost)[0] for one in have]
     return [bytes(answer[i] for answer in answers) for i in range(k)]
 
 
@@ -306,9 +315,10 @@ def data_of_stripe_slowly(k: int, n: int, cells: dict[int, bytes]) -> bytes:
     """The same by stock reedsolo alone, one byte column after another: the definition of the code. Some 20 KB/s."""
     if k == n:
         return b"".join(cells[i] for i in range(k))
-    lost = [i for i in range(n) if i not in cells]
-    columns = zip(*(cells.get(i) or bytes(len(next(iter(cells.values())))) for i in range(n)))  # noqa: B905
-    decoded = [RSCodec(n - k, nsize=n).decode(bytes(column), erase_pos=lost)[0] for column in columns]
+    codec, lost = RSCodec(n - k, nsize=n), [i for i in range(n) if i not in cells]
+    length = len(next(iter(cells.values())))
+    columns = [bytes(cells[i][j] if i in cells else 0 for i in range(n)) for j in range(length)]
+    decoded = [codec.decode(column, erase_pos=lost)[0] for column in columns]
     return b"".join(bytes(column[i] for column in decoded) for i in range(k))
 
 
