@@ -277,8 +277,7 @@ def serve(consortium: LocalConsortium, session: Session) -> int:
 
     from medshard.cli import output
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         if not session.quiet and not consortium.exists:
             output.note(f"making a consortium in {consortium.folder}")
@@ -292,11 +291,13 @@ def serve(consortium: LocalConsortium, session: Session) -> int:
     except _Asked:
         return 0
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in before:
             signal.signal(number, signal.SIG_IGN)  # stopping takes 10 s at the most, and is not to be interrupted
-        if not session.quiet:
+        if not session.quiet and consortium.roster is not None:
             output.note("stopping")
         consortium.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell_ready(consortium: LocalConsortium, session: Session) -> None:

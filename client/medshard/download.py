@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from medshard.transport import Net
+from medshard.transport import Net, without_name
 from medshard_protocol import merkle
 from medshard_protocol.errors import Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.manifest import Manifest
@@ -27,6 +27,7 @@ tries_max: Final = 3  # how often one holder is tried for one object
 paths_cells_max: Final = 8  # up to here Merkle paths are shorter than all digests of a long shard
 
 BadCell = tuple[str, int, int]  # node name, shard, cell
+Expected = Callable[[int, bytes], bool]
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +56,7 @@ class Download:
         self._tries: dict[int, int] = {}
         self._streams: dict[int, _Stream] = {}
         self._failures: dict[str, str] = {}
+        self._expected: dict[int, Expected] = {}  # by shard: does this cell have this digest?
 
     async def stripes(self, wanted: range) -> AsyncGenerator[tuple[int, dict[int, memoryview]], None]:
         """Yield every stripe in ``wanted``. Raises Unavailable when fewer than k holders give good cells."""
@@ -74,16 +76,41 @@ class Download:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _stripe(self, number: int) -> dict[int, memoryview]:
-        cells = self._cells.setdefault(number, {})
-        while len(cells) < self._shape.k:
+        good: dict[int, memoryview] = {}
+        while len(good) < self._shape.k:
+            arrived = self._cells.setdefault(number, {})
+            if len(good) + len(arrived) >= self._shape.k:
+                self._cells[number] = {}
+                bad = await asyncio.to_thread(self._bad_cells, number, arrived)
+                good.update((index, cell) for index, cell in arrived.items() if index not in bad)
+                for index in bad:
+                    self._give_up_on(index, number)
+                continue
             self._changed.clear()
             try:
                 async with asyncio.timeout(hedge_s / 4):
                     await self._changed.wait()
             except TimeoutError:
                 self._hedge(number)
-            self._replace_failed(number)
-        return cells
+            self._replace_failed(number, set(good))
+        return good
+
+    def _bad_cells(self, number: int, cells: Mapping[int, memoryview]) -> list[int]:
+        """Which shards gave a cell that is not the one that was stored. CPU work: in a thread."""
+        return [index for index, cell in cells.items() if not self._expected[index](number, self._digest(cell))]
+
+    def _give_up_on(self, index: int, number: int) -> None:
+        """This holder's bytes are wrong: use nothing more of it."""
+        name = self._net.roster.node(self._manifest.shards[index].node).name
+        self._found_bad((name, index, number))
+        self._failures[name] = f"cell {number} of shard {index} has other bytes than were stored"
+        self._tries[index] = tries_max
+        stream = self._streams.pop(index, None)
+        if stream is not None and stream.task:
+            stream.task.cancel()
+        for cells in self._cells.values():
+            cells.pop(index, None)
+        self._start_spare()
 
     def _hedge(self, number: int) -> None:
         """Start a spare for each stream that stands still and has not given this stripe."""
@@ -101,7 +128,7 @@ class Download:
                     stream.task.cancel()
                 self._streams.pop(stream.index, None)
 
-    def _replace_failed(self, number: int) -> None:
+    def _replace_failed(self, number: int, good: set[int]) -> None:
         for stream in [s for s in self._streams.values() if s.task and s.task.done()]:
             error = None if stream.task is None or stream.task.cancelled() else stream.task.exception()
             if error is None and stream.at >= self._end:
@@ -109,16 +136,16 @@ class Download:
             del self._streams[stream.index]
             if error is not None and not isinstance(error, MedshardError):
                 raise error
-            self._failures[stream.node.name] = str(error)
+            self._failures[stream.node.name] = without_name(stream.node, error or Unavailable("cut off"))
         gone = self._shape.k - sum(1 for s in self._streams.values())
         for _ in range(gone):
             if not self._start_spare():
                 break
-        if not self._can_go_on(number):
+        if not self._can_go_on(number, good):
             raise self._too_few()
 
-    def _can_go_on(self, number: int) -> bool:
-        have = set(self._cells.get(number, {}))
+    def _can_go_on(self, number: int, good: set[int]) -> bool:
+        have = good | set(self._cells.get(number, {}))
         return len(have | set(self._streams)) >= self._shape.k
 
     def _start_spare(self) -> bool:
@@ -152,7 +179,7 @@ class Download:
                 if size > min(span_head_bytes_max, 40 * self._shape.stripes + 40 * 64 * (last - first + 1) + 4096):
                     raise Malformed(f"{stream.node.name}: a longer proof than there can be")
                 head = SpanHead.from_bytes(await body.readexactly(size))
-                expected = self._check_head(stream, head, first, last)
+                self._expected[stream.index] = self._check_head(stream, head, first, last)
                 for number in range(first, last + 1):
                     cell = bytearray(self._shape.cell_length(number))
                     at = 0
@@ -163,39 +190,35 @@ class Download:
                         cell[at : at + len(chunk)] = chunk
                         at += len(chunk)
                         stream.moved_at = time.monotonic()
-                    await self._deliver(stream, number, memoryview(cell), expected[number - first])
+                    await self._deliver(stream, number, memoryview(cell))
         except asyncio.IncompleteReadError:
             raise Unavailable(f"{stream.node.name}: the connection broke off") from None
         finally:
             self._changed.set()
 
-    def _check_head(self, stream: _Stream, head: SpanHead, first: int, last: int) -> list[Callable[[bytes], bool]]:
-        """For each cell asked for, a test of its digest. Raises Damaged unless the digests belong to the shard's root."""
+    def _check_head(self, stream: _Stream, head: SpanHead, first: int, last: int) -> Expected:
+        """A test for each cell's digest. Raises Damaged unless the digests belong to the shard's root."""
         root, count = self._manifest.shards[stream.index].root, self._shape.stripes
         if (head.first, head.count) != (first, last - first + 1):
             raise Malformed(f"{stream.node.name}: other cells than were asked for")
         if head.paths:
             if len(head.paths) != head.count:
                 raise Malformed(f"{stream.node.name}: not one path for each cell")
-            return [self._by_path(first + i, path, root) for i, path in enumerate(head.paths)]
+            return lambda number, digest: self._leads_to_root(number, digest, head.paths[number - first], root)
         known = [head.digests[at : at + 32] for at in range(0, len(head.digests), 32)]
         if len(known) != count or shard_root(known, self._digest) != root:
             self._found_bad((stream.node.name, stream.index, first))
             raise Damaged(f"{stream.node.name}: its digests are not those of shard {stream.index}")
-        return [known[number].__eq__ for number in range(first, last + 1)]
+        return lambda number, digest: known[number] == digest
 
-    def _by_path(self, number: int, path: tuple[bytes, ...], root: bytes) -> Callable[[bytes], bool]:
-        def holds(cell_digest: bytes) -> bool:
-            leaf = merkle.leaf_hash(cell_digest, self._digest)
+    def _leads_to_root(self, number: int, cell_digest: bytes, path: tuple[bytes, ...], root: bytes) -> bool:
+        leaf = merkle.leaf_hash(cell_digest, self._digest)
+        try:
             return merkle.root_from_path(leaf, number, self._shape.stripes, path, self._digest) == root
+        except Malformed:
+            return False
 
-        return holds
-
-    async def _deliver(self, stream: _Stream, number: int, cell: memoryview, expected: Callable[[bytes], bool]) -> None:
-        if not expected(self._digest(cell)):
-            self._found_bad((stream.node.name, stream.index, number))
-            self._tries[stream.index] = tries_max
-            raise Damaged(f"{stream.node.name}: cell {number} of shard {stream.index} has other bytes than were stored")
+    async def _deliver(self, stream: _Stream, number: int, cell: memoryview) -> None:
         if number >= self._now:
             self._cells.setdefault(number, {})[stream.index] = cell
         stream.at = number + 1

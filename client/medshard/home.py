@@ -1,10 +1,10 @@
 """The client's folder: where each thing of a vault lies.
 
-    vault.key            the root key under a passphrase: the one thing that must be backed up
-    genesis.medshard     the roster that this vault trusts
-    certificate.der      the institution's word for the vault's key
-    index.sqlite         a cache: search, manifests, unfinished puts
-    passphrase           only in a local trial made by `medshard up`
+vault.key            the root key under a passphrase: the one thing that must be backed up
+genesis.medshard     the roster that this vault trusts
+certificate.der      the institution's word for the vault's key
+index.sqlite         a cache: search, manifests, unfinished puts
+passphrase           only in a local trial made by `medshard up`
 """
 
 from __future__ import annotations

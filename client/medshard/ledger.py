@@ -20,7 +20,7 @@ from medshard_protocol.manifest import Manifest
 from medshard_protocol.proofs import Inclusion, pack_append, unpack_appended, unpack_registration
 from medshard_protocol.roster import Node
 
-append_timeout_s: Final = 6.0
+append_timeout_s: Final = 5.0
 entries_max: Final = 256  # in one request
 seen_max: Final = 512  # notes of some 3 KB each
 
@@ -75,18 +75,17 @@ class LedgerClient:
 
     async def _submit(self, entries: list[bytes]) -> list[Inclusion]:
         failures: list[str] = []
+        sequencer = self._net.roster.node(self._net.roster.sequencer).name
         # The same bytes again are the same entry: a retry through another node appends nothing twice.
-        for node in self._by_preference()[:3]:
+        for node in self._by_preference()[:2]:
             try:
-                answer = await self._net.call(
-                    node, "POST", "/v1/ledger/append", pack_append(entries), timeout_s=append_timeout_s
-                )
+                answer = await self._net.call(node, "POST", "/v1/ledger/append", pack_append(entries), timeout_s=append_timeout_s)
                 return self._proved(entries, answer)
             except Unavailable as error:
                 failures.append(str(error))
         raise Unavailable(
             f"the ledger did not take the entry ({'; '.join(failures)})",
-            hint="a quorum of the institutions' nodes must be up; see `medshard doctor`",
+            hint=f"the sequencer {sequencer} and a quorum of the institutions' nodes must be up; see `medshard doctor`",
         )
 
     def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:

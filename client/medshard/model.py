@@ -254,6 +254,7 @@ class GetReport:
     size: int
     sha256: bytes
     bad_cells: tuple[tuple[str, int, int], ...] = ()
+    recorded: bool = True  # False: the quorum was out of reach; the ACCESS entry is kept here and appended later
 
 
 HolderState: TypeAlias = Literal["proven", "damaged", "missing", "unreachable", "slow"]

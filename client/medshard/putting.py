@@ -25,7 +25,7 @@ from medshard.placement import place
 from medshard.sealing import FileSeal, padme, unwrap, wrap
 from medshard.smallfiles import Encoded, institutions, object_bytes_max, send_all
 from medshard.source import Part, Source, fingerprint, hash_file
-from medshard.transport import Net
+from medshard.transport import Net, without_name
 from medshard.upload import Upload, too_few
 from medshard_protocol.errors import Conflict, Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.ids import FileId, Sha256
@@ -238,7 +238,7 @@ class Putter:
                 await self._net.call(node, "PUT", manifest_path(manifest.file_id), manifest.to_bytes(), timeout_s=manifest_timeout_s)
                 good.add(index)
             except MedshardError as error:
-                failures[node.name] = str(error)
+                failures[node.name] = without_name(node, error)
 
         tasks = {asyncio.create_task(one(index)) for index in shards}
         pending = tasks

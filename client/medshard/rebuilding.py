@@ -18,14 +18,14 @@ from medshard.putting import rows_of
 from medshard.sealing import unwrap
 from medshard.transport import Net
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, note_bytes_max, open_published
+from medshard_protocol.checkpoint import Checkpoint, open_published
 from medshard_protocol.entries import Entry, Register
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import manifest_path
 from medshard_protocol.roster import Node
-from medshard_protocol.tiles import TileName, tile_names, unpack_bundle
+from medshard_protocol.tiles import tile_names, unpack_bundle
 
 timeout_s: Final = 10.0
 manifests_at_once: Final = 16

@@ -64,7 +64,9 @@ class Restore:
         """Check the whole, then give it its name. Blocking. Raises Damaged."""
         if self.written != self.target.size or self._hash.digest() != self.target.sha256:
             self.abandon()
-            raise Damaged("the restored bytes do not have the SHA-256 that was asked for", hint="nothing was written; run `medshard verify`")
+            raise Damaged(
+                "the restored bytes do not have the SHA-256 that was asked for", hint="nothing was written; run `medshard verify`"
+            )
         if self._temporary is None or self.destination is None:
             self._file.flush()
             return

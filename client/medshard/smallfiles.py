@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from medshard.download import BadCell
-from medshard.transport import Net
+from medshard.transport import Net, without_name
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.manifest import Manifest
@@ -71,7 +71,7 @@ async def send_all(net: Net, objects: Sequence[Encoded], w: int, stored: Mapping
             if error is None:
                 outcomes[number].done.add(index)
             else:
-                outcomes[number].failures[node.name] = str(error)
+                outcomes[number].failures[node.name] = without_name(node, error)
 
     tasks = {
         asyncio.create_task(one(net.roster.node(node), items[at : at + request_items_max])): node
@@ -184,15 +184,15 @@ class SmallReads:
             data = await self._net.call(node, "POST", "/v1/read", pack_small_reads(items), timeout_s=timeout_s)
             answers = unpack_shards(data, len(items))
         except MedshardError as error:
-            self._failures[node.name] = str(error)
+            self._failures[node.name] = without_name(node, error)
             return
         for (file_id, index), shard in zip(items, answers, strict=True):
             if shard is None:
-                self._failures[node.name] = f"{node.name}: shard {index} is missing or damaged there"
+                self._failures[node.name] = f"shard {index} is missing or damaged there"
             elif self._is_good(self._manifests[file_id], index, shard):
                 self.shards[file_id][index] = shard
             else:
-                self._failures[node.name] = f"{node.name}: shard {index} has other bytes than were stored"
+                self._failures[node.name] = f"shard {index} has other bytes than were stored"
                 self._found_bad((node.name, index, 0))
 
     @staticmethod
@@ -205,7 +205,7 @@ class SmallReads:
     def _too_few(self) -> Unavailable:
         worst = max(self._manifests.values(), key=lambda manifest: self._short(manifest.file_id))
         have, layout = len(self.shards[worst.file_id]), worst.layout
-        listed = "; ".join(self._failures.values())
+        listed = "; ".join(f"{name}: {why}" for name, why in sorted(self._failures.items()))
         return Unavailable(
             f"{layout.k} of {layout.n} shards are needed and only {have} can be had ({listed})",
             hint="nothing is lost while the nodes come back: start them, then run the same command again",

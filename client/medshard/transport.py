@@ -24,6 +24,7 @@ from medshard_protocol.roster import Node, Roster
 answer_bytes_max: Final = 96 * 1024 * 1024  # no answer that is read whole is larger; a hostile node must not fill our memory
 suspect_s: Final = 30.0  # how long a node that stalled is tried last
 connect_timeout_s: Final = 10.0
+piece_bytes: Final = 256 * 1024  # a larger body goes out in pieces, so that other connections get their turn
 
 
 class Health:
@@ -58,7 +59,7 @@ class Net:
         # No total timeout here: each call sets its own, and a long upload has only stall limits.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60), timeout=timeout, auto_decompress=False
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60), timeout=timeout, auto_decompress=False, read_bufsize=512 * 1024
         )
         return self
 
@@ -77,7 +78,8 @@ class Net:
         ok: Collection[int] = (200, 201, 204),
     ) -> bytes:
         """One request, its whole answer. Raises what the node answered, or Unavailable when it did not."""
-        async with self._open(node, method, path, body or None, {}, timeout_s) as response:
+        headers = {"Content-Length": str(len(body))} if len(body) > piece_bytes else {}
+        async with self._open(node, method, path, _pieces(body) if headers else body or None, headers, timeout_s) as response:
             data = await _read_all(response)
             if response.status not in ok:
                 raise unpack_error(response.status, data, node.name)
@@ -145,6 +147,12 @@ class Net:
         self.health.well(node.id)
 
 
+async def _pieces(body: bytes) -> AsyncIterator[memoryview]:
+    view = memoryview(body)
+    for at in range(0, len(view), piece_bytes):
+        yield view[at : at + piece_bytes]
+
+
 async def _read_all(response: aiohttp.ClientResponse) -> bytes:
     chunks: list[bytes] = []
     total = 0
@@ -154,6 +162,11 @@ async def _read_all(response: aiohttp.ClientResponse) -> bytes:
             raise Unavailable("the node answered with more bytes than any answer has")
         chunks.append(chunk)
     return b"".join(chunks) if len(chunks) != 1 else chunks[0]
+
+
+def without_name(node: Node, error: Exception) -> str:
+    """What went wrong, for a list that names the node itself."""
+    return str(error).removeprefix(f"{node.name}: ")
 
 
 def _reason(error: Exception) -> str:

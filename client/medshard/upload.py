@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from medshard.encoding import Stripe
-from medshard.transport import Net
+from medshard.transport import Net, without_name
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path, unpack_stored
@@ -40,7 +40,9 @@ class _Sender:
 class Upload:
     """The shards of one object on their way. ``feed`` every stripe, then ``finish``; ``close`` in any case."""
 
-    def __init__(self, net: Net, file_id: FileId, layout: Layout, holders: Sequence[Node], w: int, skip: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, net: Net, file_id: FileId, layout: Layout, holders: Sequence[Node], w: int, skip: frozenset[int] = frozenset()
+    ) -> None:
         self._net = net
         self._file_id = file_id
         self._layout = layout
@@ -137,7 +139,7 @@ class Upload:
             if sender.task and sender.task.done() and not sender.failure and not sender.task.cancelled():
                 error = sender.task.exception()
                 if isinstance(error, MedshardError):
-                    sender.failure = str(error)
+                    sender.failure = without_name(sender.node, error)
                 elif error is not None:
                     raise error
 
@@ -149,7 +151,7 @@ class Upload:
             try:
                 stored = unpack_stored(sender.task.result())
             except MedshardError as error:
-                sender.failure = str(error)
+                sender.failure = without_name(sender.node, error)
                 continue
             if stored == roots[sender.index]:
                 self._done.add(sender.index)

@@ -12,7 +12,7 @@ import msgpack
 
 from medshard_protocol.errors import Malformed
 
-Value: TypeAlias = "None | bool | int | str | bytes | list[Value] | tuple[Value, ...]"
+Value: TypeAlias = "bool | int | str | bytes | list[Value] | tuple[Value, ...] | None"
 
 uint64_max = 2**64 - 1
 nesting_max = 16  # our deepest format nests 5; a bomb of brackets must not reach the recursion limit

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from cryptography.x509 import load_der_x509_certificate
 
 from medshard_protocol.entries import Enrol, nonce_size, sign_entry
 from medshard_protocol.errors import Full, MedshardError, Refused
@@ -24,6 +26,7 @@ from medshard_protocol.ids import Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
 from storenode import routes
+from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.genesis import load_genesis
 from storenode.identity import NodeKeys, client_ssl_context, peer_of, server_ssl_context
@@ -38,7 +41,6 @@ log = logging.getLogger("storenode")
 open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/join"})  # the only ones that answer without a certificate
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
 sweep_every_s: Final = 600.0
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,15 @@ async def serve(config: Config) -> None:
     keys, roster = NodeKeys.load(config.home), load_genesis(config.home)
     contexts = {i: client_ssl_context(each.ca, keys) for i, each in enumerate(roster.institutions)}
     peers = Peers(roster, contexts)
-    store = ShardStore(config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max)
-    ledger = Ledger.open(config.data, roster, keys.node_id, keys.cosigner, keys.log, peers)
     metrics = Metrics()
+    store = ShardStore(
+        config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max, on_fsync=metrics.fsync
+    )
+    ledger = Ledger.open(config.data, roster, keys.node_id, keys.cosigner, keys.log, peers)
+    for name, der in (("node", keys.certificate), ("institution", keys.ca_certificate)):
+        metrics.certificate(name, load_der_x509_certificate(der).not_valid_after_utc.timestamp())
     parts = Parts(Node(config, keys.node_id, store, ledger), roster, peers, metrics)
-    runner = web.AppRunner(build(parts, keys), access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330)
+    runner = web.AppRunner(build(parts, keys), access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330, lingering_time=2)
     await runner.setup()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,19 +105,20 @@ async def serve(config: Config) -> None:
         store.close()
 
 
-def _guard(parts: Parts) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def _guard(parts: Parts) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.monotonic()
         transport = request.transport
         peer = peer_of(transport.get_extra_info("ssl_object"), parts.roster) if transport else None
-        request["peer"] = peer
+        if peer is not None:
+            request[peer_key] = peer
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "unknown"
         status = 500
         try:
-            if peer is None and request.path not in open_paths:
-                raise Refused("a client certificate of one of the institutions is needed", hint="join with an invitation code")
+            if request.path not in open_paths:
+                caller(request)
             if request.headers.get("Content-Encoding", "identity") != "identity":
                 raise web.HTTPUnsupportedMediaType(text="bodies are sent as they are, without Content-Encoding")
             response = await handler(request)

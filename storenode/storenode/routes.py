@@ -36,8 +36,8 @@ from medshard_protocol.messages import (
     unpack_small_reads,
 )
 from medshard_protocol.shards import cell_bytes_max, cells_in, code_n_max, digests
+from storenode.callers import caller
 from storenode.config import Config
-from storenode.identity import Peer
 from storenode.ledger import Ledger
 from storenode.shardstore import Incoming, Shard, ShardStore
 from storenode.shardstore.store import check_size
@@ -89,7 +89,7 @@ async def put_shard(request: web.Request) -> web.Response:
     incoming = node.store.begin(request.content_length, cell_size)
     try:
         await _receive(request, incoming, node.config.limits.body_stall_s)
-        put = await node.store.commit(incoming, file_id, index, _peer(request).key)
+        put = await node.store.commit(incoming, file_id, index, caller(request).key)
     finally:
         node.store.abandon(incoming)
     return _stored(put.root, put.created)
@@ -101,7 +101,7 @@ async def put_manifest(request: web.Request) -> web.Response:
     manifest = Manifest.from_bytes(await read_body(request, min(node.config.limits.manifest_bytes_max, manifest_bytes_max)))
     if manifest.file_id != file_id:
         raise Malformed("the manifest is of another file")
-    if manifest.owner != _peer(request).key:
+    if manifest.owner != caller(request).key:
         raise Refused("a manifest is stored by its owner alone")
     shard = node.store.shard(file_id)
     if shard is None:
@@ -114,7 +114,7 @@ async def put_manifest(request: web.Request) -> web.Response:
 
 async def put_files(request: web.Request) -> web.Response:
     """Take many small shards with their manifests; each is answered for itself."""
-    node, owner = request.app[node_key], _peer(request).key
+    node, owner = request.app[node_key], caller(request).key
     puts = unpack_small_puts(await read_body(request, bundle_bytes_max))
 
     async def one(put: SmallPut) -> MedshardError | None:
@@ -317,11 +317,6 @@ def _cell_size(request: web.Request, size: int) -> int:
     if cells_in(size, int(text)) > 1 << 24:
         raise Malformed("too many cells")
     return int(text)
-
-
-def _peer(request: web.Request) -> Peer:
-    peer: Peer = request["peer"]
-    return peer
 
 
 def _stored(root: bytes, created: bool) -> web.Response:

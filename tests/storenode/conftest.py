@@ -14,16 +14,11 @@ from aiohttp import web
 from medshard_protocol.entries import Enrol, Entry, Register
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.identity import public_key
-from medshard_protocol.ids import NodeId
+from medshard_protocol.ids import Key, NodeId
 from medshard_protocol.messages import pack_error
+from storenode.callers import peer_key
+from storenode.identity import Peer
 from storenode.ledger import Ledger
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who calls, as the node's middleware would find out from TLS."""
-
-    node: NodeId | None
 
 
 @dataclass
@@ -118,7 +113,7 @@ class Net:
             if number in self.frozen:
                 await self._thawed.wait()
             as_node = request.headers.get("As-Node")
-            request["peer"] = Caller(None if as_node is None else self.roster.nodes[int(as_node)].id)
+            request[peer_key] = Peer(Key(bytes(32)), 0, None if as_node is None else self.roster.nodes[int(as_node)].id)
             try:
                 return await handler(request)
             except MedshardError as error:

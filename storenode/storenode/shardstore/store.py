@@ -66,6 +66,7 @@ class ShardStore:
         capacity: int,
         small_bytes_max: int = 65536,
         clock: Callable[[], float] = time.time,
+        on_fsync: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._folder = folder
         self._shards = folder / "shards"
@@ -73,6 +74,7 @@ class ShardStore:
         self._capacity = capacity
         self._small_max = small_bytes_max
         self._clock = clock
+        self._on_fsync = on_fsync
         self._shards.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._tmp, ignore_errors=True)  # uploads that a crash cut off: nobody was told they were stored
         self._tmp.mkdir()
@@ -140,7 +142,9 @@ class ShardStore:
         return put
 
     def _settle(self, incoming: Incoming, file_id: FileId) -> bytes | None:
+        started = time.monotonic()
         data = incoming.finish()
+        self._on_fsync(time.monotonic() - started)
         if incoming.temporary is not None:
             final = self._path(file_id, shard_root(incoming.digests, digests["blake3"]))
             if not final.parent.exists():

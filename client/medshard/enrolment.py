@@ -1,0 +1,87 @@
+"""Joining: from an invitation to a certificate and a pinned roster.
+
+The code names the genesis file by its hash, so the first, unverified connection can bring nothing but that file; the second one
+is checked against the institution's CA in it before the secret is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from hashlib import sha256
+from typing import Final
+
+import aiohttp
+
+from medshard.durable import write_durably
+from medshard.home import Home
+from medshard.keys import VaultKeys
+from medshard.tls import context_for, unverified_context
+from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
+from medshard_protocol.identity import certificate_key, client_csr, node_hostname
+from medshard_protocol.invite import Invite, pack_join, unpack_joined
+from medshard_protocol.messages import unpack_error
+from medshard_protocol.roster import Node, Roster
+
+timeout_s: Final = 30.0
+answer_bytes_max: Final = 4 * 1024 * 1024
+
+
+async def join(home: Home, keys: VaultKeys, code: str) -> None:
+    """Enrol the vault's key and write genesis file and certificate. Raises Malformed, Refused, Damaged or Unavailable."""
+    invite = Invite.from_code(code)
+    genesis = await _request("GET", invite.url + "/v1/genesis", None, unverified_context(), None)
+    if sha256(genesis).digest() != invite.genesis_sha256:
+        raise Damaged(
+            f"{invite.url} serves another genesis file than the invitation names",
+            hint="do not join: somebody may be between you and the institution; ask it for a new invitation",
+        )
+    roster = Roster.from_bytes(genesis)
+    _same_consortium(home, genesis)
+    node = _node(roster, invite)
+    context = context_for(roster.institutions[invite.institution].ca)
+    answer = await _request("POST", invite.url + "/v1/join", pack_join(invite.secret, client_csr(keys.signing)), context, node)
+    certificate = unpack_joined(answer)
+    if certificate_key(certificate) != keys.public:
+        raise Damaged("the institution certified another key than this vault's")
+    write_durably(home.genesis, genesis)
+    write_durably(home.certificate, certificate)
+
+
+def _same_consortium(home: Home, genesis: bytes) -> None:
+    if home.genesis.exists() and home.genesis.read_bytes() != genesis:
+        raise Refused(
+            f"the vault at {home.folder} belongs to another consortium", hint="choose another --home for this one; one vault has one roster"
+        )
+
+
+def _node(roster: Roster, invite: Invite) -> Node:
+    for node in roster.nodes:
+        if node.url == invite.url and node.institution == invite.institution:
+            return node
+    raise Damaged("the invitation names a node that is not in the genesis file", hint="ask the institution for a new one")
+
+
+async def _request(method: str, url: str, body: bytes | None, context: ssl.SSLContext, node: Node | None) -> bytes:
+    try:
+        async with (
+            asyncio.timeout(timeout_s),
+            aiohttp.ClientSession(auto_decompress=False) as session,
+            session.request(
+                method, url, data=body, ssl=context, server_hostname=node_hostname(node.id) if node else None, allow_redirects=False
+            ) as response,
+        ):
+            data = b""
+            async for chunk in response.content.iter_any():
+                data += chunk
+                if len(data) > answer_bytes_max:
+                    raise Unavailable(f"{url}: a longer answer than there can be")
+            if response.status != 200:
+                raise unpack_error(response.status, data, url)
+            return data
+    except MedshardError:
+        raise
+    except TimeoutError:
+        raise Unavailable(f"{url}: no answer within {timeout_s:g} s", hint="is the node up, and this machine online?") from None
+    except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+        raise Unavailable(f"{url}: {error}", hint="is the node up, and this machine online?") from None
