@@ -1,6 +1,8 @@
 """``python -m storenode`` is ``storenode``."""
 
+import sys
+
 from storenode.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

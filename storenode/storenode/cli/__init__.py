@@ -1,0 +1,5 @@
+"""The command ``storenode``: what an operator types."""
+
+from storenode.cli.main import main
+
+__all__ = ["main"]
