@@ -42,7 +42,7 @@ class Manifest:
     header: bytes
     wrap: bytes
     tags: tuple[Tag, ...]
-    _bytes: list[bytes] = field(default_factory=list, compare=False, repr=False)
+    _bytes: list[bytes] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def to_bytes(self) -> bytes:
         """The canonical form, made once."""
@@ -95,7 +95,9 @@ class Manifest:
         shards = _shards(f.list(most=code_n_max), layout.n)
         owner, header, wrap = Key(f.bytes(exactly=32)), f.bytes(most=header_bytes_max), f.bytes(exactly=wrap_bytes)
         tags = _tags(f.list(most=tags_max))
-        return cls(file_id, layout, digest, commitment, shards, owner, header, wrap, tags, [bytes(data)])
+        manifest = cls(file_id, layout, digest, commitment, shards, owner, header, wrap, tags)
+        manifest._bytes.append(bytes(data))
+        return manifest
 
 
 def _shards(items: list[object], n: int) -> tuple[ShardRef, ...]:

@@ -159,7 +159,7 @@ def manifest_of(node: Running, shard: bytes, file_id: FileId, **changes: object)
         bytes(48),
         (Tag(b"t" * 32),),
     )
-    return replace(manifest, _bytes=[], **changes)  # type: ignore[arg-type]
+    return replace(manifest, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 4096, 4097, 1_500_000])
