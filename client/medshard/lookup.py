@@ -46,8 +46,10 @@ class Lookup:
             if target := self._from_index(wanted):
                 found[wanted] = target
         missing = [wanted for wanted in dict.fromkeys(hashes) if wanted not in found]
-        for at in range(0, len(missing), lookup_tags_max):
-            found.update(await self._from_nodes(missing[at : at + lookup_tags_max]))
+        while missing:
+            # A node answers at most some megabytes of manifests at once: what is left is asked for again, as long as there is progress.
+            found.update(await self._from_nodes(missing[:lookup_tags_max]))
+            missing = [wanted for wanted in missing if wanted not in found]
         return [found[wanted] for wanted in hashes]
 
     def remember(self, manifest: Manifest, inclusion: Inclusion) -> None:
@@ -101,9 +103,8 @@ class Lookup:
                 for wanted, files in zip(missing, candidates, strict=True):
                     if wanted not in found and (target := await self._first_good(files, wanted)):
                         found[wanted] = target
-        for wanted in hashes:
-            if wanted not in found:
-                raise _not_found(wanted, failures, len(nodes))
+        if not found:
+            raise _not_found(hashes[0], failures, len(nodes))
         return found
 
     async def _ask(self, node: Node, tags: Sequence[Tag]) -> list[list[Found]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,15 +21,14 @@ from medshard_protocol.errors import (
 )
 from medshard_protocol.ids import FileId, Tag
 from medshard_protocol.manifest import manifest_bytes_max
-from medshard_protocol.shards import code_n_max
+from medshard_protocol.shards import cells_max, code_n_max
 
 version: Final = 1
 bundle_bytes_max: Final = 32 * 1024 * 1024  # small shards and manifests together in one request or answer; bounds a node's memory
 bundle_items_max: Final = 1024
 lookup_tags_max: Final = 256
 lookup_files_max: Final = 16
-span_head_bytes_max: Final = 64 * 1024 * 1024  # digests of a 16 TiB file's shard; the reader knows the exact count beforehand
-cells_max: Final = 1 << 24
+span_head_bytes_max: Final = cells_max * 32 + 64 * 1024  # all digests of the longest shard; a reader knows the exact count beforehand
 error_bytes_max: Final = 16 * 1024
 
 cell_size_header: Final = "Medshard-Cell-Size"
@@ -172,28 +171,40 @@ def unpack_lookup(data: bytes) -> list[Tag]:
     return [Tag(tag) for tag in tags]
 
 
-def pack_found(found: Sequence[Sequence[Found]]) -> bytes:
-    """Answer to POST /v1/lookup: for each tag, the files that carry it."""
-    return canonical.encode([version, [[[file.manifest, file.inclusion] for file in files] for files in found]])
+def pack_found(files: Mapping[FileId, Found], answers: Sequence[Sequence[FileId]]) -> bytes:
+    """Answer to POST /v1/lookup: each file once, and for each tag which of them carry it."""
+    numbers = {file_id: number for number, file_id in enumerate(files)}
+    return canonical.encode(
+        [
+            version,
+            [[file.manifest, file.inclusion] for file in files.values()],
+            [[numbers[file_id] for file_id in answer] for answer in answers],
+        ]
+    )
 
 
 def unpack_found(data: bytes, count: int) -> list[list[Found]]:
-    """Parse the answer to POST /v1/lookup. Manifests and inclusions are still to be parsed and checked."""
-    answers = _open(data, 2, "found", bundle_bytes_max * 2).list(most=lookup_tags_max)
+    """Parse the answer to POST /v1/lookup: for each tag, its files. Manifests and inclusions are still to be parsed and checked."""
+    f = _open(data, 3, "found", bundle_bytes_max * 2)
+    files = [_found(item) for item in f.list(most=lookup_tags_max * lookup_files_max)]
+    answers = f.list(most=lookup_tags_max)
     if len(answers) != count:
         raise Malformed("found: not what was asked for")
-    return [_files(answer) for answer in answers]
+    return [_chosen(files, answer) for answer in answers]
 
 
-def _files(answer: object) -> list[Found]:
+def _found(item: object) -> Found:
+    if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], bytes):
+        raise Malformed("found: expected a manifest and an inclusion")
+    return Found(item[0], item[1])
+
+
+def _chosen(files: list[Found], answer: object) -> list[Found]:
     if not isinstance(answer, list) or len(answer) > lookup_files_max:
         raise Malformed("found: too many files for one tag")
-    files = []
-    for item in answer:
-        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], bytes):
-            raise Malformed("found: expected a manifest and an inclusion")
-        files.append(Found(item[0], item[1]))
-    return files
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(files) for number in answer):
+        raise Malformed("found: a file that is not in the answer")
+    return [files[number] for number in answer]
 
 
 @dataclass(frozen=True, slots=True)

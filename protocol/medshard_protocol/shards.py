@@ -19,6 +19,8 @@ from medshard_protocol.errors import Malformed
 tag_bytes: Final = 16  # AES-GCM's tag, at the end of each segment
 cell_bytes_default: Final = 128 * 1024
 cell_bytes_max: Final = 1024 * 1024  # bounds what a holder or reader buffers for one cell
+cell_bytes_least: Final = 64  # in a shard of several cells: a digest for each must cost the sender more than the node that keeps it
+cells_max: Final = 1 << 21  # of one shard; their digests are 64 MiB, and k x 256 GiB of file at the default cell size
 cell_bytes_min: Final = 2  # with 1 <= k <= 255 the smallest padded file still leaves room for a tag
 code_n_max: Final = 255  # GF(2^8) has no more evaluation points
 sealed_bytes_max: Final = 1 << 44  # 16 TiB: far above any study, far below where 64-bit sums could overflow
@@ -51,6 +53,8 @@ class Layout:
             raise Malformed(f"no {self.k}-of-{self.n} code")
         if not (cell_bytes_min <= self.cell_size <= cell_bytes_max and self.k * self.cell_size > tag_bytes):
             raise Malformed(f"cells of {self.cell_size} bytes are not allowed")
+        if self.sealed_size > self.stripe_bytes:
+            check_cells(self.stripes, self.cell_size)
         if not (tag_bytes < self.sealed_size <= sealed_bytes_max):
             raise Malformed(f"a sealed size of {self.sealed_size} bytes is not allowed")
         if self.segment_length(self.stripes - 1) <= tag_bytes:
@@ -111,6 +115,14 @@ class Layout:
 def cells_in(shard_size: int, cell_size: int) -> int:
     """How many cells a shard of ``shard_size`` bytes has: all but the last are full, and the last is not empty."""
     return -(-shard_size // cell_size)
+
+
+def check_cells(count: int, cell_size: int) -> None:
+    """Raise Malformed for a shard of more, or smaller, cells than anyone has to keep digests of."""
+    if count > cells_max:
+        raise Malformed(f"{count} cells in a shard, more than the {cells_max} allowed")
+    if count > 1 and cell_size < cell_bytes_least:
+        raise Malformed(f"cells of {cell_size} bytes: a shard of several has cells of at least {cell_bytes_least}")
 
 
 def shard_root(cell_digests: Sequence[bytes], digest: Digest) -> bytes:

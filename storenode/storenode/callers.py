@@ -14,7 +14,7 @@ peer_key: Final = web.RequestKey("peer", Peer)
 
 def caller(request: web.Request) -> Peer:
     """Who asks. Raises Refused for nobody in particular."""
-    peer = request.get(peer_key)
+    peer: Peer | None = request.get(peer_key)
     if peer is None:
         raise Refused("a client certificate of one of the institutions is needed", hint="join with an invitation code")
     return peer

@@ -35,7 +35,7 @@ from medshard_protocol.messages import (
     unpack_small_puts,
     unpack_small_reads,
 )
-from medshard_protocol.shards import cell_bytes_max, cells_in, code_n_max, digests
+from medshard_protocol.shards import cell_bytes_max, cells_in, check_cells, code_n_max, digests
 from storenode.callers import caller
 from storenode.config import Config
 from storenode.ledger import Ledger
@@ -189,14 +189,21 @@ async def read_files(request: web.Request) -> web.Response:
 async def lookup(request: web.Request) -> web.Response:
     """Manifests by lookup tag, with the proof of their registration."""
     node = request.app[node_key]
-    answers = []
+    files: dict[FileId, Found] = {}
+    room = bundle_bytes_max
+    answers: list[list[FileId]] = []
     for tag in unpack_lookup(await read_body(request, bundle_bytes_max)):
-        found = []
+        answers.append([])
         for file_id in node.store.files_of(tag)[:lookup_files_max]:
-            inclusion = node.ledger.inclusion_of(file_id)
-            found.append(Found(node.store.manifest(file_id), None if inclusion is None else inclusion.to_value()))
-        answers.append(found)
-    return web.Response(body=pack_found(answers), content_type=body_type)
+            if file_id not in files:
+                manifest = node.store.manifest(file_id)
+                room -= len(manifest)
+                if room < 0:  # the client asks again for what is not in this answer
+                    break
+                inclusion = node.ledger.inclusion_of(file_id)
+                files[file_id] = Found(manifest, None if inclusion is None else inclusion.to_value())
+            answers[-1].append(file_id)
+    return web.Response(body=pack_found(files, answers), content_type=body_type)
 
 
 async def check_shard(request: web.Request) -> web.Response:
@@ -314,8 +321,7 @@ def _cell_size(request: web.Request, size: int) -> int:
     text = request.headers.get(cell_size_header, "")
     if not (text.isdecimal() and len(text) <= 8 and 1 <= int(text) <= cell_bytes_max) or size < 1:
         raise Malformed(f"{cell_size_header} is a number from 1 to {cell_bytes_max}, and a shard is not empty")
-    if cells_in(size, int(text)) > 1 << 24:
-        raise Malformed("too many cells")
+    check_cells(cells_in(size, int(text)), int(text))
     return int(text)
 
 
