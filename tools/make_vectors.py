@@ -128,21 +128,21 @@ def seal_object(what: str, plain: bytes, k: int, n: int, cell_size: int, digest:
 
 
 def objects() -> list[dict[str, Any]]:
-    text = b"Versicherungsschein Nr. 7. " * 30
-    slices = [drawn("slice 0", 700), b"", drawn("slice 2", 325)]
+    text = b"Versicherungsschein Nr. 7. " * 80
+    slices = [drawn("slice 0", 1700), b"", drawn("slice 2", 325)]
     sums = [hashlib.sha256(item).digest() for item in slices]
 
     def header(name: bytes, plain: bytes) -> list[Any]:
         return [1, 0, name, len(plain), hashlib.sha256(plain).digest(), 1_700_000_000, "text/plain", [], []]
 
-    at = [0, 700, 700]
+    at = [0, 1700, 1700]
     members = [[b"ct/IM%d" % i, at[i], len(slices[i]), sums[i], "", []] for i in range(3)]
     whole = hashlib.sha256(b"".join(sums)).digest()
-    pack_header = [1, 1, b"ct", 1025, whole, 0, "application/dicom", [["modality", "CT"]], members]
+    pack_header = [1, 1, b"ct", 2025, whole, 0, "application/dicom", [["modality", "CT"]], members]
     return [
         seal_object("the empty file, 3 of 6", b"", 3, 6, 347, "blake3", header(b"empty", b"")),
-        seal_object("five stripes, the last with smaller cells, 2 of 4", text, 2, 4, 128, "blake3", header(b"a.txt", text)),
-        seal_object("a pack of three, 4 of 5", b"".join(slices), 4, 5, 100, "blake3", pack_header),
+        seal_object("five stripes, the last with smaller cells, 2 of 4", text, 2, 4, 256, "blake3", header(b"a.txt", text)),
+        seal_object("a pack of three, 4 of 5", b"".join(slices), 4, 5, 256, "blake3", pack_header),
         seal_object("SHA-256 cells, 2 of 2", text[:10], 2, 2, 400, "sha256", header(b"b", text[:10])),
     ]
 
@@ -170,6 +170,7 @@ def refused_manifests(good: bytes) -> list[dict[str, str]]:
         changed("n other than the number of shards", 3, items[3] + 1),
         changed("a cell size of 1", 4, 1),
         changed("a cell size over 1 MiB", 4, 2**20 + 1),
+        changed("several cells of fewer than 256 bytes", 4, 255),
         changed("a last segment without data", 5, items[2] * items[4] + 16),
         changed("an unknown digest", 6, "md5"),
         changed("a commitment of 16 bytes", 7, items[7][:16]),
@@ -280,7 +281,7 @@ def messages() -> list[dict[str, Any]]:
         "small reads": [1, [[file_id, 2]]],
         "shards": [1, [b"shard", None]],
         "lookup": [1, [tag]],
-        "found": [1, [[[b"manifest", inclusion], [b"another", None]], []]],
+        "found": [1, [[b"manifest", inclusion], [b"another", None]], [[0, 1], [], [1]]],
         "span with digests": [1, 0, 2, b"".join(path), []],
         "span with paths": [1, 1, 1, b"", [path]],
         "stored": [1, root, 1],
