@@ -118,6 +118,7 @@ class LocalConsortium:
         process = self._running.pop(name)
         process.kill()
         process.wait()
+        (self.home(name) / "pid").unlink(missing_ok=True)
 
     def freeze(self, name: str) -> None:
         """Stop a node without ending it, as a hung disk or a full memory would: SIGSTOP."""
@@ -144,6 +145,7 @@ class LocalConsortium:
             code = process.poll()
             if code is not None:
                 del self._running[name]
+                (self.home(name) / "pid").unlink(missing_ok=True)
                 yield name, code
 
     # Inside

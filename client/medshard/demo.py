@@ -166,6 +166,8 @@ async def _lose_half(stage: _Stage, vault: Vault, consortium: LocalConsortium, s
         same == len(stored),
         f"all {same} files came back from the other {len(consortium.names) - len(victims)} in {took:.1f} s, same SHA-256",
     )
+    if not all(report.recorded for report in reports):
+        stage.say("   (the ledger has no quorum now: the record of these reads is kept here, and appended when it has)")
     try:
         await vault.put([_another(stored[0].path, folder / "late.dcm")])
         refused = False

@@ -114,7 +114,11 @@ class Putter:
         return self._row_of(part, digest)
 
     def _row_of(self, part: Part, digest: bytes) -> StoredFile | None:
+        # What the user says of a file is sealed with it: a new tag or policy number makes a new object, or it would be lost.
+        said = {key: value for key, value in part.description.attributes.items() if key == "policy-number" or key.startswith("tag:")}
         for row in self._index.by_tag(self._keys.tag(digest)):
+            if not said.items() <= row.attributes.items():
+                continue
             return StoredFile(part.path, digest, part.size, row.file_id, row.ledger_index, already=True)
         return None
 
