@@ -27,7 +27,7 @@ from storenode.ledger.wire import Push
 push_timeout_s = 3.0
 catch_up_timeout_s = 20.0  # a full push of 4 MiB to a slow disk over a slow line
 pause_first_s = 0.1
-pause_most_s = 5.0
+pause_most_s = 1.0  # what a mirror that comes back may have to wait; a dead one costs a connection attempt a second
 tell_after_s = 0.1  # under load the next checkpoint carries the news along, and nothing is sent for it alone
 
 _log = logging.getLogger(__name__)
