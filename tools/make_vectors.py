@@ -170,7 +170,7 @@ def refused_manifests(good: bytes) -> list[dict[str, str]]:
         changed("n other than the number of shards", 3, items[3] + 1),
         changed("a cell size of 1", 4, 1),
         changed("a cell size over 1 MiB", 4, 2**20 + 1),
-        changed("several cells of fewer than 256 bytes", 4, 255),
+        changed("several cells of fewer than 64 bytes", 4, 63),
         changed("a last segment without data", 5, items[2] * items[4] + 16),
         changed("an unknown digest", 6, "md5"),
         changed("a commitment of 16 bytes", 7, items[7][:16]),

@@ -43,6 +43,8 @@ def _check(value: object, depth: int) -> None:
     if depth > nesting_max:
         raise TypeError("nested too deep")
     if isinstance(value, list | tuple):
+        if isinstance(value, msgpack.ExtType):  # a tuple to Python, and not one of our values
+            raise TypeError("no canonical form for an extension")
         for item in value:
             _check(item, depth + 1)
     elif isinstance(value, int):
