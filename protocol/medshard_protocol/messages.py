@@ -29,7 +29,8 @@ bundle_items_max: Final = 1024
 lookup_tags_max: Final = 256
 lookup_files_max: Final = 16
 span_head_bytes_max: Final = cells_max * 32 + 64 * 1024  # all digests of the longest shard; a reader knows the exact count beforehand
-error_bytes_max: Final = 16 * 1024
+error_chars_max: Final = 1000  # of a message, and of a hint
+error_bytes_max: Final = 16 * 1024  # both of them in the longest UTF-8 fit
 
 cell_size_header: Final = "Medshard-Cell-Size"
 root_header: Final = "Medshard-Root"
@@ -62,7 +63,7 @@ def pack_error(error: MedshardError) -> tuple[int, bytes]:
     """(HTTP status, body) for an error."""
     for code, (status, kind) in errors_by_code.items():
         if isinstance(error, kind):
-            return status, canonical.encode([version, code, str(error)[:4000], error.hint[:4000]])
+            return status, canonical.encode([version, code, str(error)[:error_chars_max], error.hint[:error_chars_max]])
     return 500, canonical.encode([version, "internal", "the node failed to answer", ""])
 
 
@@ -71,7 +72,7 @@ def unpack_error(status: int, body: bytes, where: str) -> MedshardError:
     try:
         f = Fields(canonical.decode(body, bytes_max=error_bytes_max, what="error"), count=4, what="error")
         f.uint()
-        code, message, hint = f.text(most=32), f.text(most=4000), f.text(most=4000)
+        code, message, hint = f.text(most=32), f.text(most=error_chars_max), f.text(most=error_chars_max)
     except Malformed:
         code, message, hint = "", f"answered {status}", ""
     kind = errors_by_code.get(code, (0, Unavailable))[1]
