@@ -157,7 +157,10 @@ class LocalConsortium:
         code = ["--code", f"{self._code[0]}/{self._code[1]}"] if self._code else []
         made = _storenode(["consortium", str(self.folder), "--institutions", str(self._institutions or institutions_default), *code])
         if made.returncode != 0:
-            message, _, hint = made.stderr.strip().partition("\nhint: ")
+            said, _, hint = made.stderr.strip().partition("\nhint: ")
+            if "No module named" in said:
+                hint = "Nodes need more packages than clients: pip install 'medshard[node]'."
+            message = said.splitlines()[-1] if said else f"exit code {made.returncode}"
             raise Absent(f"no consortium could be made in {self.folder}: {message.removeprefix('storenode: ')}", hint=hint)
 
     def _check_same(self) -> None:

@@ -188,7 +188,7 @@ async def _flip_a_bit(stage: _Stage, vault: Vault, consortium: LocalConsortium, 
     report = await vault.verify(subject.sha256)
     for holder in report.holders:
         mark, cells = "✓" if holder.state == "proven" else "✗", f", cell {holder.bad_cells[0]}" if holder.bad_cells else ""
-        stage.say(f"   {mark} shard {holder.shard}  {holder.state}{cells}  {holder.node} ({holder.institution})")
+        stage.say(f"   {mark} shard {holder.shard}  {holder.state}{cells}  {output.holder(holder.node, holder.institution)}")
     damaged = {holder.node for holder in report.holders if holder.state == "damaged"}
     stage.promise(damaged == {name} and not report.ok, "verify finds it, and says which node and which cell, without downloading a shard")
     back = folder / "despite.dcm"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from medshard_protocol import canonical
+from medshard_protocol import canonical, manifest
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed, TooLarge
 
-header_bytes_max = 4 * 2**20  # it travels in every manifest, beside every shard
+header_bytes_max = manifest.header_bytes_max - 16  # sealed, it gains GCM's tag, and must fit into the manifest
 members_max = 10_000  # a long CT series has some 5,000 slices
 name_bytes_max = 4_096  # PATH_MAX of Linux
 attributes_max = 64  # we know 19 names; the rest are the user's tags

@@ -10,12 +10,15 @@ import zlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from medshard.describe import Described, describe
+from medshard.model import check_attributes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 folder = Path(str(get_testdata_file("CT_small.dcm", download=False))).parent
@@ -196,6 +199,21 @@ def test_nested_sequences_do_not_exhaust_the_stack() -> None:
     opening = struct.pack("<HH2sHLHHL", 0x0008, 0x1115, b"SQ", 0, 0xFFFFFFFF, 0xFFFE, 0xE000, 0xFFFFFFFF)
     described = told(made(Dataset()) + opening * 20_000)
     assert described.problem is not None
+
+
+heads = [
+    (folder / name).read_bytes()[:4_000]
+    for name in ("CT_small.dcm", "MR_small_bigendian.dcm", "rtplan.dcm", "image_dfl.dcm", "nested_priv_SQ.dcm")
+]
+changes = st.lists(st.tuples(st.integers(0, 3_999), st.binary(min_size=1, max_size=8)), min_size=1, max_size=10)
+
+
+@given(st.sampled_from(heads), changes)
+def test_a_changed_file_raises_nothing_and_gives_attributes_that_can_be_kept(head: bytes, edits: list[tuple[int, bytes]]) -> None:
+    data = bytearray(head)
+    for at, piece in edits:
+        data[at : at + len(piece)] = piece
+    check_attributes(told(bytes(data)).description.attributes)
 
 
 def test_a_slice_takes_little_time() -> None:

@@ -78,9 +78,8 @@ def _tell_verified(report: VerifyReport, *, whole: bool) -> None:
         if whole or holder.state != "proven":
             cells = f", bad cells {', '.join(map(str, holder.bad_cells[:8]))}" if holder.bad_cells else ""
             detail = f"  ({holder.detail})" if holder.detail else ""
-            output.line(
-                f"  {_marks[holder.state]} shard {holder.shard:>3}  {holder.state:<11} {holder.node} ({holder.institution}){cells}{detail}"
-            )
+            who = output.holder(holder.node, holder.institution)
+            output.line(f"  {_marks[holder.state]} shard {holder.shard:>3}  {holder.state:<11} {who}{cells}{detail}")
 
 
 @click.command(epilog=examples("medshard doctor", "medshard doctor --json"))
@@ -131,7 +130,7 @@ def reindex(session: Session) -> int:
     if session.json:
         output.document({"files": count})
     elif not session.quiet:
-        output.line(f"{count} files")
+        output.line(output.files(count))
     return Exit.OK
 
 

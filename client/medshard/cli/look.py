@@ -138,7 +138,7 @@ def _tell(info: Info) -> None:
     output.line(f"holders: {up} of {info.n} up, {info.k} needed")
     for node in info.nodes:
         detail = f"  {node.detail}" if node.detail else ""
-        output.line(f"  shard {node.shard:>3}  {node.state:<4}  {node.node} ({node.institution}) {node.url}{detail}")
+        output.line(f"  shard {node.shard:>3}  {node.state:<4}  {output.holder(node.node, node.institution)} {node.url}{detail}")
     output.line("checkpoint:")
     for text in info.checkpoint.rstrip("\n").split("\n"):
         output.line(f"  {text}")

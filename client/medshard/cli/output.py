@@ -89,6 +89,16 @@ def row(row: Row, *, attributes: bool = False) -> None:
             line(f"    {key}: {value}")
 
 
+def files(count: int) -> str:
+    """A number of files for people."""
+    return "1 file" if count == 1 else f"{count:,} files"
+
+
+def holder(node: str, institution: str) -> str:
+    """A node for people: with its institution, unless they are namesakes."""
+    return node if node == institution else f"{node} ({institution})"
+
+
 def day(seconds: int) -> str:
     """A date for people, local time."""
     return time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "----------"
@@ -112,25 +122,35 @@ def meter(*, wanted: bool) -> Iterator[OnProgress | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
-    text = TextColumn("{task.description:<9.9} {task.fields[path]:<32.32}", markup=False)
-    console = Console(stderr=True)
-    in_bytes = Bars(
-        text, BarColumn(None), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
+    name = TextColumn(
+        "{task.description} {task.fields[path]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
     )
-    in_files = Bars(text, BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    counts = TextColumn("{task.fields[counts]}", table_column=Column(no_wrap=True, justify="right"))
+    console = Console(stderr=True)
+    in_bytes = Bars(name, BarColumn(16), counts, TimeRemainingColumn(compact=True), console=console, transient=True, expand=True)
+    in_files = Bars(
+        name, BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn(compact=True), console=console, transient=True, expand=True
+    )
     started: dict[str, Any] = {}
 
     def show(progress: Progress) -> None:
         bars = in_files if progress.phase == "files" else in_bytes
         if not started:
             bars.start()
-            started["bars"], started["task"] = bars, bars.add_task("", total=None, path="")
-        path = shown(os.fsencode(os.path.basename(progress.path)))
-        started["bars"].update(
-            started["task"], completed=progress.done_bytes, total=progress.total_bytes or None, description=progress.phase, path=path
+            started["bars"], started["task"] = bars, bars.add_task("", total=None, path="", counts="")
+        bars, task = started["bars"], started["task"]
+        rate = f", {size(int(bars.tasks[0].speed))}/s" if bars.tasks[0].speed else ""
+        bars.update(
+            task,
+            completed=progress.done_bytes,
+            total=progress.total_bytes or None,
+            description=progress.phase,
+            path=shown(os.fsencode(os.path.basename(progress.path))),
+            counts=f"{size(progress.done_bytes)} of {size(progress.total_bytes)}{rate}",
         )
 
     try:

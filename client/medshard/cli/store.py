@@ -86,7 +86,7 @@ def _tell_put(session: Session, report: PutReport, took_s: float) -> None:
         already = sum(stored.already for stored in report.stored)
         known = f", {already} of them stored before" if already else ""
         rate = f", {output.size(int(fresh / took_s))}/s" if fresh else ""
-        output.note(f"{len(report.stored)} files{known}, {output.size(fresh)} in {took_s:.1f} s{rate}")
+        output.note(f"{output.files(len(report.stored))}{known}, {output.size(fresh)} in {took_s:.1f} s{rate}")
 
 
 @click.command(
