@@ -130,6 +130,8 @@ def found(cards: Sequence[Card], *, sequencer: str, code: Code | None = None, or
     institutions: dict[Key, Institution] = {}
     nodes = []
     for card in cards:
+        if any(node.tls_key == card.tls_key for node in nodes):
+            raise Conflict(f"the card of {card.node} is given twice", hint="give each node's card once")
         key = check_institution(card.ca)
         known = institutions.setdefault(key, Institution(card.institution, card.ca, key))
         if known.name != card.institution or known.ca != card.ca:

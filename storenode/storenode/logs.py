@@ -22,12 +22,13 @@ message_chars_max: Final = 500
 frames_max: Final = 12
 
 _blob = re.compile(r"[A-Za-z0-9+_=-]{20,}")  # keys, ids, tags, codes and PEM lines; our words and folders' names are shorter
+_control = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _word = re.compile(r"[^A-Za-z0-9_.:/{}\[\] -]")
 
 
 def scrub(text: str) -> str:
-    """Take out of free text all that could be a key, an id or a code."""
-    return _blob.sub("…", text)[:message_chars_max]
+    """Take out of free text all that could be a key, an id or a code, and all that a terminal would obey."""
+    return _blob.sub("…", _control.sub("?", text))[:message_chars_max]
 
 
 def _text(value: object) -> str:

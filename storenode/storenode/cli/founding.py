@@ -152,16 +152,15 @@ def adopt(session: Session, file: Path, expected: str | None) -> None:
       storenode adopt genesis.medshard --sha256 3f0a…   # refuse any other
     """
     from medshard_protocol.ids import sha256_from_hex
-    from medshard_protocol.roster import Roster, roster_bytes_max
     from storenode.genesis import adopt as place
+    from storenode.genesis import read_genesis
     from storenode.identity import NodeKeys
 
     session.check_owner()
-    data = _read(file, roster_bytes_max)
-    roster = Roster.from_bytes(data)
+    roster = read_genesis(file)
     if expected is not None and sha256_from_hex(expected.strip().lower()) != roster.sha256:
         raise Refused(f"{file} has the SHA-256 {roster.sha256.hex()}", hint="do not use it; ask the founder which one is right")
-    place(session.home, data, NodeKeys.load(session.home))
+    place(session.home, roster.to_bytes(), NodeKeys.load(session.home))
     session.tell(_document(roster), *_table(roster))
     session.note(
         "",

@@ -26,7 +26,7 @@ def run(session: Session) -> None:
       storenode run
       storenode --home /srv/second run
     """
-    import uvloop
+    import asyncio
 
     from storenode import logs
     from storenode.config import Config
@@ -41,7 +41,7 @@ def run(session: Session) -> None:
     from storenode.app import serve  # late: it is most of the program, and a wrong configuration should say so at once
 
     with hold(session.home):
-        uvloop.run(serve(config))
+        asyncio.run(serve(config))
 
 
 @click.command()
