@@ -28,7 +28,7 @@ node_lifetime: Final = timedelta(days=10 * 365)  # outlives the machine; renewed
 client_lifetime: Final = timedelta(days=10 * 365)  # the ledger withdraws a vault, not the calendar
 backdated: Final = timedelta(days=1)  # a clock that is hours behind must not refuse a fresh certificate
 
-certificate_bytes_max: Final = 4096  # ours have about 500; the roster allows as much
+certificate_bytes_max: Final = 2048  # ours have about 500
 csr_bytes_max: Final = 1024  # ours have about 150
 
 
@@ -146,9 +146,12 @@ def _load(certificate: bytes) -> x509.Certificate:
     if len(certificate) > certificate_bytes_max:
         raise Malformed(f"certificate: {len(certificate)} bytes, more than the {certificate_bytes_max} allowed")
     try:
-        return x509.load_der_x509_certificate(certificate)
+        loaded = x509.load_der_x509_certificate(certificate)
     except (ValueError, x509.InvalidVersion) as error:
         raise Malformed(f"certificate: not DER X.509 ({error})") from None
+    if loaded.serial_number < 1:  # RFC 5280 forbids it, and later releases of `cryptography` will not read it
+        raise Malformed("certificate: a serial number that is not positive")
+    return loaded
 
 
 def _subject_key(certificate: x509.Certificate) -> Key:
