@@ -44,5 +44,8 @@ bench: $(READY)  ## measure beside Tahoe-LAFS and Swift; writes bench/results/
 soak: $(READY)  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak --timeout 3600 $(ARGS)
 
+vectors: $(READY)  ## make the test vectors of the formats again, without medshard code
+	@$(BIN)/python tools/make_vectors.py
+
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info bench/work bench/results .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,7 @@ backdated: Final = timedelta(days=1)  # a clock that is hours behind must not re
 
 certificate_bytes_max: Final = 2048  # ours have about 500
 csr_bytes_max: Final = 1024  # ours have about 150
+_extension_errors: Final = (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)  # none is a ValueError
 
 
 def node_hostname(node_id: NodeId) -> str:
@@ -81,7 +82,7 @@ def csr_key(csr: bytes) -> Key:
         if not isinstance(public, Ed25519PublicKey):
             raise Malformed("certificate request: expected an Ed25519 key")
         proved = request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise Malformed(f"certificate request: not a PKCS#10 request ({error})") from None
     if not proved:
         raise Refused("certificate request: not signed by the key it names")
@@ -107,7 +108,7 @@ def certified_node(certificate: bytes) -> NodeId | None:
     """Read which node a certificate names; None for a vault's. Checks no signature. Raises Malformed."""
     try:
         names = _load(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
-    except (ValueError, x509.ExtensionNotFound):
+    except (ValueError, *_extension_errors):
         return None
     first = names[0] if names else ""
     return node_id_from_hex(first.removesuffix(f".{node_domain}")) if first.endswith(f".{node_domain}") else None
@@ -130,7 +131,7 @@ def check_institution(ca: bytes) -> Key:
         certificate.verify_directly_issued_by(certificate)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
+    except (ValueError, TypeError, InvalidSignature, *_extension_errors):
         raise Malformed("institution certificate: not a self-signed CA certificate") from None
     if not constraints.ca or constraints.path_length != 0:
         raise Malformed("institution certificate: expected a CA that issues no other CA")

@@ -1,0 +1,333 @@
+"""Every parser of bytes from outside: it raises Malformed and nothing else, or what it reads has exactly these bytes.
+
+A parser that is new in one of the modules below fails ``test_every_parser_is_fuzzed`` until it stands in the table. The runs here are a
+short slice with fixed seeds; ``make soak`` runs the same for longer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import medshard_protocol
+from medshard.model import Header
+from medshard_protocol import canonical, identity, ids, messages, proofs, tiles
+from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
+from medshard_protocol.entries import Entry
+from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.identity import client_csr
+from medshard_protocol.invite import Invite, pack_join, pack_joined, unpack_join, unpack_joined
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.messages import SpanHead
+from medshard_protocol.proofs import Inclusion
+from medshard_protocol.roster import Roster
+from medshard_protocol.tiles import TileName
+from storenode.invites import Issued
+from storenode.ledger import wire
+
+pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # of serial numbers, then refused
+vectors = Path(__file__).parents[1] / "vectors"
+modules = [
+    f"medshard_protocol.{found.name}" for found in pkgutil.iter_modules(medshard_protocol.__path__) if not found.name.startswith("_")
+]
+modules += ["medshard.model", "storenode.invites", "storenode.ledger.wire"]
+parser_name = re.compile(r"unpack_\w+|from_(bytes|text|line|path|code|vkey|value)|\w+_from_hex")
+elsewhere = {"messages.unpack_error"}  # it never raises and never fails: test_messages.py
+
+
+def load(name: str) -> Any:
+    return json.loads((vectors / f"{name}.json").read_text())
+
+
+@dataclass(frozen=True)
+class Parser:
+    """How to read bytes, how to write the value again (None where reading forgets something), and bytes to start from."""
+
+    read: Callable[[bytes], Any]
+    write: Callable[[Any], bytes] | None
+    seeds: tuple[bytes, ...]
+
+
+def of_text(read: Callable[[str], Any], write: Callable[[Any], str] | None, *seeds: str) -> Parser:
+    """A parser of text, fuzzed as the bytes of its UTF-8."""
+
+    def read_bytes(data: bytes) -> Any:
+        try:
+            return read(data.decode())
+        except UnicodeDecodeError:
+            raise Malformed("not UTF-8") from None
+
+    return Parser(read_bytes, None if write is None else lambda value: write(value).encode(), tuple(seed.encode() for seed in seeds))
+
+
+def raw(*seeds: str) -> tuple[bytes, ...]:
+    return tuple(bytes.fromhex(seed) for seed in seeds)
+
+
+def hex_id(read: Callable[[str], bytes], size: int) -> Parser:
+    return of_text(read, bytes.hex, "ab" * size, "00" * size)
+
+
+def whole_file(read: Callable[[bytes], Any], *seeds: bytes) -> Parser:
+    return Parser(read, lambda value: bytes(value.to_bytes()), seeds)
+
+
+@lru_cache
+def table() -> dict[str, Parser]:
+    return {**of_files(), **of_messages(), **of_ledger(), **of_certificates()}
+
+
+def of_files() -> dict[str, Parser]:
+    issued = Issued("front desk", 1, 2, None, False)
+    return {
+        "canonical.decode": Parser(
+            lambda data: canonical.decode(data, bytes_max=10**6, what="value"),
+            canonical.encode,
+            raw(*(vector["bytes"] for vector in load("encoding")["values"])),
+        ),
+        "manifest.Manifest.from_bytes": whole_file(Manifest.from_bytes, *raw(*(v["manifest"] for v in load("manifest")["manifests"]))),
+        "model.Header.from_bytes": whole_file(Header.from_bytes, *raw(*(vector["bytes"] for vector in load("header")))),
+        "invites.Issued.from_bytes": whole_file(Issued.from_bytes, issued.to_bytes()),
+        "invite.Invite.from_code": of_text(
+            Invite.from_code, None, Invite("https://[::1]:9700", ids.Sha256(b"g" * 32), b"s" * 16, 3).to_code()
+        ),
+        "ids.file_id_from_hex": hex_id(ids.file_id_from_hex, 32),
+        "ids.node_id_from_hex": hex_id(ids.node_id_from_hex, 16),
+        "ids.key_from_hex": hex_id(ids.key_from_hex, 32),
+        "ids.sha256_from_hex": hex_id(ids.sha256_from_hex, 32),
+        "ids.tag_from_hex": hex_id(ids.tag_from_hex, 32),
+    }
+
+
+def of_messages() -> dict[str, Parser]:
+    wired = {vector["what"]: bytes.fromhex(vector["bytes"]) for vector in load("wire")["messages"]}
+    m = messages
+    return {
+        "messages.unpack_small_puts": Parser(m.unpack_small_puts, m.pack_small_puts, (wired["small puts"],)),
+        "messages.unpack_outcomes": Parser(lambda data: m.unpack_outcomes(data, "node"), None, (wired["outcomes"],)),
+        "messages.unpack_small_reads": Parser(m.unpack_small_reads, m.pack_small_reads, (wired["small reads"],)),
+        "messages.unpack_shards": Parser(lambda data: m.unpack_shards(data, 2), m.pack_shards, (wired["shards"],)),
+        "messages.unpack_lookup": Parser(m.unpack_lookup, m.pack_lookup, (wired["lookup"],)),
+        "messages.unpack_found": Parser(lambda data: m.unpack_found(data, 3), None, (wired["found"],)),
+        "messages.SpanHead.from_bytes": whole_file(SpanHead.from_bytes, wired["span with digests"], wired["span with paths"]),
+        "messages.unpack_stored": Parser(m.unpack_stored, None, (wired["stored"],)),
+        "messages.unpack_check": Parser(m.unpack_check, m.pack_check, (wired["check"],)),
+        "invite.unpack_join": Parser(unpack_join, lambda value: pack_join(*value), (pack_join(b"s" * 16, b"csr"),)),
+        "invite.unpack_joined": Parser(unpack_joined, pack_joined, (pack_joined(b"certificate"),)),
+    }
+
+
+def of_ledger() -> dict[str, Parser]:
+    ledger = load("ledger")
+    sent = {name: bytes.fromhex(data) for name, data in ledger["messages"].items()}
+    note, vkeys = ledger["checkpoint"], tuple(ledger["vkeys"].values())
+    text, lines = note.partition("\n\n")[0] + "\n", [line + "\n" for line in note.rpartition("\n\n")[2].splitlines()]
+    inclusion = bytes.fromhex(ledger["inclusion_of_2"])
+    appended = proofs.unpack_append(sent["append"])
+    bundle = bytes.fromhex(ledger["bundle_000.p_5"])
+
+    def read_inclusion(data: bytes) -> Inclusion:
+        return Inclusion.from_value(canonical.decode(data, bytes_max=10**6, what="inclusion"))
+
+    return {
+        "roster.Roster.from_bytes": whole_file(Roster.from_bytes, bytes.fromhex(ledger["roster"]["bytes"])),
+        "entries.Entry.from_bytes": whole_file(Entry.from_bytes, *raw(*(entry["entry"] for entry in ledger["entries"]))),
+        "checkpoint.Note.from_bytes": whole_file(Note.from_bytes, note.encode()),
+        "checkpoint.Signature.from_line": of_text(Signature.from_line, Signature.line, *lines),
+        "checkpoint.Checkpoint.from_text": of_text(unless_refused(Checkpoint.from_text), Checkpoint.text, text),
+        "checkpoint.Verifier.from_vkey": of_text(Verifier.from_vkey, Verifier.vkey, *vkeys),
+        "proofs.Inclusion.from_value": Parser(read_inclusion, lambda value: canonical.encode(value.to_value()), (inclusion,)),
+        "proofs.unpack_append": Parser(proofs.unpack_append, proofs.pack_append, (sent["append"],)),
+        "proofs.unpack_appended": Parser(lambda data: proofs.unpack_appended(data, appended), proofs.pack_appended, (sent["appended"],)),
+        "proofs.unpack_registration": Parser(proofs.unpack_registration, proofs.pack_registration, (sent["registration"],)),
+        "tiles.TileName.from_path": of_text(TileName.from_path, TileName.path, "0/x001/x234/067.p/8", "entries/000", "63/255"),
+        "tiles.unpack_bundle": Parser(lambda data: tiles.unpack_bundle(data, 5), tiles.pack_bundle, (bundle,)),
+        "wire.Push.from_bytes": whole_file(wire.Push.from_bytes, sent["push"]),
+        "wire.unpack_cosignature": Parser(wire.unpack_cosignature, wire.pack_cosignature, (sent["cosignature"],)),
+        "wire.unpack_size": Parser(wire.unpack_size, wire.pack_size, (sent["size"],)),
+    }
+
+
+def of_certificates() -> dict[str, Parser]:
+    ledger = load("ledger")
+    ca = Roster.from_bytes(bytes.fromhex(ledger["roster"]["bytes"])).institutions[0].ca
+    key = identity.Ed25519PrivateKey.from_private_bytes(b"k" * 32)
+    now = datetime(2025, 1, 1, tzinfo=UTC)
+    own = identity.institution_certificate(key, "Klinik", now)
+    node = identity.node_certificate(key, own, identity.public_key(key), now)
+    vault = identity.client_certificate(key, own, client_csr(key), now)
+    readers = {
+        identity.certificate_key: (ca, own, node, vault),
+        identity.certificate_expiry: (ca, own, node, vault),
+        identity.certified_node: (ca, own, node, vault),
+        identity.check_institution: (ca, own),
+    }
+    return {f"identity.{reader.__name__}": Parser(reader, None, seeds) for reader, seeds in readers.items()} | {
+        "identity.csr_key": Parser(unless_refused(identity.csr_key), None, (client_csr(key),))
+    }
+
+
+def unless_refused(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """For the two that also judge what they read well: a request without proof of its key, a checkpoint with extension lines."""
+
+    def read_or_none(data: Any) -> Any:
+        try:
+            return read(data)
+        except Refused:
+            return None
+
+    return read_or_none
+
+
+names = sorted(table())
+
+
+def parsers_found() -> Iterator[str]:
+    for name in modules:
+        module, short = importlib.import_module(name), name.rpartition(".")[2]
+        for found, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == name and parser_name.fullmatch(found):
+                yield f"{short}.{found}"
+            elif inspect.isclass(value) and value.__module__ == name:
+                yield from (f"{short}.{found}.{method}" for method in vars(value) if parser_name.fullmatch(method))
+
+
+def test_every_parser_is_fuzzed() -> None:
+    assert sorted(set(parsers_found()) - set(names) - elsewhere) == []
+
+
+@pytest.mark.parametrize("name", names)
+def test_the_seeds_are_read_and_written_again(name: str) -> None:
+    parser = table()[name]
+    assert parser.seeds
+    for seed in parser.seeds:
+        value = parser.read(seed)
+        assert parser.write is None or parser.write(value) == seed
+
+
+# -- changing valid bytes
+
+telling = b"\x00\x01\x7f\x80\x8f\x90\x9f\xa0\xbf\xc0\xc1\xc2\xc3\xc4\xc6\xc7\xca\xcb\xcc\xcf\xd0\xd4\xd9\xdb\xdc\xdd\xde\xdf\xe0\xff \n/+=-"
+
+
+def mutate(draw: random.Random, data: bytes) -> bytes:
+    """A few changes of bytes, or of one value inside where the bytes are msgpack."""
+    if draw.random() < 0.4:
+        try:
+            return bytes(msgpack.packb(reshape(draw, msgpack.unpackb(data, strict_map_key=False)), use_bin_type=True))
+        except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
+            pass
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        at, end = sorted(draw.randrange(len(changed) + 1) for _ in range(2))
+        how = draw.randrange(6)
+        if how == 0 and changed:
+            changed[min(at, len(changed) - 1)] ^= 1 << draw.randrange(8)
+        elif how == 1 and changed:
+            changed[min(at, len(changed) - 1)] = draw.choice(telling)
+        elif how == 2:
+            del changed[at : min(end, at + draw.choice((1, 4, 10_000)))]
+        elif how == 3:
+            changed[at:at] = changed[at : at + 40]
+        elif how == 4:
+            changed[at:at] = draw.randbytes(draw.choice((1, 2, 9)))
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+def reshape(draw: random.Random, value: Any) -> Any:
+    if isinstance(value, list) and value and draw.random() < 0.85:
+        at = draw.randrange(len(value))
+        how = draw.randrange(8)
+        if how == 0:
+            return value[:at] + value[at + 1 :]
+        if how == 1:
+            return [*value[: at + 1], *value[at:]]
+        return [*value[:at], reshape(draw, value[at]), *value[at + 1 :]]
+    if isinstance(value, bytes) and draw.random() < 0.5:
+        return draw.choice((value[:-1], value + b"\0", bytes(len(value)), value[::-1], value * 2))
+    if isinstance(value, int) and not isinstance(value, bool) and draw.random() < 0.7:
+        return max(-(2**63), min(2**64 - 1, draw.choice((value + 1, value - 1, 2 * value, value ^ 1 << draw.randrange(63), 0, 2**64 - 1))))
+    choices = (
+        None,
+        True,
+        0,
+        -1,
+        2**32,
+        2**64 - 1,
+        "",
+        "é" * 70,
+        "a" * 200,
+        b"",
+        b"\0" * 32,
+        [],
+        [[]] * 3,
+        [b"", 0],
+        {},
+        1.5,
+        msgpack.ExtType(1, b""),
+    )
+    return draw.choice(choices)
+
+
+def check(parser: Parser, data: bytes) -> None:
+    try:
+        value = parser.read(data)
+    except Malformed:
+        return
+    if parser.write is not None and value is not None:
+        assert parser.write(value) == data
+
+
+def run(name: str, rounds: int) -> None:
+    parser, draw = table()[name], random.Random(name)
+    for _ in range(rounds):
+        data = mutate(draw, draw.choice(parser.seeds))
+        try:
+            check(parser, data)
+        except BaseException as error:
+            error.add_note(f"{name} given {data.hex()}")
+            raise
+
+
+@pytest.mark.parametrize("name", names)
+def test_changed_bytes_are_malformed_or_mean_just_themselves(name: str) -> None:
+    run(name, 300)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", names)
+def test_changed_bytes_for_longer(name: str) -> None:
+    run(name, 100_000)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=8) | st.binary(max_size=33)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=13), max_leaves=20)
+
+
+@settings(max_examples=60)
+@given(
+    st.binary(max_size=80)
+    | st.text(max_size=60).map(str.encode)
+    | values.map(lambda value: canonical.encode([1, value]))
+    | values.map(canonical.encode)
+)
+def test_bytes_from_nowhere_are_malformed_or_mean_just_themselves(data: bytes) -> None:
+    for parser in table().values():
+        check(parser, data)
