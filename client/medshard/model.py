@@ -17,7 +17,7 @@ from medshard_protocol import canonical, manifest
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed, TooLarge
 
-header_bytes_max = manifest.header_bytes_max - 16  # sealed, it gains GCM's tag, and must fit into the manifest
+header_bytes_max = manifest.header_bytes_max - 28  # sealed, it gains a nonce and a tag, and must fit into the manifest
 members_max = 10_000  # a long CT series has some 5,000 slices
 name_bytes_max = 4_096  # PATH_MAX of Linux
 attributes_max = 64  # we know 19 names; the rest are the user's tags

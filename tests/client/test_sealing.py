@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from medshard import sealing
 from medshard.encoding import Decoder, Encoder
-from medshard.model import Description
+from medshard.model import Description, header_bytes_max
 from medshard.sealing import FileSeal, padded_least, padme, segment_nonce, unwrap, wrap
 from medshard.source import Part, Source
 from medshard_protocol.erasure import code
 from medshard_protocol.errors import Damaged
 from medshard_protocol.ids import FileId, Key, NodeId
 from medshard_protocol.manifest import Manifest, ShardRef
+from medshard_protocol.manifest import header_bytes_max as manifest_header_bytes_max
 from medshard_protocol.shards import Layout, tag_bytes
 
 vectors = json.loads((Path(__file__).parents[1] / "vectors" / "sealing.json").read_text())
@@ -360,6 +361,10 @@ def test_a_changed_header_does_not_open(seal: FileSeal) -> None:
     for at in range(len(sealed)):
         with pytest.raises(Damaged):
             seal.open_header(flipped(sealed, at))
+
+
+def test_the_largest_header_fits_into_a_manifest_once_it_is_sealed(seal: FileSeal) -> None:
+    assert len(seal.seal_header(bytes(header_bytes_max))) == manifest_header_bytes_max
 
 
 def test_a_segment_needs_exactly_the_room_for_its_tag(seal: FileSeal) -> None:
