@@ -52,6 +52,23 @@ class Peers:
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             raise Unavailable(f"{target.name}: {error}") from None
 
+    async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket. Raises Unavailable where that does not work in time."""
+        target = self._roster.node(node)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._session.ws_connect(
+                    target.url + path,
+                    ssl=self._contexts[target.institution],
+                    server_hostname=node_hostname(node),
+                    max_msg_size=message_bytes_max,
+                    compress=0,
+                )
+        except TimeoutError:
+            raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise Unavailable(f"{target.name}: {error}") from None
+
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()

@@ -19,6 +19,32 @@ from medshard_protocol.messages import pack_error
 from storenode.callers import peer_key
 from storenode.identity import Peer
 from storenode.ledger import Ledger
+from storenode.ledger.channel import Channel
+from storenode.ledger.mirror import Mirror
+from storenode.ledger.wire import Push
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Node ``number`` calling others."""
+
+    net: Net
+    number: int | None
+
+    async def __call__(self, node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.net.request(self.net.number(node), method, path, body, as_node=self.number)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"no answer ({error!r})") from None
+
+    async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
+        try:
+            async with asyncio.timeout(timeout_s):
+                url, headers = self.net.url(self.net.number(node)) + path, self.net.headers(self.number)
+                return await self.net.session.ws_connect(url, headers=headers, max_msg_size=message_bytes_max)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(f"no connection ({error!r})") from None
 
 
 @dataclass
@@ -29,7 +55,7 @@ class Net:
     folder: Path
     ledgers: dict[int, Ledger] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)  # takes connections and never answers
-    calls: list[tuple[int, int, str, bytes]] = field(default_factory=list)  # from, to, path, body
+    pushes: list[tuple[int, Push]] = field(default_factory=list)  # what came to which mirror
     _runners: dict[int, web.AppRunner] = field(default_factory=dict)
     _ports: dict[NodeId, int] = field(default_factory=dict)
     _thawed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,35 +66,45 @@ class Net:
         self.session = aiohttp.ClientSession()
         self._numbers = {node.id: number for number, node in enumerate(self.roster.nodes)}
 
-    def caller(self, number: int) -> Callable[..., object]:
-        async def call(node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-            self.calls.append((number, self._numbers[node], path, body))
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self.request(self._numbers[node], method, path, body, as_node=number)
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise Unavailable(f"no answer ({error!r})") from None
+    def number(self, node: NodeId) -> int:
+        return self._numbers[node]
 
-        return call
-
-    async def request(self, number: int, method: str, path: str, body: bytes = b"", as_node: int | None = None) -> tuple[int, bytes]:
+    def url(self, number: int) -> str:
         port = self._ports.get(self.roster.nodes[number].id)
         if port is None:
             raise ConnectionRefusedError
-        headers = {} if as_node is None else {"As-Node": str(as_node)}
-        async with self.session.request(method, f"http://127.0.0.1:{port}{path}", data=body, headers=headers) as response:
+        return f"http://127.0.0.1:{port}"
+
+    def headers(self, as_node: int | None) -> dict[str, str]:
+        return {} if as_node is None else {"As-Node": str(as_node)}
+
+    async def request(self, number: int, method: str, path: str, body: bytes = b"", as_node: int | None = None) -> tuple[int, bytes]:
+        async with self.session.request(method, self.url(number) + path, data=body, headers=self.headers(as_node)) as response:
             return response.status, await response.read()
+
+    def channel(self, number: int, as_node: int | None = 0) -> Channel:
+        """A connection to a mirror such as the sequencer has."""
+        return Channel(self.roster.nodes[number].id, Caller(self, as_node))
+
+    async def push(self, number: int, body: bytes, as_node: int | None = 0) -> tuple[int, bytes]:
+        """Say one thing on the channel of a mirror."""
+        channel = self.channel(number, as_node)
+        try:
+            return await channel.ask(body, 5.0)
+        finally:
+            await channel.close()
 
     def open(self, number: int, **keywords: object) -> Ledger:
         node, key = self.roster.nodes[number], self.consortium.key
         log_key = key("log") if number == 0 else None
         folder = self.folder / node.name
-        return Ledger.open(folder, self.roster, node.id, key(f"cosigner {number}"), log_key, self.caller(number), **keywords)
+        return Ledger.open(folder, self.roster, node.id, key(f"cosigner {number}"), log_key, Caller(self, number), **keywords)
 
     async def start(self, *numbers: int) -> None:
         """Start nodes, mirrors first, as a sequencer that finds nobody pauses before it tries again."""
         for number in sorted(numbers, reverse=True):
             self.ledgers[number] = self.open(number)
+            self._watch(number, self.ledgers[number].mirror)
             app = web.Application(middlewares=[self._middleware(number)], client_max_size=0)
             app.add_routes(self.ledgers[number].routes())
             self._runners[number] = web.AppRunner(app, shutdown_timeout=0.05, access_log=None)
@@ -81,6 +117,7 @@ class Net:
     async def stop(self, *numbers: int) -> None:
         for number in numbers:
             del self._ports[self.roster.nodes[number].id]
+            await self.ledgers[number].hang_up()
             await self._runners.pop(number).cleanup()
             await self.ledgers.pop(number).close()
 
@@ -106,6 +143,17 @@ class Net:
         async with asyncio.timeout(within_s):
             while not true():
                 await asyncio.sleep(0.005)
+
+    def _watch(self, number: int, mirror: Mirror) -> None:
+        take = mirror.take
+
+        async def watched(push: Push) -> str:
+            self.pushes.append((number, push))
+            if number in self.frozen:
+                await self._thawed.wait()
+            return await take(push)
+
+        mirror.take = watched
 
     def _middleware(self, number: int) -> Callable[..., object]:
         @web.middleware

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from typing import ClassVar
 
+import aiohttp
 import pytest
 
 from medshard_protocol import merkle
@@ -16,6 +18,7 @@ from medshard_protocol.identity import public_key
 from medshard_protocol.merkle import sha256
 from medshard_protocol.messages import unpack_error
 from storenode.ledger import wire
+from storenode.ledger.channel import Channel
 from storenode.ledger.journal import Journal
 from storenode.ledger.mirror import Behind, Mirror
 from storenode.ledger.store import Head, Store
@@ -238,24 +241,25 @@ async def test_a_published_checkpoint_ahead_of_the_mirror_waits_for_its_entries(
     assert mirror._journal.published.checkpoint.size == 20
 
 
-# -- over HTTP
+# -- on the channel
 
 
 async def test_only_the_sequencer_pushes(net, log):
     await net.start(1)
     body = log.push(0, 3).to_bytes()
     for caller in (None, 1, 2):
-        assert (await net.request(1, "POST", wire.path, body, as_node=caller))[0] == 403
-    status, answer = await net.request(1, "POST", wire.path, body, as_node=0)
+        with pytest.raises(Unavailable, match="403"):
+            await net.push(1, body, as_node=caller)
+    status, answer = await net.push(1, body)
     assert status == 200
     assert wire.unpack_cosignature(answer).startswith("— consortium.example/log/node1 ")
 
 
 async def test_the_answers_to_a_wrong_push_are_those_of_the_protocol(net, log, fork):
     await net.start(1)
-    await net.request(1, "POST", wire.path, log.push(0, 5).to_bytes(), as_node=0)
+    assert (await net.push(1, log.push(0, 5).to_bytes()))[0] == 200
     for push, expected in ((log.push(3, 9), 409), (fork.push(5, 9), 422), (Push(5, (), b"x", b""), 400)):
-        status, answer = await net.request(1, "POST", wire.path, push.to_bytes(), as_node=0)
+        status, answer = await net.push(1, push.to_bytes())
         assert status == expected
         if status == 409:
             assert wire.unpack_size(answer) == 5
@@ -263,10 +267,72 @@ async def test_the_answers_to_a_wrong_push_are_those_of_the_protocol(net, log, f
             assert isinstance(unpack_error(status, answer, "mirror"), {422: Damaged, 400: Malformed}[status])
 
 
+async def test_a_mirror_that_stops_hangs_up_and_takes_no_new_connection(net, log):
+    await net.start(1)
+    channel = net.channel(1)
+    assert (await channel.ask(log.push(0, 3).to_bytes(), 5.0))[0] == 200
+    await net.ledgers[1].hang_up()
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await channel.ask(log.push(3, 5).to_bytes(), 5.0)
+    await channel.close()
+
+
+async def test_an_answer_that_comes_too_late_is_not_taken_for_the_next(net, log):
+    await net.start(1)
+    channel = net.channel(1)
+    await channel.ask(log.push(0, 1).to_bytes(), 5.0)
+    net.frozen.add(1)
+    with pytest.raises(Unavailable, match="no answer within"):
+        await channel.ask(log.push(1, 3).to_bytes(), 0.05)
+    net.thaw()
+    await net.until(lambda: net.ledgers[1].journal.head.size == 3)
+    status, answer = await channel.ask(log.push(1, 3).to_bytes(), 5.0)
+    assert (status, wire.unpack_size(answer)) == (409, 3)
+    await channel.close()
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x01", encode([200]), encode([200, 1]), encode([99, b""]), bytes(30_000), "text", None])
+async def test_a_mirror_that_answers_nonsense_is_dropped(answer):
+    class Socket:
+        closed = False
+        sent: ClassVar[list[bytes]] = []
+
+        async def send_bytes(self, body):
+            self.sent.append(body)
+
+        async def receive(self):
+            kind = (
+                aiohttp.WSMsgType.CLOSED
+                if answer is None
+                else aiohttp.WSMsgType.TEXT
+                if isinstance(answer, str)
+                else aiohttp.WSMsgType.BINARY
+            )
+            return aiohttp.WSMessage(kind, answer, "")
+
+        async def close(self):
+            self.closed = True
+
+    sockets = []
+
+    class Peers:
+        async def connect(self, node, path, timeout_s, message_bytes_max):
+            sockets.append(Socket())
+            return sockets[-1]
+
+    channel = Channel(bytes(16), Peers())
+    for _ in range(2):
+        with pytest.raises((Malformed, Unavailable)):
+            await channel.ask(b"push", 1.0)
+    await channel.close()
+    assert [socket.closed for socket in sockets] == [True, True]
+
+
 async def test_a_sequencer_older_than_its_mirrors_is_told_and_gets_no_quorum(net, log):
     await net.start(1, 2, 3)
     for number in (1, 2, 3):
-        await net.request(number, "POST", wire.path, log.push(0, 50).to_bytes(), as_node=0)
+        await net.push(number, log.push(0, 50).to_bytes())
     await net.start(0)
     await net.until(lambda: str(net.ledgers[0].status()["mirrors"]).count("more than the sequencer's own") == 3)
     assert net.ledgers[0].published is None

@@ -24,11 +24,13 @@ from medshard_protocol.messages import unpack_error
 from medshard_protocol.proofs import Inclusion, pack_append, pack_appended, unpack_append, unpack_appended
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
+from storenode.ledger import wire
+from storenode.ledger.channel import Channels, PeerCaller
 from storenode.ledger.journal import Journal, Published
-from storenode.ledger.mirror import Mirror
-from storenode.ledger.pushing import PeerCaller
+from storenode.ledger.mirror import Behind, Mirror
 from storenode.ledger.routes import Routes
 from storenode.ledger.sequencer import Sequencer, append_wait_s
+from storenode.ledger.wire import Push
 
 forward_wait_s = append_wait_s + 2.0  # the sequencer gives up first, and says why
 ask_wait_s = 1.0
@@ -47,6 +49,7 @@ class Ledger:
         self.mirror = mirror
         self._sequencer = sequencer
         self._call = call
+        self.channels = Channels(self._take)
         self._catching_up: asyncio.Task[None] | None = None
 
     @classmethod
@@ -91,6 +94,10 @@ class Ledger:
         if self._sequencer is not None:
             await self._sequencer.close()
         await self.journal.close()
+
+    async def hang_up(self) -> None:
+        """Close the connections on which the sequencer pushes, which never end by themselves. For a node that is about to stop."""
+        await self.channels.hang_up()
 
     def routes(self) -> list[web.RouteDef]:
         """The HTTP routes of the ledger."""
@@ -152,6 +159,12 @@ class Ledger:
             "role": "mirror" if self._sequencer is None else "sequencer",
         }
         return status if self._sequencer is None else status | self._sequencer.status()
+
+    async def _take(self, body: bytes) -> tuple[int, bytes]:
+        try:
+            return 200, wire.pack_cosignature(await self.mirror.take(Push.from_bytes(body)))
+        except Behind as behind:
+            return 409, wire.pack_size(behind.size)
 
     async def _forward(self, body: bytes) -> tuple[int, bytes]:
         try:

@@ -11,9 +11,6 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import aiohttp
 
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
@@ -21,6 +18,7 @@ from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
 from storenode.ledger import wire
+from storenode.ledger.channel import Channel, PeerCaller
 from storenode.ledger.journal import Journal
 from storenode.ledger.wire import Push
 
@@ -31,13 +29,6 @@ pause_most_s = 1.0  # what a mirror that comes back may have to wait; a dead one
 tell_after_s = 0.1  # under load the next checkpoint carries the news along, and nothing is sent for it alone
 
 _log = logging.getLogger(__name__)
-
-
-class PeerCaller(Protocol):
-    """How a node calls another over mutual TLS. Raises MedshardError or OSError where there is no answer in time."""
-
-    async def __call__(self, node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        """Send one request; give the status and the body of the answer."""
 
 
 @dataclass(eq=False, slots=True)
@@ -54,6 +45,7 @@ class Round:
 @dataclass(eq=False, slots=True)
 class _Peer:
     node: Node
+    channel: Channel
     size: int  # how many entries it has; a guess until it has answered
     round: Round | None = None  # the newest it has cosigned
     told: int = 0  # the newest edition of the published note that it has been told
@@ -76,11 +68,10 @@ class Pushers:
         sign_at: Callable[[int], Note],
     ) -> None:
         self._journal = journal
-        self._call = call
         self._round = first
         self._cosigned = cosigned
         self._sign_at = sign_at
-        self._peers = [_Peer(node, journal.head.size) for node in roster.nodes if node.id != own]
+        self._peers = [_Peer(node, Channel(node.id, call), journal.head.size) for node in roster.nodes if node.id != own]
         self._tasks: list[asyncio.Task[None]] = []
         self._telling: asyncio.TimerHandle | None = None
         self._edition = 0  # of the published note, counted up
@@ -98,6 +89,7 @@ class Pushers:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(peer.channel.close() for peer in self._peers))
 
     def push(self, round_: Round) -> None:
         """Bring this checkpoint to every mirror, in place of any earlier one."""
@@ -139,7 +131,7 @@ class Pushers:
     async def _try(self, peer: _Peer) -> bool:
         try:
             await self._push(peer, None if peer.round is self._round else self._round)
-        except (MedshardError, OSError, TimeoutError, aiohttp.ClientError) as error:
+        except MedshardError as error:
             if not peer.failures or isinstance(error, Damaged):
                 _log.warning("mirror %s does not cosign: %s", peer.node.name, error or type(error).__name__)
             peer.error = str(error) or type(error).__name__
@@ -152,7 +144,7 @@ class Pushers:
         end = start if round_ is None else min(round_.checkpoint.size, start + wire.push_entries_max)
         body = self._pack(start, end, round_, published.note if published else b"")
         timeout_s = push_timeout_s if end - start < wire.push_entries_max // 4 else catch_up_timeout_s
-        status, answer = await self._call(peer.node.id, "POST", wire.path, body, timeout_s)
+        status, answer = await peer.channel.ask(body, timeout_s)
         if status == 409:
             self._move(peer, wire.unpack_size(answer))
             return

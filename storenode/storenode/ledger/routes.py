@@ -17,8 +17,6 @@ from medshard_protocol.proofs import append_bytes_max, pack_registration
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width
 from storenode.callers import caller
 from storenode.ledger import wire
-from storenode.ledger.mirror import Behind
-from storenode.ledger.wire import Push
 
 if TYPE_CHECKING:
     from storenode.ledger import Ledger
@@ -38,7 +36,7 @@ class Routes:
         """All routes of this file."""
         return [
             web.post("/v1/ledger/append", self.append),
-            web.post(wire.path, self.mirror),
+            web.get(wire.path, self.mirror, allow_head=False),
             web.get("/v1/ledger/registrations/{file}", self.registration),
             web.get("/log/checkpoint", self.checkpoint),
             web.get("/log/tile/{name:.+}", self.tile),
@@ -49,16 +47,11 @@ class Routes:
         status, answer = await self._ledger.append_packed(await _body(request, append_bytes_max))
         return web.Response(status=status, body=answer, content_type=body_type)
 
-    async def mirror(self, request: web.Request) -> web.Response:
-        """Take a push of the sequencer and answer with this node's cosignature."""
+    async def mirror(self, request: web.Request) -> web.WebSocketResponse:
+        """Take the sequencer's pushes and answer each with this node's cosignature."""
         if caller(request).node != self._ledger.roster.sequencer:
             raise Refused("only the sequencer pushes to its mirrors")
-        push = Push.from_bytes(await _body(request, wire.push_bytes_max))
-        try:
-            line = await self._ledger.mirror.take(push)
-        except Behind as behind:
-            return web.Response(status=409, body=wire.pack_size(behind.size), content_type=body_type)
-        return web.Response(body=wire.pack_cosignature(line), content_type=body_type)
+        return await self._ledger.channels.serve(request)
 
     async def registration(self, request: web.Request) -> web.Response:
         """Prove that a file is registered."""

@@ -25,9 +25,10 @@ from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Roster
+from storenode.ledger.channel import PeerCaller
 from storenode.ledger.journal import Journal, Published
 from storenode.ledger.mirror import Mirror
-from storenode.ledger.pushing import PeerCaller, Pushers, Round
+from storenode.ledger.pushing import Pushers, Round
 from storenode.ledger.store import Head
 
 batch_entries_max = 1024

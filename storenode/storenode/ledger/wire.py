@@ -1,4 +1,4 @@
-"""What the sequencer says to a mirror and what the mirror answers: POST /v1/ledger/mirror."""
+"""What the sequencer says to a mirror and what the mirror answers, on the channel at /v1/ledger/mirror."""
 
 from __future__ import annotations
 
