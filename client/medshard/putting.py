@@ -204,22 +204,20 @@ class Putter:
         there = await self._shards_there(earlier) if earlier else set()
         holders = [self._net.roster.node(ref.node) for ref in earlier.shards] if earlier else self._holders(seal.file_id)
         upload = Upload(self._net, seal.file_id, layout, holders, self._code.w, frozenset(there))
-        coming: asyncio.Task[Stripe] | None = None
+        coming: asyncio.Task[list[Stripe]] | None = None
         try:
-            stripe = await asyncio.to_thread(encoder.next)
+            burst = await asyncio.to_thread(encoder.next_burst)
             while True:
-                more = bool(encoder)
-                ahead = asyncio.create_task(asyncio.to_thread(encoder.next)) if more else None
-                coming = ahead
-                if not more:
+                coming = asyncio.create_task(asyncio.to_thread(encoder.next_burst)) if encoder else None
+                if coming is None:
                     # Before the last cells go out: no shard can be complete that the journal does not know.
                     manifest, header = await asyncio.to_thread(self._describe, unit, seal, encoder, source.hashes, earlier)
                     self._index.journal_put(_journal_key(unit), manifest.to_bytes())
-                await upload.feed(stripe)
-                self._advance(stripe.plain, unit.parts[0])
-                if ahead is None:
+                await upload.feed(burst)
+                self._advance(sum(stripe.plain for stripe in burst), unit.parts[0])
+                if coming is None:
                     break
-                stripe = await ahead
+                burst = await coming
             done = await upload.finish([ref.root for ref in manifest.shards])
         finally:
             if coming is not None:

@@ -20,7 +20,7 @@ from medshard_protocol.messages import cell_size_header, shard_path, unpack_stor
 from medshard_protocol.roster import Node
 from medshard_protocol.shards import Layout
 
-window_stripes: Final = 6  # at 10/16 and 128 KiB cells, 12 MiB of cells in flight
+window_stripes: Final = 4  # behind the newest burst of four: at 10/16 and 128 KiB cells, up to 16 MiB of cells in flight
 stall_s: Final = 0.9  # a healthy node on a slow link still moves one cell in this time
 stall_suspect_s: Final = 0.1  # a node that stalled within the last half minute gets little credit
 patience_s: Final = 30.0  # with fewer than w others, a slow node is better than none
@@ -56,11 +56,12 @@ class Upload:
         for sender in self._senders:
             sender.task = asyncio.create_task(self._send(sender))
 
-    async def feed(self, stripe: Stripe) -> None:
-        """Hand every sender its cell; waits while the window is full. Raises Unavailable when fewer than w can go on."""
+    async def feed(self, burst: Sequence[Stripe]) -> None:
+        """Hand every sender its cells; waits while the window is full. Raises Unavailable when fewer than w can go on."""
         for sender in self._live():
-            sender.queue.put_nowait(stripe.cells[sender.index])
-        self._produced += 1
+            for stripe in burst:
+                sender.queue.put_nowait(stripe.cells[sender.index])
+        self._produced += len(burst)
         while any(self._produced - sender.taken > window_stripes for sender in self._live()):
             await self._wait_or_drop(lambda sender: self._produced - sender.taken > window_stripes)
         self._require()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from aiohttp import web
 
@@ -42,7 +42,7 @@ from storenode.ledger import Ledger
 from storenode.shardstore import Incoming, Shard, ShardStore
 from storenode.shardstore.store import check_size
 
-block_bytes: Final = 512 * 1024  # one thread hop and one disk call for this much
+block_bytes: Final = 1024 * 1024  # one thread hop and one disk call for this much
 paths_cells_max: Final = 1024  # Merkle paths are for samples; a whole shard is checked by its digests
 
 
@@ -242,42 +242,64 @@ async def read_body(request: web.Request, bytes_max: int) -> bytes:
     check_size(request.content_length or 0, bytes_max, "a body")
     chunks: list[bytes] = []
     total = 0
-    stall_s = request.app[node_key].config.limits.body_stall_s
-    while True:
-        chunk = await _next_chunk(request, stall_s)
-        if not chunk:
-            return b"".join(chunks)
-        total += len(chunk)
-        check_size(total, bytes_max, "a body")
-        chunks.append(chunk)
+    with _Watch(request, request.app[node_key].config.limits.body_stall_s) as watch:
+        while chunk := await watch.next_chunk():
+            total += len(chunk)
+            check_size(total, bytes_max, "a body")
+            chunks.append(chunk)
+    return b"".join(chunks)
 
 
 async def _receive(request: web.Request, incoming: Incoming, stall_s: float) -> None:
     pending: list[bytes] = []
     held = 0
-    in_memory = incoming.temporary is None
-    while True:
-        chunk = await _next_chunk(request, stall_s)
-        if chunk:
+    loop = asyncio.get_running_loop()
+    with _Watch(request, stall_s) as watch:
+        while chunk := await watch.next_chunk():
             pending.append(chunk)
             held += len(chunk)
-        if pending and (held >= block_bytes or not chunk):
-            if in_memory:
-                incoming.write(pending)
-            else:
-                await asyncio.to_thread(incoming.write, pending)
+            if held < block_bytes:
+                continue
+            await loop.run_in_executor(None, incoming.write, pending)
             pending, held = [], 0
-        if not chunk:
-            return
+    if incoming.temporary is None:
+        incoming.write(pending)
+    elif pending:
+        await loop.run_in_executor(None, incoming.write, pending)
 
 
-async def _next_chunk(request: web.Request, stall_s: float) -> bytes:
-    try:
-        async with asyncio.timeout(stall_s):
-            return await request.content.readany()
-    except TimeoutError:
-        request.protocol.force_close()
-        raise web.HTTPRequestTimeout(text=f"no byte came for {stall_s:g} s") from None
+class _Watch:
+    """Cuts a body that stands still. One timer for the whole body: one for each chunk would cost more than the chunk."""
+
+    def __init__(self, request: web.Request, stall_s: float) -> None:
+        self._request = request
+        self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._moved_at = self._loop.time()
+        self._timer = self._loop.call_later(stall_s, self._look)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    async def next_chunk(self) -> bytes:
+        """The next bytes, empty at the end. Raises HTTPRequestTimeout when none came for ``stall_s``."""
+        try:
+            chunk = await self._request.content.readany()
+        except TimeoutError:
+            self._request.protocol.force_close()
+            raise web.HTTPRequestTimeout(text=f"no byte came for {self._stall_s:g} s") from None
+        self._moved_at = self._loop.time()
+        return chunk
+
+    def _look(self) -> None:
+        left = self._moved_at + self._stall_s - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self._request.content.set_exception(TimeoutError())  # wakes whoever waits for the next chunk
 
 
 async def _read(node: Node, shard: Shard, offset: int, length: int) -> bytes:

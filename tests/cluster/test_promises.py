@@ -156,7 +156,7 @@ async def test_a_flipped_bit_costs_the_node_and_not_the_reader(vault: Vault, tri
             file.write(bytes([byte[0] ^ 0x10]))
     report = await vault.get(digest, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == path.read_bytes()
-    assert set(name for name, _, _ in report.bad_cells) <= set(trial.names[:3])
+    assert {name for name, _, _ in report.bad_cells} <= set(trial.names[:3])
     verified = await vault.verify(digest)
     states = {holder.node: (holder.state, holder.bad_cells) for holder in verified.holders}
     assert all(states[name] == ("damaged", (1,)) for name in trial.names[:3])
