@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from medshard.cli import output
@@ -9,6 +11,9 @@ from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, run, sha256, shared, tag
 from medshard.model import Info
 from medshard.text import shown
+
+if TYPE_CHECKING:
+    from medshard.query import Query
 
 _long = click.option("-l", "--long", is_flag=True, help="With all attributes.")
 
@@ -79,10 +84,7 @@ def find(
     return run(_list(session, query, long=long))
 
 
-async def _list(session: Session, query: object, *, long: bool) -> int:
-    from medshard.query import Query
-
-    assert isinstance(query, Query)
+async def _list(session: Session, query: Query, *, long: bool) -> int:
     async with session.vault() as vault:
         rows = vault.find(query)
         if session.json:
