@@ -128,7 +128,7 @@ def found(cards: Sequence[Card], *, sequencer: str, code: Code | None = None, or
     if not cards:
         raise Malformed("a consortium needs at least one card")
     institutions: dict[Key, Institution] = {}
-    nodes = []
+    nodes: list[Node] = []
     for card in cards:
         if any(node.tls_key == card.tls_key for node in nodes):
             raise Conflict(f"the card of {card.node} is given twice", hint="give each node's card once")

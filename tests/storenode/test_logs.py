@@ -62,6 +62,7 @@ def test_a_field_that_is_not_listed_is_not_written(log: tuple[logging.Logger, Li
         base64.urlsafe_b64encode(os.urandom(32)).decode(),
         Invite("https://n.example:1", bytes(32), os.urandom(16), 0).to_code(),  # type: ignore[arg-type]
     ],
+    ids=["a key in hex", "a secret in hex", "base64", "base64 for URLs", "an invitation"],
 )
 def test_nothing_that_could_be_a_key_or_a_code_is_written(secret: str, log: tuple[logging.Logger, Lines]) -> None:
     logger, written = log
