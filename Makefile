@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench soak vectors clean
+.PHONY: help demo test lint format bench soak vectors lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -26,7 +26,7 @@ demo: $(READY)  ## a local consortium, real DICOM and PDF in, nodes killed, file
 	@$(BIN)/medshard demo
 
 test: $(READY)  ## all tests but the long ones (under 5 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .
@@ -42,10 +42,17 @@ bench: $(READY)  ## measure beside Tahoe-LAFS and Swift; writes bench/results/
 	@$(BIN)/python -m bench.run $(ARGS)
 
 soak: $(READY)  ## the long tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m soak --timeout 3600 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --timeout 3600 $(ARGS)
 
 vectors: $(READY)  ## make the test vectors of the formats again, without medshard code
 	@$(BIN)/python tools/make_vectors.py
+
+lock: $(READY)  ## pin every package again, by hash and without naming a registry
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	    --all-extras pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	    -c requirements.lock --extra node pyproject.toml -o deploy/requirements.lock
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info bench/work bench/results .pytest_cache .mypy_cache .ruff_cache

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from medshard import Vault
 
 
@@ -48,4 +46,4 @@ async def _put(vault: Vault, paths: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(Path(sys.argv[1]), (Path(sys.argv[1]) / "passphrase").read_text().strip()))
+    asyncio.run(serve(Path(sys.argv[1]), (Path(sys.argv[1]) / "passphrase").read_text().strip()))

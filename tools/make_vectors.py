@@ -290,14 +290,15 @@ def messages() -> list[dict[str, Any]]:
     return [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
 
 
-def write(name: str, about: str, content: dict[str, Any]) -> None:
+def page(about: str, content: dict[str, Any]) -> str:
     head = {
         "about": f"{about} Bytes are hex. Made by tools/make_vectors.py with msgpack, pycryptodome, reedsolo and blake3, not with medshard."
     }
-    (folder / f"{name}.json").write_text(json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n")
+    return json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n"
 
 
-def main() -> None:
+def pages() -> dict[str, str]:
+    """What belongs into each file, by its name."""
     sizes = [
         0,
         1,
@@ -317,39 +318,24 @@ def main() -> None:
         2**40 + 1,
     ]
     stored = objects()
+    public = {"nodes", "owner", "tags", "manifest", "manifest_sha256"}
+    secret = {"plain", "padded_size", "file_key", "content_key", "header_key", "header", "vault_key", "shards", "cell_digests"}
+    sealing = [{key: value for key, value in item.items() if key not in public} for item in stored]
+    manifests = [{key: value for key, value in item.items() if key not in secret} for item in stored]
     refused = refused_manifests(bytes.fromhex(stored[1]["manifest"]))
-    manifest_fields: tuple[str, ...] = (
-        "what",
-        "file_id",
-        "k",
-        "n",
-        "cell_size",
-        "sealed_size",
-        "digest",
-        "commitment",
-        "nodes",
-        "roots",
-        "owner",
-    )
-    manifest_fields += ("sealed_header", "wrap", "tags", "manifest", "manifest_sha256")
-    sealed_without = ("nodes", "owner", "tags", "manifest", "manifest_sha256")
-    write("encoding", "Canonical msgpack, see docs/formats/encoding.md.", encodings())
-    write(
-        "sealing",
-        "Sealed files and their shards, see docs/formats/sealing.md and shard.md.",
-        {
-            "padme": [[size, padded(size)] for size in sizes],
-            "objects": [{key: value for key, value in item.items() if key not in sealed_without} for item in stored],
-        },
-    )
-    write(
-        "manifest",
-        "Manifests of the objects in sealing.json, see docs/formats/manifest.md.",
-        {"manifests": [{key: item[key] for key in manifest_fields} for item in stored], "refused": refused},
-    )
     files = [key_file("a passphrase that a person chose", "drei Häuser, kein Dach", 15, 8, 3), key_file("a drawn one", "x7!", 12, 8, 3)]
-    write("keyfile", "Key files, see docs/formats/key-file.md.", {"files": files})
-    write("wire", "Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()})
+    return {
+        "encoding": page("Canonical msgpack, see docs/formats/encoding.md.", encodings()),
+        "sealing": page(
+            "Sealed files and their shards, see docs/formats/sealing.md and shard.md.",
+            {"padme": [[size, padded(size)] for size in sizes], "objects": sealing},
+        ),
+        "manifest": page(
+            "Manifests of the objects in sealing.json, see docs/formats/manifest.md.", {"manifests": manifests, "refused": refused}
+        ),
+        "keyfile": page("Key files, see docs/formats/key-file.md.", {"files": files}),
+        "wire": page("Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()}),
+    }
 
 
 def padded(size: int) -> int:
@@ -363,4 +349,5 @@ def padded(size: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    for name, text in pages().items():
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")

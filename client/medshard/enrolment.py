@@ -18,7 +18,7 @@ from medshard.home import Home
 from medshard.keys import VaultKeys
 from medshard.tls import context_for, unverified_context
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
-from medshard_protocol.identity import certificate_key, client_csr, node_hostname
+from medshard_protocol.identity import certificate_key, client_csr, is_issued_by, node_hostname
 from medshard_protocol.invite import Invite, pack_join, unpack_joined
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
@@ -44,6 +44,8 @@ async def join(home: Home, keys: VaultKeys, code: str) -> None:
     certificate = unpack_joined(answer)
     if certificate_key(certificate) != keys.public:
         raise Damaged("the institution certified another key than this vault's")
+    if not is_issued_by(certificate, roster.institutions[invite.institution].ca):
+        raise Damaged("the certificate is not signed by the institution that the invitation names")
     write_durably(home.genesis, genesis)
     write_durably(home.certificate, certificate)
 

@@ -119,14 +119,14 @@ def _guard(parts: Parts) -> Middleware:
             request[peer_key] = peer
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "unknown"
-        status = 500
+        status, sent = 500, 0
         try:
             if request.path not in open_paths:
                 caller(request)
             if request.headers.get("Content-Encoding", "identity") != "identity":
                 raise web.HTTPUnsupportedMediaType(text="bodies are sent as they are, without Content-Encoding")
             response = await handler(request)
-            status = response.status
+            status, sent = response.status, response.content_length or 0
             return response
         except MedshardError as error:
             status, body = pack_error(error)
@@ -142,7 +142,7 @@ def _guard(parts: Parts) -> Middleware:
             raise
         finally:
             took = time.monotonic() - started
-            parts.metrics.request(request.method, route, status, took, request.content_length or 0)
+            parts.metrics.request(request.method, route, status, took, request.content_length or 0, sent)
             if log.isEnabledFor(logging.DEBUG) or status >= 500:
                 log.log(
                     logging.WARNING if status >= 500 else logging.DEBUG,

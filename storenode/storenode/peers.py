@@ -50,7 +50,7 @@ class Peers:
         except TimeoutError:
             raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
-            raise Unavailable(f"{target.name}: {error}") from None
+            raise Unavailable(f"{target.name}: {_reason(error)}") from None
 
     async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
         """Open a WebSocket. Raises Unavailable where that does not work in time."""
@@ -67,8 +67,14 @@ class Peers:
         except TimeoutError:
             raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
-            raise Unavailable(f"{target.name}: {error}") from None
+            raise Unavailable(f"{target.name}: {_reason(error)}") from None
 
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientConnectorSSLError):
+        return error.os_error.strerror or "cannot connect"  # the error's own text names an SSLContext object
+    return str(error) or type(error).__name__

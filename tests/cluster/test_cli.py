@@ -22,8 +22,6 @@ from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
 from medshard.demo import policy_pdf
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 
 class Told(NamedTuple):
     """What a command wrote."""

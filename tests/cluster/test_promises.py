@@ -21,7 +21,6 @@ from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path
 
-pytestmark = pytest.mark.xdist_group("promises")
 small, large = 30_000, 9_000_000  # one object that is sent whole, one that is streamed in several stripes
 
 

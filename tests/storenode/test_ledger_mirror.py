@@ -192,6 +192,13 @@ async def test_an_entry_that_the_sequencer_should_have_refused_has_no_effect(mir
     mirror._journal = again
 
 
+async def test_a_mirror_that_catches_up_keeps_its_state_close_behind(mirror, log, monkeypatch):
+    monkeypatch.setattr("storenode.ledger.journal.unfolded_entries_max", 20)
+    for start in range(0, 300, 50):
+        await mirror.take(log.push(start, start + 50))
+        assert mirror._journal._state.size >= start + 30
+
+
 async def test_it_starts_again_where_it_stopped(mirror, log, fork, tmp_path):
     await mirror.take(log.push(0, 290))
     await mirror._journal.close()

@@ -66,9 +66,9 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(task: Coroutine[Any, Any, Result]) -> Result:
     """Run one coroutine to its end. Ctrl-C cancels it, which cleans up, and comes out as KeyboardInterrupt."""
-    import uvloop  # late, as everything that --help does not need
+    import asyncio  # late, as everything that --help does not need
 
-    return uvloop.run(task)
+    return asyncio.run(task)
 
 
 def sha256(text: str) -> bytes:

@@ -72,10 +72,14 @@ class Ledger:
         if node == roster.sequencer and log_key is None:
             raise ValueError("this node is the roster's sequencer and needs the log key")
         journal = Journal(folder, roster)
-        mirror = Mirror(journal, roster, node, cosigner_key, clock)
-        sequencer = None
-        if log_key is not None and node == roster.sequencer:
-            sequencer = Sequencer(journal, mirror, roster, node, log_key, call)
+        try:
+            mirror = Mirror(journal, roster, node, cosigner_key, clock)
+            sequencer = None
+            if log_key is not None and node == roster.sequencer:
+                sequencer = Sequencer(journal, mirror, roster, node, log_key, call)
+        except ValueError:
+            journal.store.close()
+            raise
         return cls(journal, mirror, sequencer, call)
 
     async def start(self) -> None:

@@ -32,6 +32,7 @@ from storenode.ledger.store import Head, Store
 fold_after_s = 0.02  # other processes on the machine are still busy with the same checkpoint
 remember_after_s = 1.0  # after a crash at most this much is checked again
 fold_entries_max = 64  # checked in one go without letting requests wait: about 8 ms
+unfolded_entries_max = 4096  # a mirror that catches up lets its state fall no further behind: who asks for it waits half a second
 replay_entries_max = 512
 quick_commit_s = 0.0005  # a disk this fast is not worth a hop to a thread, which costs 60 microseconds of processor
 recent_entries_max = 2048  # kept in memory for mirrors that are almost up to date
@@ -128,6 +129,12 @@ class Journal:
             self._recent = self._recent[-recent_entries_max:]
         self._parsed.update(enumerate(parsed, old_size))
         self._later("fold", fold_after_s, self._fold_some)
+
+    async def keep_up(self) -> None:
+        """Fold until not too much is left, letting others have turns. For a caller that adds much."""
+        while self.head.size - self._state.size > unfolded_entries_max:
+            self._fold(fold_entries_max)
+            await asyncio.sleep(0)
 
     async def index(self) -> None:
         """Make all entries findable by their leaf hash, which a sequencer needs to recognise what it has."""

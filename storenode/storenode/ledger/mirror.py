@@ -77,3 +77,4 @@ class Mirror:
                 raise Damaged(f"the log shows another history of {checkpoint.size} entries than this mirror has: not cosigned")
             if leaves:
                 await self._journal.extend(push.entries, leaves, Head(checkpoint.size, checkpoint.root, push.signed))
+                await self._journal.keep_up()

@@ -81,6 +81,8 @@ class Pushers:
     def start(self) -> None:
         """Begin to push."""
         self._tasks = [asyncio.create_task(self._serve(peer)) for peer in self._peers]
+        for task in self._tasks:
+            task.add_done_callback(report_end)
 
     async def close(self) -> None:
         """Stop in the middle of whatever is under way; mirrors keep what they have stored."""
@@ -177,3 +179,9 @@ class Pushers:
         if size == peer.size:
             raise Refused("it refuses entries at the very size it says it has")
         peer.size = size
+
+
+def report_end(task: asyncio.Task[None]) -> None:
+    """Log why a task ended that never should. Its work stays undone until a restart, so it must not end unseen."""
+    if not task.cancelled() and task.exception() is not None:
+        _log.critical("a part of the ledger has stopped: restart this node", exc_info=task.exception())

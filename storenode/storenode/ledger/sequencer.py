@@ -28,7 +28,7 @@ from medshard_protocol.roster import Roster
 from storenode.ledger.channel import PeerCaller
 from storenode.ledger.journal import Journal, Published
 from storenode.ledger.mirror import Mirror
-from storenode.ledger.pushing import Pushers, Round
+from storenode.ledger.pushing import Pushers, Round, report_end
 from storenode.ledger.store import Head
 
 batch_entries_max = 1024
@@ -82,6 +82,7 @@ class Sequencer:
         self._begin()
         self._pushers.start()
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(report_end)
 
     async def close(self) -> None:
         """Stop. Entries that are stored are published after the next start; others are refused now."""
