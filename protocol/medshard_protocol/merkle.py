@@ -60,14 +60,23 @@ def root(leaf_hashes: Iterable[bytes], digest: Digest) -> bytes:
 
 def inclusion_path(leaf_hashes: Sequence[bytes], index: int, digest: Digest) -> list[bytes]:
     """Give the hashes that lead from leaf ``index`` to the root, sibling of the leaf first."""
-    if not 0 <= index < len(leaf_hashes):
-        raise ValueError(f"no leaf {index} in a tree of {len(leaf_hashes)}")
-    path, level, at = [], list(leaf_hashes), index
+    return inclusion_paths(leaf_hashes, [index], digest)[0]
+
+
+def inclusion_paths(leaf_hashes: Sequence[bytes], indices: Sequence[int], digest: Digest) -> list[list[bytes]]:
+    """The path of each of several leaves; the tree is hashed once for all of them."""
+    for index in indices:
+        if not 0 <= index < len(leaf_hashes):
+            raise ValueError(f"no leaf {index} in a tree of {len(leaf_hashes)}")
+    paths: list[list[bytes]] = [[] for _ in indices]
+    level, height = list(leaf_hashes), 0
     while len(level) > 1:
-        if at ^ 1 < len(level):
-            path.append(level[at ^ 1])
-        level, at = _parents(level, digest), at >> 1
-    return path
+        for path, index in zip(paths, indices, strict=True):
+            sibling = index >> height ^ 1
+            if sibling < len(level):
+                path.append(level[sibling])
+        level, height = _parents(level, digest), height + 1
+    return paths
 
 
 def root_from_path(leaf: bytes, index: int, size: int, path: Sequence[bytes], digest: Digest) -> bytes:
