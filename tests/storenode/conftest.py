@@ -139,6 +139,11 @@ class Net:
     async def enrol(self, who: str = "vault") -> None:
         await self.ledgers[0].append([self.consortium.entry("ca 0", Enrol(public_key(self.consortium.key(who)), 0, bytes(16)))])
 
+    def published(self, number: int) -> int:
+        """How many entries a node knows to be published."""
+        published = self.ledgers[number].published
+        return published.checkpoint.size if published else 0
+
     async def until(self, true: Callable[[], object], within_s: float = 5.0) -> None:
         async with asyncio.timeout(within_s):
             while not true():
