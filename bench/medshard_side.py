@@ -13,11 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.machine import Processes
-from bench.peers.environment import run
-from bench.peers.web import wait_until
 from bench.side import NEEDED, NODES, SideError, get_each, put_each
-
-_start_limit_s = 60.0
+from medshard.consortium import LocalConsortium
 
 
 class Medshard:
@@ -31,17 +28,18 @@ class Medshard:
         self._root = root / self.name
         self.processes = Processes(root / "logs-medshard")
         self._pipe: subprocess.Popen[bytes] | None = None
+        self._trial: LocalConsortium | None = None
+        self._nodes: list[Path] = []
 
     def start(self) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
-        python = sys.executable
-        run([python, "-m", "storenode", "consortium", str(self._root), "--institutions", str(NODES), "--code", f"{NEEDED}/{NODES}"])
-        self._nodes = sorted((self._root / "nodes").iterdir())
-        for home in self._nodes:
-            self.processes.start(home.name, [python, "-m", "storenode", "run", "--home", str(home)])
-        wait_until(lambda: all(self._up(home) for home in self._nodes), self.name, _start_limit_s)
+        self._trial = LocalConsortium(self._root, institutions=NODES, code=(NEEDED, NODES))
+        self._trial.start()
+        self._nodes = [self._trial.home(name) for name in self._trial.names]
+        for name, process in self._trial.running.items():
+            self.processes.adopt(name, process)
         log = open(self._root / "client.log", "ab")  # noqa: SIM115 -- the child keeps it
-        command = [python, "-m", "bench.medshard_client", str(self._root / "vault")]
+        command = [sys.executable, "-m", "bench.medshard_client", str(self._root / "vault")]
         self._pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         log.close()
         self.processes.adopt(self.client, self._pipe)
@@ -91,14 +89,10 @@ class Medshard:
 
     def stop(self) -> None:
         self.processes.stop()
+        if self._trial is not None:
+            self._trial.stop()
         self._pipe = None
         shutil.rmtree(self._root, ignore_errors=True)
-
-    def _up(self, home: Path) -> bool:
-        if self.processes.dead():
-            name = self.processes.dead()[0]
-            raise SideError(f"medshard: {name} ended: {self.processes.log_tail(name)}")
-        return (home / "pid").exists()
 
     def _strings(self, operation: str, **arguments: object) -> list[str]:
         answer = self._ask(operation, **arguments)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
-from bench.machine import MIB, Cost, Meter, wait_for_quiet
+from bench.machine import MIB, Cost, Meter, wait_for_quiet, warm_memory
 from bench.side import Side, SideError, make_file, sha256_of
 
 GROUPS = ("1MiB", "100MiB", "range", "200", "folder", "1GiB", "frozen")
@@ -118,6 +118,7 @@ class Session:
     def _step(self, name: str, plain_bytes: int, *samples: Callable[[], T]) -> list[T]:
         """Time each sample; the answers, or nothing where the side failed, which is a result as well."""
         busy = wait_for_quiet(self.side.processes, self.quiet_s)
+        warm_memory(3 * plain_bytes * len(samples) + 256 * MIB)
         answers: list[T] = []
         walls: list[float] = []
         error = None

@@ -17,7 +17,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -138,6 +138,11 @@ class LocalConsortium:
     def pid(self, name: str) -> int:
         """The process id of a running node."""
         return self._running[name].pid
+
+    @property
+    def running(self) -> Mapping[str, subprocess.Popen[bytes]]:
+        """The processes of the nodes that were started and not killed, by name."""
+        return self._running
 
     def ended(self) -> Iterator[tuple[str, int]]:
         """Each node that ended by itself since the last call: (name, exit code; negative for a signal)."""
