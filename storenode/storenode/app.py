@@ -193,8 +193,12 @@ async def _sweep(parts: Parts) -> None:
     limit = parts.node.config.limits.sweep_after_s
     while True:
         await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))
+        # Measured by the ledger as this node knows it: a mirror that was away for days must not take registered shards for forgotten ones.
+        known_until = parts.node.ledger.published_at()
+        if known_until is None:
+            continue
         try:
-            swept = await parts.node.store.sweep(lambda file_id: file_id in parts.node.ledger.state.registrations, limit)
+            swept = await parts.node.store.sweep(lambda file_id: file_id in parts.node.ledger.state.registrations, limit, known_until)
             swept += await asyncio.to_thread(parts.node.store.sweep_orphans, limit)
         except (OSError, sqlite3.Error):
             log.exception("sweep failed")

@@ -132,14 +132,26 @@ async def test_an_unregistered_shard_is_swept_and_a_registered_one_stays(tmp_pat
         await put(store, os.urandom(9000), file_id)
     now = 5000.0
     await put(store, os.urandom(9000), young)
-    assert await store.sweep(lambda file_id: file_id == kept, 3600) == 1
+    assert await store.sweep(lambda file_id: file_id == kept, 3600, now) == 1
     assert store.shard(swept) is None
     assert store.shard(young) is not None
     assert len(list((tmp_path / "shards").glob("??/*"))) == 2
     assert store.used == 18_000
     now = 90_000.0
-    assert await store.sweep(lambda file_id: False, 3600) == 1  # the kept one is marked and not asked about again
+    assert await store.sweep(lambda file_id: False, 3600, now) == 1  # the kept one is marked and not asked about again
     assert store.shard(kept) is not None
+    store.close()
+
+
+async def test_a_node_whose_ledger_is_days_old_sweeps_nothing_that_came_since(tmp_path: Path) -> None:
+    now = 1_000_000.0
+    store = ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=4096, clock=lambda: now)
+    file_id = FileId(os.urandom(32))
+    await put(store, os.urandom(9000), file_id)
+    known_until, now = now + 60, now + 10 * 86_400  # its mirror heard nothing for ten days: the file may be registered by now
+    assert await store.sweep(lambda file_id: False, 86_400, known_until) == 0
+    assert store.shard(file_id) is not None
+    assert await store.sweep(lambda file_id: False, 86_400, now) == 1
     store.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import aiohttp
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from medshard_protocol.checkpoint import note_bytes_max
+from medshard_protocol.checkpoint import Note, cosigners, note_bytes_max
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import FileId, NodeId
@@ -116,6 +117,12 @@ class Ledger:
     def published(self) -> Published | None:
         """The newest checkpoint with a quorum that this node knows of."""
         return self.journal.published
+
+    def published_at(self) -> float | None:
+        """When the newest published checkpoint was cosigned, by its cosigners' clocks (their median), in Unix seconds."""
+        if self.published is None:
+            return None
+        return statistics.median(cosigners(Note.from_bytes(self.published.note), self.roster).values())
 
     def inclusion_of(self, file_id: FileId) -> Inclusion | None:
         """Prove a file's registration from what this node knows now; None if that is not enough, for up to 50 ms after it happened."""

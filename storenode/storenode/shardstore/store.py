@@ -260,9 +260,12 @@ class ShardStore:
 
     # -- upkeep
 
-    async def sweep(self, registered: Callable[[FileId], bool], older_than_s: float) -> int:
-        """Delete shards that were never registered in time; how many. A registered one is marked and never looked at again."""
-        cutoff = int(self._clock() - older_than_s)
+    async def sweep(self, registered: Callable[[FileId], bool], older_than_s: float, known_until: float) -> int:
+        """Delete shards that were never registered in time; how many. A registered one is marked and never looked at again.
+
+        ``registered`` speaks for the ledger up to ``known_until`` (Unix seconds): a shard's time runs out only as far as the ledger is known.
+        """
+        cutoff = int(min(self._clock(), known_until) - older_than_s)
         rows = self.catalog.all("SELECT file_id, size, root FROM shards WHERE registered = 0 AND stored_at <= ? LIMIT 10000", cutoff)
         known = [FileId(row[0]) for row in rows if registered(FileId(row[0]))]
         stale = [(FileId(row[0]), int(row[1]), bytes(row[2])) for row in rows if not registered(FileId(row[0]))]
