@@ -17,14 +17,14 @@ from medshard.download import BadCell, Download
 from medshard.encoding import Decoder
 from medshard.lookup import Lookup
 from medshard.model import Progress
-from medshard.restoring import Restore, Target, pour, stripes_needed
+from medshard.restoring import Restore, Target, pour, publish, stripes_needed
 from medshard.smallfiles import SmallReads, object_bytes_max
 from medshard.transport import Net
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.shards import split
 
-batch_bytes_max: Final = 16 * 1024 * 1024
+batch_bytes_max: Final = 8 * 1024 * 1024
 OnProgress = Callable[[Progress], None]
 
 
@@ -63,8 +63,7 @@ class Getter:
                 await self._restore_small(batch, advance)
             # Nothing gets its final name before the read is on the ledger, or the ledger is known to be out of reach.
             recorded = await access
-            for restore in restores:
-                await asyncio.to_thread(restore.finish)
+            await asyncio.to_thread(publish, restores)
         except BaseException:
             access.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
@@ -121,9 +120,7 @@ class Getter:
         decoder: Decoder, number: int, cells: dict[int, memoryview], group: Sequence[Restore], advance: Callable[[int], None]
     ) -> None:
         # One stripe is opened, hashed and written in a thread while the next one is received.
-        before = sum(restore.written for restore in group)
-        await asyncio.to_thread(pour, decoder, number, dict(cells), group)
-        advance(sum(restore.written for restore in group) - before)
+        advance(await asyncio.to_thread(pour, decoder, number, dict(cells), group))
 
     async def _restore_small(self, groups: Sequence[Sequence[Restore]], advance: Callable[[int], None]) -> None:
         manifests = [group[0].target.manifest for group in groups]

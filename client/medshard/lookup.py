@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from medshard.index import Index
@@ -30,6 +31,28 @@ timeout_s: Final = 1.5
 cached_bytes_max: Final = manifest_bytes_max + 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An object of this vault whose header is open."""
+
+    manifest: Manifest
+    seal: FileSeal
+    header: Header
+    inclusion: Inclusion
+
+    def locate(self, wanted: bytes) -> Target | None:
+        """The plaintext ``wanted`` in it, if it is there: the file itself, or one member of a pack."""
+        header = self.header
+        if header.kind == "file":
+            if header.sha256 != wanted:
+                return None
+            return Target(wanted, self.manifest, self.seal, header, self.inclusion, header.name, 0, header.size)
+        for member in header.members:
+            if member.sha256 == wanted:
+                return Target(wanted, self.manifest, self.seal, header, self.inclusion, member.name, member.offset, member.size)
+        return None
+
+
 class Lookup:
     """Finds files of one vault."""
 
@@ -42,8 +65,9 @@ class Lookup:
     async def targets(self, hashes: Sequence[bytes]) -> list[Target]:
         """A checked target for each hash. Raises Absent for one that nobody has, Unavailable when nobody could be asked."""
         found: dict[bytes, Target] = {}
+        opened: dict[FileId, Opened | None] = {}  # a pack with a thousand members is parsed once for all of them
         for wanted in hashes:
-            if target := self._from_index(wanted):
+            if target := self._from_index(wanted, opened):
                 found[wanted] = target
         missing = [wanted for wanted in dict.fromkeys(hashes) if wanted not in found]
         while missing:
@@ -72,16 +96,18 @@ class Lookup:
             return None
         return manifest, inclusion
 
-    def open(self, manifest: Manifest, inclusion: Inclusion, wanted: bytes) -> Target | None:
-        """The plaintext ``wanted`` inside this object, if it is there. Raises Damaged or Malformed for what does not open."""
+    def open(self, manifest: Manifest, inclusion: Inclusion) -> Opened:
+        """Open an object's header. Raises Damaged or Malformed for what does not open."""
         seal = unwrap(self._keys.vault, manifest)
-        header = Header.from_bytes(seal.open_header(manifest.header))
-        return locate(manifest, seal, header, inclusion, wanted)
+        return Opened(manifest, seal, Header.from_bytes(seal.open_header(manifest.header)), inclusion)
 
-    def _from_index(self, wanted: bytes) -> Target | None:
+    def _from_index(self, wanted: bytes, opened: dict[FileId, Opened | None]) -> Target | None:
         for row in self._index.by_tag(self._keys.tag(wanted)):
-            known = self.remembered(FileId(row.file_id))
-            if known is not None and (target := self.open(*known, wanted)):
+            file_id = FileId(row.file_id)
+            if file_id not in opened:
+                known = self.remembered(file_id)
+                opened[file_id] = None if known is None else self.open(*known)
+            if (file := opened[file_id]) and (target := file.locate(wanted)):
                 return target
         return None
 
@@ -95,13 +121,14 @@ class Lookup:
                 break
             asked = [self._ask(node, [self._keys.tag(wanted) for wanted in missing]) for node in nodes[at : at + parallel]]
             for answer in asyncio.as_completed(asked):
+                opened: dict[bytes, Opened | None] = {}
                 try:
                     candidates = await answer
                 except MedshardError as error:
                     failures.append(str(error))
                     continue
                 for wanted, files in zip(missing, candidates, strict=True):
-                    if wanted not in found and (target := await self._first_good(files, wanted)):
+                    if wanted not in found and (target := await self._first_good(files, wanted, opened)):
                         found[wanted] = target
         if not found:
             raise _not_found(hashes[0], failures, len(nodes))
@@ -110,39 +137,33 @@ class Lookup:
     async def _ask(self, node: Node, tags: Sequence[Tag]) -> list[list[Found]]:
         return unpack_found(await self._net.call(node, "POST", "/v1/lookup", pack_lookup(tags), timeout_s=timeout_s), len(tags))
 
-    async def _first_good(self, files: Sequence[Found], wanted: bytes) -> Target | None:
+    async def _first_good(self, files: Sequence[Found], wanted: bytes, opened: dict[bytes, Opened | None]) -> Target | None:
         for file in files:
-            try:
-                manifest = Manifest.from_bytes(file.manifest)
-                if manifest.owner != self._keys.public:
-                    continue
-                inclusion = await self._proof(manifest, file)
-                if inclusion is None:
-                    continue
-                self._ledger.check(manifest, inclusion)
-                if target := self.open(manifest, inclusion, wanted):
-                    self.remember(manifest, inclusion)
-                    return target
-            except MedshardError:
-                continue  # one node's bad answer is no reason to stop asking
+            if file.manifest not in opened:
+                try:
+                    opened[file.manifest] = await self._checked(file)
+                except MedshardError:
+                    opened[file.manifest] = None  # one node's bad answer is no reason to stop asking
+            if (good := opened[file.manifest]) and (target := good.locate(wanted)):
+                return target
         return None
+
+    async def _checked(self, file: Found) -> Opened | None:
+        manifest = Manifest.from_bytes(file.manifest)
+        if manifest.owner != self._keys.public:
+            return None
+        inclusion = await self._proof(manifest, file)
+        if inclusion is None:
+            return None
+        self._ledger.check(manifest, inclusion)
+        opened = self.open(manifest, inclusion)
+        self.remember(manifest, inclusion)
+        return opened
 
     async def _proof(self, manifest: Manifest, file: Found) -> Inclusion | None:
         if file.inclusion is not None:
             return Inclusion.from_value(file.inclusion)
         return await self._ledger.registration(manifest.file_id)
-
-
-def locate(manifest: Manifest, seal: FileSeal, header: Header, inclusion: Inclusion, wanted: bytes) -> Target | None:
-    """The plaintext ``wanted`` in an opened object: the file itself, or one member of a pack."""
-    if header.kind == "file":
-        if header.sha256 != wanted:
-            return None
-        return Target(wanted, manifest, seal, header, inclusion, header.name, 0, header.size)
-    for member in header.members:
-        if member.sha256 == wanted:
-            return Target(wanted, manifest, seal, header, inclusion, member.name, member.offset, member.size)
-    return None
 
 
 def _not_found(wanted: bytes, failures: Sequence[str], nodes: int) -> MedshardError:

@@ -35,7 +35,7 @@ from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Node
 from medshard_protocol.shards import Layout
 
-batch_bytes_max: Final = 8 * 1024 * 1024
+batch_bytes_max: Final = 4 * 1024 * 1024
 batch_units_max: Final = 64
 batches_at_once: Final = 2
 manifest_timeout_s: Final = 10.0

@@ -61,7 +61,7 @@ class Restore:
             view = view[self._file.write(view) :]
 
     def finish(self) -> None:
-        """Check the whole, then give it its name. Blocking. Raises Damaged."""
+        """Check the whole, then give it its name; ``publish`` makes the name durable. Blocking. Raises Damaged."""
         if self.written != self.target.size or self._hash.digest() != self.target.sha256:
             self.abandon()
             raise Damaged(
@@ -75,7 +75,6 @@ class Restore:
         self._file.close()
         os.replace(self._temporary, self.destination)
         self._temporary = None
-        fsync_folder(self.destination.parent)
 
     def abandon(self) -> None:
         """Leave nothing behind. Safe after ``finish``."""
@@ -85,16 +84,32 @@ class Restore:
             self._temporary = None
 
 
-def pour(decoder: Decoder, number: int, cells: dict[int, memoryview], restores: Sequence[Restore]) -> None:
-    """Open one stripe and give each restore its part of it. CPU and disk: call it from a thread."""
+def publish(restores: Sequence[Restore]) -> None:
+    """Finish all, then make their names durable. Blocking. Raises Damaged; what was finished before stays."""
+    for restore in restores:
+        restore.finish()
+    for folder in {restore.destination.parent for restore in restores if restore.destination is not None}:
+        fsync_folder(folder)
+
+
+def pour(decoder: Decoder, number: int, cells: dict[int, memoryview], restores: Sequence[Restore]) -> int:
+    """Open one stripe and give each restore its part of it; how many bytes. CPU and disk: call it from a thread.
+
+    ``restores`` are sorted by offset.
+    """
     layout = decoder.layout
     plain = memoryview(decoder.open(number, cells))
     start = number * layout.segment_plain
+    end, poured = start + len(plain), 0
     for restore in restores:
-        low = max(restore.target.offset, start)
-        high = min(restore.target.offset + restore.target.size, start + len(plain))
+        target = restore.target
+        if target.offset >= end:
+            break
+        low, high = max(target.offset, start), min(target.offset + target.size, end)
         if low < high:
             restore.write(plain[low - start : high - start])
+            poured += high - low
+    return poured
 
 
 def stripes_needed(layout: Layout, targets: Sequence[Target]) -> list[range]:

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from medshard import checking, diagnosis, enrolment, rebuilding
+from medshard import checking, diagnosis, enrolment, memory, rebuilding
 from medshard.getting import Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
@@ -42,6 +42,7 @@ from medshard_protocol.proofs import Inclusion
 
 OnProgress = Callable[[Progress], None]
 announce_wait_s: Final = 1.5  # how long a restore waits for its trace when the quorum is out of reach
+give_back_bytes: Final = 32 * 1024 * 1024  # after moving this much, freed memory is worth returning
 pending_slot: Final = b"access-pending"
 pending_bytes_max: Final = 16 * 1024 * 1024
 
@@ -75,6 +76,7 @@ class Vault:
     @asynccontextmanager
     async def open(cls, home: Path, passphrase: str) -> AsyncIterator[Vault]:
         """Open a joined vault. Raises Absent (no vault), Refused (passphrase), Malformed or Damaged (files)."""
+        memory.share_one_heap()
         files = Home(home)
         keys = await asyncio.to_thread(open_key_file, files.key_file, passphrase)
         roster, certificate = files.roster(), files.certificate_bytes()
@@ -106,7 +108,10 @@ class Vault:
         await self._append_pending()
         planned = await asyncio.to_thread(plan, [Path(path) for path in paths], attributes)
         putter = Putter(self._net, self.keys, self._index, self._ledger, self._lookup, Code(*self.roster.code))
-        return await putter.put(planned, progress)
+        report = await putter.put(planned, progress)
+        if sum(unit.size for unit in planned.units) >= give_back_bytes:
+            memory.give_back()
+        return report
 
     async def get(
         self,
@@ -167,6 +172,8 @@ class Vault:
                 restore.abandon()
             raise
         recorded = await getter.restore(restores, progress)
+        if sum(target.size for target, _ in pairs) >= give_back_bytes:
+            memory.give_back()
         bad = tuple(getter.bad_cells)
         return [GetReport(path, target.size, target.sha256, bad, recorded) for target, path in pairs]
 
