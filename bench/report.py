@@ -42,17 +42,14 @@ def _median(results: Sequence[Result]) -> Result:
     )
 
 
-# What each of our steps is compared with: the peer's quickest way to do the same.
-_many_ways = ("serial", "parallel")
-_counterparts = {
-    "200 x 512 KiB, separate": tuple(f"200 x 512 KiB, {way}" for way in _many_ways),
-    "200 x 512 KiB, folder": tuple(f"200 x 512 KiB, {way}" for way in _many_ways),
-}
+# The quickest way to the same end counts. Peers have no better way with a folder than with its files.
+_ways = ("200 x 512 KiB, serial", "200 x 512 KiB, parallel")
 
 
-def _steps_for(step: str) -> tuple[str, ...]:
+def _steps_for(side: str, step: str) -> tuple[str, ...]:
     verb, _, work = step.partition(" ")
-    return tuple(f"{verb} {each}" for each in _counterparts.get(work, (work,)))
+    alike = work == "200 x 512 KiB, separate" or (work == "200 x 512 KiB, folder" and side != OURS)
+    return tuple(f"{verb} {way}" for way in _ways) if alike else (step,)
 
 
 def best(figures: Medians, sides: Sequence[str], step: str) -> tuple[str, float] | None:
@@ -60,7 +57,7 @@ def best(figures: Medians, sides: Sequence[str], step: str) -> tuple[str, float]
     found = [
         (side, figures[side][each].cost.wall_s)
         for side in sides
-        for each in _steps_for(step)
+        for each in _steps_for(side, step)
         if side in figures and each in figures[side] and not figures[side][each].error
     ]
     return min(found, key=lambda pair: pair[1]) if found else None
@@ -203,13 +200,18 @@ def resources(figures: Medians) -> str:
     """CPU seconds of the client and of all 16 nodes, and the client's peak memory, as markdown."""
     sides = [side for side in (OURS, *PEERS) if side in figures]
     lines = ["| work | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
-    for step in ("put 100 MiB", "get 100 MiB", "put 1 GiB", "get 1 GiB"):
+    for step in (step for step in _every_step(figures) if "frozen" not in step):
         cells = []
         for side in sides:
             result = figures[side].get(step)
             cells.append("" if result is None else _resources(result.cost))
         lines.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _every_step(figures: Medians) -> list[str]:
+    """In the order in which they are done."""
+    return list(dict.fromkeys(step for steps in figures.values() for step in steps))
 
 
 def promises_table(found: Sequence[Verdict]) -> str:

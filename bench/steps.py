@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from bench.machine import MIB, Cost, Meter, wait_for_quiet, warm_memory
 from bench.side import Side, SideError, make_file, sha256_of
 
-GROUPS = ("1MiB", "100MiB", "range", "200", "folder", "1GiB", "frozen")
+GROUPS = ("1MiB", "100MiB", "range", "1GiB", "200", "folder", "frozen")
 SERIES_FILES = 200
 SERIES_BYTES = 512 * 1024
 RANGE_BYTES = 64 * 1024
@@ -105,13 +105,13 @@ class Session:
         big = self._whole("100 MiB", self.data.big) if {"100MiB", "range", "frozen"} & set(groups) else None
         if "range" in groups and big:
             self._range(big)
+        if "1GiB" in groups and self.data.huge:
+            self._whole("1 GiB", self.data.huge)
         if "200" in groups:
             self._series("serial", self.data.serial, 1)
             self._series("parallel", self.data.parallel, PARALLEL)
         if "folder" in groups and isinstance(self.side, TakesFolders):
             self._folder(self.side)
-        if "1GiB" in groups and self.data.huge:
-            self._whole("1 GiB", self.data.huge)
         if "frozen" in groups and big:
             self._frozen(big)
 
