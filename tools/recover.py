@@ -13,7 +13,7 @@ How a file was stored, in the order in which this program undoes it (docs/format
   3. shard i: cell i of every stripe, one after the other; n shards on n nodes                          -> Shard, find_shards
   4. the manifest: sizes, shard roots, the sealed header (names, hashes), the wrapped file key          -> Manifest, StoredObject
   5. the key file: the vault's root key under a passphrase                                              -> open_key_file
-All structures are msgpack arrays. Nothing here talks to a network, and no input is ever changed.
+All structures are msgpack arrays. Nothing here talks to a network, and nothing that is stored is changed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import sqlite3
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, islice
@@ -173,8 +174,7 @@ class StoredObject:
         if header is None:
             raise Trouble(DAMAGED, f"file {file_id.hex()[:16]}: the sealed header does not open")
         _version, kind, name, size, sha256, _time, _type, _attributes, members = unpack(header, 9, "header")
-        whole = Target(name, 0, size, sha256)
-        self.targets = [Target(*member[:4]) for member in members] if kind == 1 else [whole]
+        self.targets = [Target(*member[:4]) for member in members] if kind == 1 else [Target(name, 0, size, sha256)]
         self.last: tuple[int, bytes] = (-1, b"")  # the stripe opened last: small members of a pack share stripes
 
 
@@ -193,15 +193,11 @@ class Shard:
     def cell(self, manifest: Manifest, stripe: int) -> bytes | None:
         """Cell ``stripe``, unchecked; None when it cannot be read."""
         offset, length = stripe * manifest.cell_size, manifest.cell_length(stripe)
-        if self.data is not None:
-            cell = self.data[offset : offset + length]
-        else:
-            try:
-                with open(self.path, "rb") as file:
-                    file.seek(offset)
-                    cell = file.read(length)
-            except OSError:
-                return None
+        cell = (self.data or b"")[offset : offset + length]
+        if self.data is None:
+            with suppress(OSError), open(self.path, "rb") as file:
+                file.seek(offset)
+                cell = file.read(length)
         return cell if len(cell) == length else None
 
 
@@ -248,24 +244,28 @@ class Store:
     """A node's data folder, read only: store.sqlite knows manifests, tags and shards; large shards are files beside it."""
 
     def __init__(self, catalog: Path) -> None:
-        self.folder = catalog.parent
-        for mode in ("mode=ro", "immutable=1"):  # the second for a medium that cannot be written; it does not see the journal
+        self.folder, self.uri, self.readable = catalog.parent, catalog.resolve().as_uri(), True
+
+    def rows(self, query: str, *values: bytes) -> list[tuple[Any, ...]]:
+        for mode in ("mode=ro", "immutable=1") if self.readable else ():  # the second for a medium that cannot be written
             try:
-                self.db = sqlite3.connect(f"{catalog.resolve().as_uri()}?{mode}", uri=True)
-                self.db.execute("SELECT count(*) FROM manifests").fetchone()
-                return
+                with closing(sqlite3.connect(f"{self.uri}?{mode}", uri=True)) as db:
+                    return db.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 problem = error
-        raise Trouble(LOCAL, f"{catalog} cannot be read: {problem}")
+        if self.readable:
+            say(f"{self.folder}/store.sqlite cannot be read: {problem}. Its large shards can still be used: --shards {self.folder}/shards")
+        self.readable = False
+        return []
 
     def manifests(self, tag: bytes | None) -> list[bytes]:
         if tag is None:
-            return [row[0] for row in self.db.execute("SELECT bytes FROM manifests")]
-        return [row[0] for row in self.db.execute("SELECT bytes FROM manifests JOIN tags USING(file_id) WHERE tag = ?", (tag,))]
+            return [row[0] for row in self.rows("SELECT bytes FROM manifests")]
+        return [row[0] for row in self.rows("SELECT bytes FROM manifests JOIN tags USING(file_id) WHERE tag = ?", tag)]
 
     def shards_of(self, manifest: Manifest) -> Iterator[Shard]:
         name = manifest.file_id.hex()
-        for index, root, data in self.db.execute("SELECT idx, root, data FROM shards WHERE file_id = ?", (manifest.file_id,)):
+        for index, root, data in self.rows("SELECT idx, root, data FROM shards WHERE file_id = ?", manifest.file_id):
             if root in manifest.roots[index : index + 1]:
                 yield Shard(index, self.folder / "shards" / name[:2] / f"{name}-{root.hex()[:16]}", data)
 
@@ -344,8 +344,7 @@ def open_stripe(stored: StoredObject, shards: Sequence[Shard], stripe: int, slow
         raise Trouble(TOO_FEW, f"{shape.k} of {shape.n} shards are needed, and only {len(order)} are here: {sorted(order)}")
     nonce = stripe.to_bytes(11, "big") + bytes([stripe == shape.stripes - 1])  # the last byte says: nothing comes after this one
     for chosen in islice(choices(order, shape.k), ATTEMPTS_MAX):
-        rebuild = data_of_stripe_slowly if slow else data_of_stripe
-        data = rebuild(shape.k, shape.n, {i: cells[i] for i in chosen})
+        data = (data_of_stripe_slowly if slow else data_of_stripe)(shape.k, shape.n, {i: cells[i] for i in chosen})
         plain = gcm_open(stored.content_key, nonce, data[: shape.segment_length(stripe)])
         if plain is not None:
             for i in set(order[: shape.k]) - set(chosen):

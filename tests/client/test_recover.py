@@ -306,6 +306,22 @@ async def test_node_folders_are_read_as_nodes_leave_them(vault: Vault, run: Run,
     assert (vault.folder / "by name").read_bytes() == large
 
 
+async def test_a_node_whose_catalog_is_damaged_stops_nobody(vault: Vault, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, nodes = os.urandom(20_000), vault.folder / "nodes"
+    stored = vault.seal(2, 3, 1000, plain)
+    for index in range(3):
+        store = ShardStore(nodes / f"node{index}", capacity=10**9, small_bytes_max=1024)
+        await store.commit_small(stored.shards[index], stored.manifest, index)
+        store.close()
+    for index in (0, 1):
+        (nodes / f"node{index}" / "store.sqlite").write_bytes(b"SQLite format 3\0" + b"\xff" * 9000)
+    wanted = ["--node-data", nodes, "--sha256", sha256(plain).hexdigest(), "-o", vault.folder / "back"]
+    assert run(*wanted) == 5
+    assert "--shards" in capsys.readouterr().err
+    assert run(*wanted, "--shards", nodes / "node0" / "shards") == 0  # the manifest is from node 2
+    assert (vault.folder / "back").read_bytes() == plain
+
+
 def write(vault: Vault, stored: Stored) -> Path:
     path = vault.folder / "its manifest"
     path.write_bytes(stored.manifest.to_bytes())
