@@ -8,6 +8,7 @@ Ends with 1 if a promise that was measured is not kept.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from bench import floor, kernel, machine, report
 from bench.medshard_side import Medshard
@@ -42,12 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupted)
+    alone = _alone()
     folder = Path(tempfile.mkdtemp(prefix="medshard-bench-", dir=options.data))
     began = time.time()
     try:
         runs, notes = _all_runs(options, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    alone.close()
     primitives = _Primitives(floor.measure(), kernel.measure()) if not options.no_floor else None
     return _publish(options, runs, notes, primitives, began)
 
@@ -68,6 +71,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.runs, options.quiet_s = 1, min(options.quiet_s, 4.0)
         options.steps = [step for step in options.steps if step != "1GiB"]
     return options
+
+
+def _alone() -> IO[bytes]:
+    """Hold the bench's lock while the file is open: two benches at once would measure each other, and want the same ports."""
+    work = BENCH / "work"
+    work.mkdir(exist_ok=True)
+    lock = open(work / "lock", "ab")  # noqa: SIM115 - held until the end
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit("another bench is running here; wait until it has finished") from None
+    return lock
 
 
 def _tmpfs() -> Path:
