@@ -117,6 +117,8 @@ class Session:
 
     def _step(self, name: str, plain_bytes: int, *samples: Callable[[], T]) -> list[T]:
         """Time each sample; the answers, or nothing where the side failed, which is a result as well."""
+        if dead := self.side.processes.dead():
+            raise SideError(f"{self.side.name}: {dead[0]} ended: {self.side.processes.log_tail(dead[0])}")
         busy = wait_for_quiet(self.side.processes, self.quiet_s)
         warm_memory(3 * plain_bytes * len(samples) + 256 * MIB)
         answers: list[T] = []

@@ -50,6 +50,8 @@ def download(port: int, path: str, target: Path) -> None:
         with open(target, "wb") as file:
             while count := answer.readinto(buffer):
                 file.write(buffer[:count])
+        if answer.length:  # of what was announced, this much never came
+            raise SideError(f"GET ended {answer.length} bytes early")
     finally:
         connection.close()
 
