@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ from medshard_protocol.proofs import Inclusion
 OnProgress = Callable[[Progress], None]
 announce_wait_s: Final = 1.5  # how long a restore waits for its trace when the quorum is out of reach
 give_back_bytes: Final = 32 * 1024 * 1024  # after moving this much, freed memory is worth returning
+ticket_s: Final = 600.0  # how long one ACCESS entry speaks for reads of its files, as a ticket does in the design
 pending_slot: Final = b"access-pending"
 pending_bytes_max: Final = 16 * 1024 * 1024
 
@@ -58,6 +60,7 @@ class Vault:
         self._index = index
         self._ledger = LedgerClient(net, keys)
         self._lookup = Lookup(net, keys, index, self._ledger)
+        self._announced_until: dict[FileId, float] = {}
 
     @staticmethod
     def create(home: Path, passphrase: str, *, fast_kdf: bool = False) -> VaultKeys:
@@ -225,12 +228,19 @@ class Vault:
         )  # fmt: skip
 
     async def _announce(self, file_ids: Sequence[FileId]) -> bool:
-        """Put the read on the ledger; whether it is there. If the quorum is out of reach it is kept and appended later."""
+        """Put the read on the ledger; whether it is there. If the quorum is out of reach it is kept and appended later.
+
+        An entry speaks for ``ticket_s``: pages of one file, or frames of one study, are one read and not a thousand.
+        """
+        now = time.monotonic()
+        file_ids = [file_id for file_id in file_ids if self._announced_until.get(file_id, 0.0) <= now]
         if not file_ids:
             return True
         try:
             async with asyncio.timeout(announce_wait_s):
                 await self._ledger.announce(file_ids)
+            self._announced_until = {file_id: until for file_id, until in self._announced_until.items() if until > now}
+            self._announced_until.update(dict.fromkeys(file_ids, now + ticket_s))
             return True
         except (MedshardError, TimeoutError):
             with self._index.together():

@@ -350,7 +350,6 @@ async def test_a_read_while_the_quorum_is_away_is_kept_and_appended_later(trial:
     path = make(tmp_path, small)
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
         digest = await stored(vault, path)
-        assert (await vault.get(digest, tmp_path / "back")).recorded
         trial.kill(sequencer(trial))
         assert not (await vault.get(digest, tmp_path / "back")).recorded
         assert len(vault._pending()) == 1
@@ -358,6 +357,30 @@ async def test_a_read_while_the_quorum_is_away_is_kept_and_appended_later(trial:
         vault._net.health.well(vault.roster.sequencer)
         assert (await vault.get(digest, tmp_path / "back")).recorded
         assert vault._pending() == []
+
+
+async def test_every_read_is_on_the_ledger_and_reads_of_one_file_within_ten_minutes_are_one_entry(
+    vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medshard.ledger import LedgerClient
+
+    announced: list[list[FileId]] = []
+    announce = LedgerClient.announce
+
+    async def noting(self: LedgerClient, file_ids: list[FileId]) -> object:
+        announced.append(list(file_ids))
+        return await announce(self, file_ids)
+
+    monkeypatch.setattr(LedgerClient, "announce", noting)
+    first, second = [await stored(vault, make(tmp_path, small, name)) for name in ("one", "two")]
+    await vault.get(first, tmp_path / "back")
+    await vault.read(first, 100, 10)
+    await vault.read(second, 0, 10)
+    assert [len(files) for files in announced] == [1, 1]
+    assert announced[0] != announced[1]
+    vault._announced_until = dict.fromkeys(vault._announced_until, 0.0)  # ten minutes later
+    await vault.read(first, 100, 10)
+    assert announced[2] == announced[0]
 
 
 async def test_an_unregistered_shard_is_not_a_file(vault: Vault, trial: LocalConsortium, tmp_path: Path) -> None:
