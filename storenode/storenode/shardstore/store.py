@@ -263,7 +263,7 @@ class ShardStore:
     async def sweep(self, registered: Callable[[FileId], bool], older_than_s: float, known_until: float) -> int:
         """Delete shards that were never registered in time; how many. A registered one is marked and never looked at again.
 
-        ``registered`` speaks for the ledger up to ``known_until`` (Unix seconds): a shard's time runs out only as far as the ledger is known.
+        ``registered`` speaks for the ledger up to ``known_until`` (Unix seconds): a shard's time runs out only as far as that.
         """
         cutoff = int(min(self._clock(), known_until) - older_than_s)
         rows = self.catalog.all("SELECT file_id, size, root FROM shards WHERE registered = 0 AND stored_at <= ? LIMIT 10000", cutoff)
