@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,28 @@ async def test_a_shard_comes_back_as_it_was_put(store: ShardStore, size: int) ->
     assert store.read(shard, size // 2, size) == data[size // 2 :]
     assert (shard.data is not None) == (size <= 4096)
     assert store.bad_cells(shard) == []
+
+
+async def test_after_a_failed_fsync_nothing_is_acknowledged(store: ShardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def failing(after: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            calls.append(descriptor)
+            if len(calls) > after:
+                raise OSError(5, "the disk lost it")
+
+        return fsync
+
+    for after in (0, 1, 2):  # the file's, the new folder's, the name's in it
+        file_id = FileId(bytes([after]) * 32)
+        calls.clear()
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "fsync", failing(after))
+            with pytest.raises(OSError, match="lost it"):
+                await put(store, os.urandom(9000), file_id)
+        assert len(calls) == after + 1
+        assert store.shard(file_id) is None
 
 
 @pytest.mark.parametrize("size", [500, 9000])
