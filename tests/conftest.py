@@ -73,12 +73,12 @@ def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700) -> C
     for number in range(institutions * nodes_each):
         tls, cosigner = public_key(key_named(f"tls {number}")), public_key(key_named(f"cosigner {number}"))
         url = f"https://127.0.0.1:{port + number}"
-        nodes.append(Node(node_id_of(tls), f"node{number}", number % institutions, url, 10**12, tls, cosigner))
+        log = public_key(key_named(f"log {number}" if number else "log"))
+        nodes.append(Node(node_id_of(tls), f"node{number}", number % institutions, url, 10**12, tls, cosigner, log))
     k = max(1, len(nodes) // 2)
     return Consortium(
         Roster(
             origin="consortium.example/log",
-            log_key=public_key(key_named("log")),
             sequencer=nodes[0].id,
             institutions=tuple(made),
             nodes=tuple(nodes),

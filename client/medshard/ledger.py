@@ -42,7 +42,7 @@ class LedgerClient:
         """Say that these files are about to be read."""
         distinct = list(dict.fromkeys(file_ids))
         groups = [tuple(distinct[at : at + access_files_max]) for at in range(0, len(distinct), access_files_max)]
-        return await self._append([Access(group, purpose, os.urandom(nonce_size)) for group in groups])
+        return await self._append([Access(group, purpose, b"", os.urandom(nonce_size)) for group in groups])
 
     async def registration(self, file_id: FileId) -> Inclusion | None:
         """The proof of a file's registration from any node that has it; None when none knows the file."""

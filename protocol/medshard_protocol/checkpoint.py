@@ -1,6 +1,6 @@
 """Signed notes, checkpoints and cosignatures (C2SP signed-note, tlog-checkpoint, tlog-cosignature), read strictly.
 
-Law: a checkpoint counts for nothing until the log's key and a quorum of institutions have signed exactly its bytes. Signature lines
+Law: a checkpoint counts for nothing until a key of the log and a quorum of institutions have signed exactly its bytes. Signature lines
 of keys that the roster does not know are passed over, so that later key types travel along; a line that claims a known key and
 does not verify spoils the whole note.
 
@@ -21,7 +21,7 @@ from typing import TypeAlias
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.errors import Absent, Malformed, Refused
 from medshard_protocol.ids import Key, NodeId
 from medshard_protocol.merkle import hash_size
 from medshard_protocol.roster import Roster
@@ -185,9 +185,21 @@ class Verifier:
 
 
 @lru_cache(maxsize=64)
-def log_verifier(roster: Roster) -> Verifier:
-    """The key that signs a log's checkpoints; it bears the origin's name."""
-    return Verifier(roster.origin, log_signature, roster.log_key)
+def log_verifiers(roster: Roster) -> tuple[Verifier, ...]:
+    """The keys that may sign a log's checkpoints, one for each node that may be sequencer; all bear the origin's name."""
+    return tuple(Verifier(roster.origin, log_signature, node.log_key) for node in roster.nodes if node.log_key)
+
+
+@lru_cache(maxsize=1024)
+def log_verifier(roster: Roster, node: NodeId | None = None) -> Verifier:
+    """The key that one node signs checkpoints with while it is sequencer; without a node, that of the roster's first choice.
+
+    Raises Absent for a node that the roster lacks, or that never is sequencer.
+    """
+    member = roster.node(roster.sequencer if node is None else node)
+    if not member.log_key:
+        raise Absent(f"{member.name} has no key to sign checkpoints with")
+    return Verifier(roster.origin, log_signature, member.log_key)
 
 
 @lru_cache(maxsize=1024)
@@ -202,11 +214,10 @@ def open_signed(note: Note, roster: Roster) -> Checkpoint:
     checkpoint = Checkpoint.from_text(note.text)
     if checkpoint.origin != roster.origin:
         raise Refused(f"checkpoint: of the log {checkpoint.origin!r}, not of {roster.origin!r}")
-    verifier = log_verifier(roster)
-    lines = [signature for signature in note.signatures if verifier.made(signature)]
+    lines = [(verifier, line) for verifier in log_verifiers(roster) for line in note.signatures if verifier.made(line)]
     if not lines:
         raise Refused("checkpoint: not signed by the log")
-    for line in lines:
+    for verifier, line in lines:
         verifier.verify(note.text, line)
     return checkpoint
 

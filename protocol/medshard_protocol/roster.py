@@ -3,6 +3,8 @@
 Law: a quorum counts distinct institutions, never signatures, so an institution with many nodes has one voice. The genesis file is
 ``Roster.to_bytes()``; whoever holds its SHA-256 holds all the trust there is to pin. Certificates are checked to carry the key they
 are listed under; whether they are valid today is the business of TLS, which has a clock.
+
+A roster changes by a whole new document that names the one before it by hash; ``rosters`` says when such a change counts.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from typing import Any, NamedTuple
 from medshard_protocol.canonical import Fields, Value, decode, encode
 from medshard_protocol.errors import Absent, Malformed
 from medshard_protocol.identity import certificate_bytes_max, certificate_key
-from medshard_protocol.ids import Key, NodeId, Sha256, key_size, node_id_size
+from medshard_protocol.ids import Key, NodeId, Sha256, key_size, node_id_size, sha256_size
 
-roster_version = 1
-roster_bytes_max = 1 << 20  # 256 institutions and 1024 nodes with generous certificates fit twice
+roster_version = 2
+roster_bytes_max = 4 << 20  # 256 institutions and 1024 nodes with generous certificates and post-quantum keys fit
 institutions_max = 256  # a Reed-Solomon code over GF(2^8) has no more shards than that to spread
 nodes_max = 1024
 name_chars_max = 64
@@ -28,6 +30,13 @@ origin_chars_max = 128
 url_chars_max = 256
 capacity_bytes_max = 2**63 - 1
 shards_max = 255
+former_max = 4  # CA certificates of an institution that are still accepted beside the present one
+emergency_max = 1024  # identities that may read when the ledger is out of reach
+pq_key_size = 1312  # ML-DSA-44
+auditors_key_size = 1216  # HPKE with MLKEM768-X25519
+numbers_max = 2**32 - 1  # a roster a minute for eight thousand years
+no_key = Key(b"")
+genesis_previous = Sha256(bytes(sha256_size))
 
 _origin = re.compile(r"[a-z0-9][a-z0-9./_-]*\Z")  # a schema-less URL: no space and no plus, as C2SP key names demand
 _node_name = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
@@ -58,9 +67,10 @@ def quorum_of(institutions: int) -> Quorum:
 class Institution:
     """One voice in the quorum, and the CA that vouches for its nodes and vaults."""
 
-    name: str
+    name: str  # stays the same over all rosters: places in the list do not
     ca: bytes  # DER certificate
     key: Key  # the CA's public key
+    former: tuple[bytes, ...] = ()  # DER; earlier CA certificates, whose nodes and vaults may still connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,8 @@ class Node:
     capacity: int  # bytes
     tls_key: Key
     cosigner_key: Key
+    log_key: Key = no_key  # signs checkpoints while this node is sequencer; empty for one that never is
+    pq_key: bytes = b""  # ML-DSA-44, for the second kind of cosignature; empty for a node that makes none
 
 
 @dataclass(frozen=True)
@@ -81,35 +93,45 @@ class Roster:
     """Everybody who takes part in one log, and what its clients should code with."""
 
     origin: str
-    log_key: Key
-    sequencer: NodeId
+    sequencer: NodeId  # the node that orders entries when nobody had to take over
     institutions: tuple[Institution, ...]
     nodes: tuple[Node, ...]
     code: tuple[int, int, int]  # default k, n, w
+    number: int = 0  # 0 is the genesis file; each change counts up
+    previous: Sha256 = genesis_previous  # SHA-256 of the roster before
+    emergency: tuple[Key, ...] = ()  # identities that may read when the ledger is out of reach, sorted
+    auditors: bytes = b""  # HPKE public key to which reasons for such reads are sealed; empty if there are no auditors
 
     def __hash__(self) -> int:
-        return hash((self.origin, self.log_key))  # rosters key caches on hot paths, and there are few of them
+        return hash((self.origin, self.number, self.sequencer))  # rosters key caches on hot paths, and there are few of them
 
     def to_bytes(self) -> bytes:
         """Encode canonically. Raises ValueError if the roster breaks a rule that ``from_bytes`` checks."""
         if complaint := _complaint(self):
             raise ValueError(complaint)
-        institutions: list[Value] = [[i.name, i.ca, i.key] for i in self.institutions]
-        nodes: list[Value] = [[n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key] for n in self.nodes]
-        return encode([roster_version, self.origin, self.log_key, self.sequencer, institutions, nodes, list(self.code)])
+        institutions: list[Value] = [[i.name, i.ca, i.key, list(i.former)] for i in self.institutions]
+        nodes: list[Value] = [
+            [n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key, n.log_key, n.pq_key] for n in self.nodes
+        ]
+        head: list[Value] = [roster_version, self.origin, self.number, self.previous, self.sequencer]
+        return encode([*head, institutions, nodes, list(self.code), list(self.emergency), self.auditors])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Roster:
         """Parse and check a roster. Raises Malformed."""
-        fields = Fields(decode(data, bytes_max=roster_bytes_max, what="roster"), count=7, what="roster")
+        fields = Fields(decode(data, bytes_max=roster_bytes_max, what="roster"), count=10, what="roster")
         fields.uint(least=roster_version, most=roster_version)
         origin = fields.text(most=origin_chars_max)
-        log_key = Key(fields.bytes(exactly=key_size))
+        number, previous = fields.uint(most=numbers_max), Sha256(fields.bytes(exactly=sha256_size))
         sequencer = NodeId(fields.bytes(exactly=node_id_size))
         institutions = tuple(_institution(item) for item in fields.list(most=institutions_max))
         nodes = tuple(_node(item) for item in fields.list(most=nodes_max))
         code = Fields(fields.list(most=3), count=3, what="roster code")
-        roster = cls(origin, log_key, sequencer, institutions, nodes, (code.uint(), code.uint(), code.uint()))
+        numbers = (code.uint(), code.uint(), code.uint())
+        emergency, auditors = tuple(fields.list(most=emergency_max)), fields.bytes(most=auditors_key_size)
+        if not all(isinstance(key, bytes) for key in emergency):
+            raise Malformed("roster: an emergency identity is a key")
+        roster = cls(origin, sequencer, institutions, nodes, numbers, number, previous, emergency, auditors)
         if complaint := _complaint(roster):
             raise Malformed(f"roster: {complaint}")
         return roster
@@ -118,6 +140,19 @@ class Roster:
     def sha256(self) -> Sha256:
         """What the log's first entry names, and what an operator reads out over the telephone."""
         return Sha256(hashlib.sha256(self.to_bytes()).digest())
+
+    @property
+    def log_key(self) -> Key:
+        """The log key of the node that is sequencer when nobody had to take over. It writes the log's first entry."""
+        return self.node(self.sequencer).log_key
+
+    def institution_named(self, name: str) -> Institution | None:
+        """Find an institution."""
+        return next((each for each in self.institutions if each.name == name), None)
+
+    def institution_of(self, ca_key: Key) -> Institution | None:
+        """Find the institution whose present CA has this key."""
+        return next((each for each in self.institutions if each.key == ca_key), None)
 
     @cached_property
     def quorum(self) -> Quorum:
@@ -146,12 +181,16 @@ class Roster:
 
 
 def _institution(value: object) -> Institution:
-    fields = Fields(value, count=3, what="roster institution")
-    return Institution(fields.text(most=name_chars_max), fields.bytes(most=certificate_bytes_max), Key(fields.bytes(exactly=key_size)))
+    fields = Fields(value, count=4, what="roster institution")
+    name, ca = fields.text(most=name_chars_max), fields.bytes(most=certificate_bytes_max)
+    key, former = Key(fields.bytes(exactly=key_size)), tuple(fields.list(most=former_max))
+    if not all(isinstance(each, bytes) and len(each) <= certificate_bytes_max for each in former):
+        raise Malformed("roster institution: a former CA is a certificate")
+    return Institution(name, ca, key, former)
 
 
 def _node(value: object) -> Node:
-    fields = Fields(value, count=7, what="roster node")
+    fields = Fields(value, count=9, what="roster node")
     return Node(
         id=NodeId(fields.bytes(exactly=node_id_size)),
         name=fields.text(most=name_chars_max),
@@ -160,12 +199,14 @@ def _node(value: object) -> Node:
         capacity=fields.uint(most=capacity_bytes_max),
         tls_key=Key(fields.bytes(exactly=key_size)),
         cosigner_key=Key(fields.bytes(exactly=key_size)),
+        log_key=Key(fields.bytes(most=key_size)),
+        pq_key=fields.bytes(most=pq_key_size),
     )
 
 
 def _complaint(roster: Roster) -> str | None:
     """Say what rule a roster breaks, if any. Field sizes are the parser's business, and checked here for rosters made by hand."""
-    checks = (_origin_complaint, _institutions_complaint, _nodes_complaint, _keys_complaint, _code_complaint)
+    checks = (_origin_complaint, _institutions_complaint, _nodes_complaint, _keys_complaint, _code_complaint, _succession_complaint)
     return next(filter(None, (check(roster) for check in checks)), None)
 
 
@@ -185,6 +226,8 @@ def _institutions_complaint(roster: Roster) -> str | None:
             return f"institution {number} needs a name of 1 to {name_chars_max} printable characters"
         if _certified_key(institution.ca) != institution.key:
             return f"the CA certificate of {institution.name} does not carry its Ed25519 key"
+        if len(institution.former) > former_max or any(_certified_key(each) is None for each in institution.former):
+            return f"{institution.name} has more than {former_max} former CA certificates, or one that is none"
         if not any(node.institution == number for node in roster.nodes):
             return f"{institution.name} has no node, so it could never cosign"
     return None
@@ -205,20 +248,38 @@ def _nodes_complaint(roster: Roster) -> str | None:
     for of in ("id", "name", "url"):
         if twice := _twice(roster.nodes, lambda n, of=of: getattr(n, of)):  # type: ignore[misc]
             return f"two nodes have the {of} {twice}"
-    if all(node.id != roster.sequencer for node in roster.nodes):
+    sequencer = next((node for node in roster.nodes if node.id == roster.sequencer), None)
+    if sequencer is None:
         return "the sequencer is not one of the nodes"
+    if not sequencer.log_key:
+        return "the sequencer has no key to sign checkpoints with"
     return None
 
 
 def _keys_complaint(roster: Roster) -> str | None:
     """One key, one role: a cosignature/v1 does not name its cosigner, and a log that could cosign itself would be two voices."""
-    keys = [roster.log_key]
-    keys += [institution.key for institution in roster.institutions]
+    keys = [institution.key for institution in roster.institutions]
     keys += [key for node in roster.nodes for key in (node.tls_key, node.cosigner_key)]
-    if any(len(key) != key_size for key in keys):
+    keys += [node.log_key for node in roster.nodes if node.log_key]
+    if any(len(key) != key_size for key in (*keys, *roster.emergency)):
         return f"a key is {key_size} bytes"
     if twice := _twice(keys, bytes):
         return f"the key {twice} has two roles"
+    pq_keys = [node.pq_key for node in roster.nodes if node.pq_key]
+    if any(len(key) != pq_key_size for key in pq_keys) or len(set(pq_keys)) < len(pq_keys):
+        return f"an ML-DSA-44 key is {pq_key_size} bytes and of one node"
+    if len(roster.auditors) not in (0, auditors_key_size):
+        return f"the auditors' key is {auditors_key_size} bytes, or empty"
+    if len(roster.emergency) > emergency_max or list(roster.emergency) != sorted(set(roster.emergency)):
+        return f"emergency identities are at most {emergency_max}, sorted and distinct"
+    return None
+
+
+def _succession_complaint(roster: Roster) -> str | None:
+    if not 0 <= roster.number <= numbers_max or len(roster.previous) != sha256_size:
+        return "a roster has a number and the SHA-256 of the one before"
+    if (roster.number == 0) != (roster.previous == genesis_previous):
+        return "the genesis file has number 0 and none before it, and no other roster has"
     return None
 
 

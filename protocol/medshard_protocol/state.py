@@ -68,7 +68,7 @@ class State:
             return Refused("no institution has enrolled this key", hint="join an institution first")
         if isinstance(body, Register):
             return self._register_objection(body, entry.author)
-        return None
+        return None if isinstance(body, Access) else Refused("this version gives such an entry no effect")
 
     def _genesis_objection(self, body: Genesis, author: Key) -> MedshardError | None:
         if self.size != 0:

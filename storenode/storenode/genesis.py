@@ -22,14 +22,23 @@ from medshard_protocol.canonical import Fields, Value
 from medshard_protocol.errors import Absent, Conflict, Malformed, Refused
 from medshard_protocol.identity import certificate_bytes_max, check_institution, public_key
 from medshard_protocol.ids import Key, key_size, node_id_of
-from medshard_protocol.roster import Institution, Node, Roster, capacity_bytes_max, name_chars_max, roster_bytes_max, url_chars_max
+from medshard_protocol.roster import (
+    Institution,
+    Node,
+    Roster,
+    capacity_bytes_max,
+    name_chars_max,
+    pq_key_size,
+    roster_bytes_max,
+    url_chars_max,
+)
 from storenode import durable
 from storenode.identity import Institution as Ca
 from storenode.identity import NodeKeys
 
 genesis_name: Final = "genesis.medshard"
 card_suffix: Final = ".card"
-card_version: Final = 1
+card_version: Final = 2
 card_bytes_max: Final = 8192
 signature_size: Final = 64
 
@@ -81,6 +90,7 @@ class Card:
     tls_key: Key
     cosigner_key: Key
     log_key: Key
+    pq_key: bytes  # ML-DSA-44
 
     @classmethod
     def of(cls, institution: str, node: str, url: str, capacity: int, keys: NodeKeys) -> Card:
@@ -88,7 +98,8 @@ class Card:
         if keys.log is None:
             raise Absent(f"{keys.folder}/log.key is missing")
         cosigner, log = public_key(keys.cosigner), public_key(keys.log)
-        return cls(institution, keys.ca_certificate, node, url, capacity, keys.tls_key, cosigner, log)
+        pq_key = keys.cosigner_pq.public_key().public_bytes_raw()
+        return cls(institution, keys.ca_certificate, node, url, capacity, keys.tls_key, cosigner, log, pq_key)
 
     def to_bytes(self, ca: Ca) -> bytes:
         """Sign with the institution's key."""
@@ -97,12 +108,13 @@ class Card:
     @classmethod
     def from_bytes(cls, data: bytes) -> Card:
         """Parse and check the signature. Raises Malformed."""
-        fields = Fields(canonical.decode(data, bytes_max=card_bytes_max, what="card"), count=10, what="card")
+        fields = Fields(canonical.decode(data, bytes_max=card_bytes_max, what="card"), count=11, what="card")
         fields.uint(least=card_version, most=card_version)
         institution, ca = fields.text(most=name_chars_max), fields.bytes(most=certificate_bytes_max)
         node, url, capacity = fields.text(most=name_chars_max), fields.text(most=url_chars_max), fields.uint(most=capacity_bytes_max)
         tls_key, cosigner_key, log_key = (Key(fields.bytes(exactly=key_size)) for _ in range(3))
-        card = cls(institution, ca, node, url, capacity, tls_key, cosigner_key, log_key)
+        pq_key = fields.bytes(exactly=pq_key_size)
+        card = cls(institution, ca, node, url, capacity, tls_key, cosigner_key, log_key, pq_key)
         try:
             Ed25519PublicKey.from_public_bytes(check_institution(ca)).verify(fields.bytes(exactly=signature_size), card._signed())
         except (InvalidSignature, ValueError):
@@ -117,10 +129,16 @@ class Card:
 
     def _values(self) -> list[Value]:
         names: list[Value] = [card_version, self.institution, self.ca, self.node, self.url, self.capacity]
-        return [*names, self.tls_key, self.cosigner_key, self.log_key]
+        return [*names, self.tls_key, self.cosigner_key, self.log_key, self.pq_key]
+
+    def listed(self, institution: int) -> Node:
+        """Give the roster's line for this node."""
+        node_id = node_id_of(self.tls_key)
+        keys = (self.tls_key, self.cosigner_key, self.log_key, self.pq_key)
+        return Node(node_id, self.node, institution, self.url, self.capacity, *keys)
 
     def _signed(self) -> bytes:
-        return b"medshard/card/v1" + canonical.encode(self._values())
+        return b"medshard/card/v2" + canonical.encode(self._values())
 
 
 def found(cards: Sequence[Card], *, sequencer: str, code: Code | None = None, origin: str = "") -> Roster:
@@ -139,7 +157,7 @@ def found(cards: Sequence[Card], *, sequencer: str, code: Code | None = None, or
                 f"{card.institution} and {known.name} have the same CA key", hint="an institution has one name; make the card again"
             )
         index = list(institutions).index(key)
-        nodes.append(Node(node_id_of(card.tls_key), card.node, index, card.url, card.capacity, card.tls_key, card.cosigner_key))
+        nodes.append(card.listed(index))
     chosen = next((card for card in cards if card.node == sequencer), None)
     if chosen is None:
         raise Absent(f"no card is of a node named {sequencer!r}", hint=f"there are {', '.join(card.node for card in cards)}")
@@ -148,7 +166,6 @@ def found(cards: Sequence[Card], *, sequencer: str, code: Code | None = None, or
     k, n, w = code or default_code(len(institutions))
     roster = Roster(
         origin=origin,
-        log_key=chosen.log_key,
         sequencer=node_id_of(chosen.tls_key),
         institutions=tuple(institutions.values()),
         nodes=tuple(nodes),
@@ -196,8 +213,10 @@ def check_membership(roster: Roster, keys: NodeKeys) -> Node:
         raise Refused(f"the genesis file lists {node.name} with other keys", hint="restore the keys from the backup")
     if roster.institutions[node.institution].ca != keys.ca_certificate:
         raise Refused(f"the genesis file lists {node.name} under another CA certificate", hint="restore ca.crt from the backup of the keys")
-    if node.id == roster.sequencer and (keys.log is None or public_key(keys.log) != roster.log_key):
-        raise Refused(f"{node.name} is the sequencer and lacks the log's key", hint="restore log.key from the backup of the keys")
+    if node.log_key and (keys.log is None or public_key(keys.log) != node.log_key):
+        raise Refused(f"{node.name} may be sequencer and lacks its log key", hint="restore log.key from the backup of the keys")
+    if node.pq_key and node.pq_key != keys.cosigner_pq.public_key().public_bytes_raw():
+        raise Refused(f"{roster.origin} lists {node.name} with another ML-DSA key", hint="restore the keys from the backup")
     return node
 
 

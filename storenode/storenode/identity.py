@@ -3,6 +3,7 @@
     HOME/keys/ca.key  ca.crt     the institution; ca.key vouches for new vaults and nodes, and may live elsewhere
     HOME/keys/node.key node.crt  this node in TLS, as server and as client
     HOME/keys/cosigner.key       signs the ledger's checkpoints
+    HOME/keys/cosigner-pq.key    signs them a second time, with ML-DSA-44
     HOME/keys/log.key            signs the log itself; used only by the node that the genesis file names as sequencer
 
 Law: a peer is the key it proved to hold, and belongs to the institution whose CA itself signed its certificate: never to a name it
@@ -19,6 +20,8 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from medshard_protocol import identity
@@ -40,6 +43,7 @@ class NodeKeys:
     node: Ed25519PrivateKey = field(repr=False)
     certificate: bytes
     cosigner: Ed25519PrivateKey = field(repr=False)
+    cosigner_pq: MLDSA44PrivateKey = field(repr=False)
     log: Ed25519PrivateKey | None = field(repr=False)
     ca: Ed25519PrivateKey | None = field(repr=False)
     ca_certificate: bytes
@@ -59,6 +63,7 @@ class NodeKeys:
             node=load_key(folder / "node.key"),
             certificate=certificate,
             cosigner=load_key(folder / "cosigner.key"),
+            cosigner_pq=load_pq_key(folder / "cosigner-pq.key"),
             log=load_key(log) if log.exists() else None,
             ca=load_key(ca) if ca.exists() else None,
             ca_certificate=ca_certificate,
@@ -116,12 +121,14 @@ def create_node(
     tls_key = identity.public_key(node)
     certificate = identity.node_certificate(institution.key, institution.certificate, tls_key, now or datetime.now(UTC))
     secrets = {"node.key": node, "cosigner.key": cosigner, "log.key": log} | ({"ca.key": institution.key} if keep_ca_key else {})
+    cosigner_pq = MLDSA44PrivateKey.generate()
+    durable.create(folder / "cosigner-pq.key", _key_pem(cosigner_pq), durable=sync)
     for name, key in secrets.items():
         durable.create(folder / name, _key_pem(key), durable=sync)
     for name, der in (("ca.crt", institution.certificate), ("node.crt", certificate)):
         durable.create(folder / name, identity.to_pem(der).encode(), mode=0o644, durable=sync)
     ca = institution.key if keep_ca_key else None
-    return NodeKeys(folder, node, certificate, cosigner, log, ca, institution.certificate, node_id_of(tls_key))
+    return NodeKeys(folder, node, certificate, cosigner, cosigner_pq, log, ca, institution.certificate, node_id_of(tls_key))
 
 
 def renew_node(keys: NodeKeys, institution: Institution, *, now: datetime | None = None) -> bytes:
@@ -147,7 +154,7 @@ def server_ssl_context(roster: Roster, keys: NodeKeys) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # connections live long; a ticket would be one more secret, and two more messages a handshake
-    context.load_verify_locations(cadata="".join(identity.to_pem(each.ca) for each in roster.institutions))
+    context.load_verify_locations(cadata="".join(identity.to_pem(ca) for each in roster.institutions for ca in (each.ca, *each.former)))
     return _finished(context, keys)
 
 
@@ -206,7 +213,7 @@ def _peer(certificate: bytes, roster: Roster) -> Peer | None:
     except Malformed:
         return None
     for number, institution in enumerate(roster.institutions):
-        if identity.is_issued_by(certificate, institution.ca):
+        if any(identity.is_issued_by(certificate, ca) for ca in (institution.ca, *institution.former)):
             # A node is its key in the roster, and only under its own institution: another CA may certify a key, not claim a node.
             node = next((node.id for node in roster.nodes if node.tls_key == key and node.institution == number), None)
             return Peer(key, number, node)
@@ -217,7 +224,22 @@ def _peer(certificate: bytes, roster: Roster) -> Peer | None:
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key (PEM). Raises Absent, Malformed, or Refused if others can read the file."""
+    """Read an Ed25519 private key (PEM). Raises Absent, Malformed, or Refused if others can read the file."""
+    key = _load_private(path)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise Malformed(f"{path}: expected an Ed25519 key")
+    return key
+
+
+def load_pq_key(path: Path) -> MLDSA44PrivateKey:
+    """Read an ML-DSA-44 private key (PEM). Raises as ``load_key`` does."""
+    key = _load_private(path)
+    if not isinstance(key, MLDSA44PrivateKey):
+        raise Malformed(f"{path}: expected an ML-DSA-44 key")
+    return key
+
+
+def _load_private(path: Path) -> PrivateKeyTypes:
     try:
         with path.open("rb") as file:
             mode = path.stat().st_mode
@@ -229,12 +251,9 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     if mode & 0o077:
         raise Refused(f"{path} can be read by others", hint=f"chmod 600 {path}, and think about who may have read it")
     try:
-        key = load_pem_private_key(data, password=None)
+        return load_pem_private_key(data, password=None)
     except (ValueError, TypeError):
         raise Malformed(f"{path}: not an unencrypted private key in PEM", hint="restore it from the backup of the keys") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise Malformed(f"{path}: expected an Ed25519 key")
-    return key
 
 
 def _load_certificate(path: Path) -> bytes:
@@ -255,5 +274,5 @@ def _certified_node(path: Path, certificate: bytes) -> NodeId:
     return node_id
 
 
-def _key_pem(key: Ed25519PrivateKey) -> bytes:
+def _key_pem(key: Ed25519PrivateKey | MLDSA44PrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

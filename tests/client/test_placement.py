@@ -30,7 +30,7 @@ def roster(shape: Sequence[int], capacities: Sequence[int] | None = None) -> Ros
         capacity = capacities[number] if capacities else 10**12
         nodes.append(Node(node_id_of(key), f"node{number}", institution, f"https://127.0.0.1:{number + 1}", capacity, key, key))
     institutions = tuple(Institution(f"Institution {i}", b"", Key(bytes(32))) for i in range(len(shape)))
-    return Roster("test.example/log", Key(bytes(32)), nodes[0].id, institutions, tuple(nodes), (1, 1, 1))
+    return Roster("test.example/log", nodes[0].id, institutions, tuple(nodes), (1, 1, 1))
 
 
 def without(whole: Roster, node: NodeId) -> Roster:

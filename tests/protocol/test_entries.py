@@ -8,7 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medshard_protocol.canonical import encode
-from medshard_protocol.entries import Access, Enrol, Entry, Genesis, Purpose, Register, Type, entry_bytes_max, signed_bytes
+from medshard_protocol.entries import (
+    Access,
+    Approve,
+    Enrol,
+    Entry,
+    Erase,
+    Freeze,
+    Genesis,
+    Grant,
+    Hold,
+    Move,
+    Purpose,
+    Register,
+    Release,
+    Retain,
+    Retire,
+    Revoke,
+    Timestamp,
+    Type,
+    Withdraw,
+    entry_bytes_max,
+    signed_bytes,
+)
 from medshard_protocol.errors import Malformed, Refused
 
 nonce = bytes(16)
@@ -16,7 +38,20 @@ bodies = {
     "genesis": Genesis(b"\x01" * 32, nonce),
     "enrol": Enrol(b"\x02" * 32, 3, nonce),
     "register": Register(b"\x03" * 32, b"\x04" * 32, nonce),
-    "access": Access((b"\x05" * 32, b"\x06" * 32), Purpose.TREATMENT, nonce),
+    "access": Access((b"\x05" * 32, b"\x06" * 32), Purpose.TREATMENT, b"", nonce),
+    "emergency access": Access((b"\x05" * 32,), Purpose.EMERGENCY, b"r" * 1600, nonce),
+    "approve": Approve(b"\x07" * 32, nonce),
+    "withdraw": Withdraw(b"\x08" * 32, nonce),
+    "grant": Grant((b"\x05" * 32,), b"\x09" * 32, 2_000_000_000, Purpose.INSURANCE, nonce),
+    "revoke": Revoke(b"\x0a" * 32, nonce),
+    "move": Move(b"\x05" * 32, 254, b"\x0b" * 16, nonce),
+    "retain": Retain(b"\x05" * 32, 2_000_000_000, nonce),
+    "hold": Hold(b"\x05" * 32, nonce),
+    "release": Release(b"\x0c" * 32, nonce),
+    "retire": Retire(b"\x05" * 32, 2_000_000_000, nonce),
+    "erase": Erase(b"\x05" * 32, 2_000_000_000, nonce),
+    "timestamp": Timestamp(7, b"\x0d" * 32, b"t" * 1700, nonce),
+    "freeze": Freeze(bytes(32), nonce),
 }
 
 
@@ -37,7 +72,7 @@ def test_an_entry_of_one_log_means_nothing_in_another(consortium, name):
 
 def test_origin_and_type_cannot_be_traded_for_each_other():
     assert signed_bytes("a", bodies["register"])[17:21] == b"\x00\x01a\x02"
-    assert len({signed_bytes(origin, body) for origin in ("a", "a\x02") for body in bodies.values()}) == 8
+    assert len({signed_bytes(origin, body) for origin in ("a", "a\x02") for body in bodies.values()}) == 2 * len(bodies)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +99,15 @@ malformed = {
     "too few items": encode([1, 2, [id32, id32, nonce], author]),
     "too many items": encode([1, 2, [id32, id32, nonce], author, signature, 0]),
     "type 0": encode([1, 0, [id32, id32, nonce], author, signature]),
-    "type not given meaning yet": encode([1, 3, [id32, id32, nonce], author, signature]),
+    "type 14": encode([1, 14, [id32, id32, nonce], author, signature]),
+    "grant to nobody": encode([1, 3, [[id32], b"", 0, 0, nonce], author, signature]),
+    "reason too long": encode([1, 5, [[id32], 0, bytes(1601), nonce], author, signature]),
+    "move of shard 255": encode([1, 6, [id32, 255, bytes(16), nonce], author, signature]),
+    "retain until the end of days": encode([1, 7, [id32, 2**40 + 1, nonce], author, signature]),
+    "token too long": encode([1, 12, [1, id32, bytes(1701), nonce], author, signature]),
     "type as a boolean": encode([1, True, [0, id32, nonce], author, signature]),
     "change as a boolean": encode([1, 1, [False, id32, nonce], author, signature]),
-    "unknown change": encode([1, 1, [2, id32, nonce], author, signature]),
+    "unknown change": encode([1, 1, [4, id32, nonce], author, signature]),
     "roster body empty": encode([1, 1, [], author, signature]),
     "genesis with a role": encode([1, 1, [0, id32, 1, nonce], author, signature]),
     "enrol without roles": encode([1, 1, [1, id32, nonce], author, signature]),
@@ -76,11 +116,11 @@ malformed = {
     "short file id": encode([1, 2, [bytes(31), id32, nonce], author, signature]),
     "text for bytes": encode([1, 2, ["a" * 32, id32, nonce], author, signature]),
     "long nonce": encode([1, 2, [id32, id32, bytes(17)], author, signature]),
-    "access to nothing": encode([1, 5, [[], 0, nonce], author, signature]),
-    "access to one file twice": encode([1, 5, [[id32, id32], 0, nonce], author, signature]),
-    "access to 49 files": encode([1, 5, [[bytes([n]) * 32 for n in range(49)], 0, nonce], author, signature]),
-    "access to something else": encode([1, 5, [[1], 0, nonce], author, signature]),
-    "purpose 256": encode([1, 5, [[id32], 256, nonce], author, signature]),
+    "access to nothing": encode([1, 5, [[], 0, b"", nonce], author, signature]),
+    "access to one file twice": encode([1, 5, [[id32, id32], 0, b"", nonce], author, signature]),
+    "access to 49 files": encode([1, 5, [[bytes([n]) * 32 for n in range(49)], 0, b"", nonce], author, signature]),
+    "access to something else": encode([1, 5, [[1], 0, b"", nonce], author, signature]),
+    "purpose 256": encode([1, 5, [[id32], 256, b"", nonce], author, signature]),
     "integer not in shortest form": encode([1, 2, [id32, id32, nonce], author, signature]).replace(b"\x95\x01\x02", b"\x95\x01\xcc\x02"),
     "something after the end": encode([1, 2, [id32, id32, nonce], author, signature]) + b"\x00",
     "too long": bytes(entry_bytes_max + 1),
@@ -95,7 +135,7 @@ def test_anything_else_is_malformed(name):
 
 def test_48_files_fit_into_one_access(consortium):
     files = tuple(bytes([n]) * 32 for n in range(48))
-    assert len(consortium(4).entry("vault", Access(files, 255, b"\xff" * 16)).to_bytes()) <= entry_bytes_max
+    assert len(consortium(4).entry("vault", Access(files, 255, b"", b"\xff" * 16)).to_bytes()) <= entry_bytes_max
 
 
 def test_the_numbers_of_the_types_are_fixed():

@@ -73,8 +73,19 @@ broken = {
     "empty origin": lambda r: replace(r, origin=""),
     "long origin": lambda r: replace(r, origin="a" * 129),
     "sequencer unknown": lambda r: replace(r, sequencer=bytes(16)),
-    "log key also a cosigner's": lambda r: replace(r, log_key=r.nodes[1].cosigner_key),
-    "log key short": lambda r: replace(r, log_key=bytes(31)),
+    "log key also a cosigner's": lambda r: change_node(0, log_key=r.nodes[1].cosigner_key)(r),
+    "log key short": change_node(0, log_key=bytes(31)),
+    "sequencer without a log key": change_node(0, log_key=b""),
+    "post-quantum key short": change_node(1, pq_key=bytes(1311)),
+    "two nodes of one post-quantum key": lambda r: change_node(1, pq_key=bytes(1312))(change_node(2, pq_key=bytes(1312))(r)),
+    "auditors' key short": lambda r: replace(r, auditors=bytes(32)),
+    "emergency identity short": lambda r: replace(r, emergency=(bytes(31),)),
+    "emergency identities out of order": lambda r: replace(r, emergency=(b"b" * 32, b"a" * 32)),
+    "emergency identity twice": lambda r: replace(r, emergency=(b"a" * 32, b"a" * 32)),
+    "genesis with one before it": lambda r: replace(r, previous=b"p" * 32),
+    "change with none before it": lambda r: replace(r, number=1),
+    "former CA that is no certificate": change_institution(1, former=(b"0",)),
+    "too many former CAs": lambda r: change_institution(1, former=(r.institutions[1].ca,) * 5)(r),
     "two institutions of one name": lambda r: change_institution(1, name=r.institutions[0].name)(r),
     "institution without a name": change_institution(1, name=""),
     "institution with a control character": change_institution(1, name="a\u009fb"),
@@ -107,16 +118,17 @@ def test_a_roster_that_breaks_a_rule_is_refused_both_ways(consortium, name):
     roster = broken[name](consortium(4).roster)
     with pytest.raises(ValueError, match=r".+"):
         roster.to_bytes()
-    institutions = [[i.name, i.ca, i.key] for i in roster.institutions]
-    nodes = [[n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key] for n in roster.nodes]
-    data = encode([1, roster.origin, roster.log_key, roster.sequencer, institutions, nodes, list(roster.code)])
+    institutions = [[i.name, i.ca, i.key, list(i.former)] for i in roster.institutions]
+    nodes = [[n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key, n.log_key, n.pq_key] for n in roster.nodes]
+    head = [2, roster.origin, roster.number, roster.previous, roster.sequencer]
+    data = encode([*head, institutions, nodes, list(roster.code), list(roster.emergency), roster.auditors])
     with pytest.raises(Malformed):
         Roster.from_bytes(data)
 
 
 def test_another_version_or_shape_is_malformed(consortium):
     value = decode(consortium(4).roster.to_bytes(), bytes_max=1 << 20, what="roster")
-    for bad in ([2, *value[1:]], value[:-1], [*value, 0], [*value[:-1], [1, 2]], [1], {}, b""):
+    for bad in ([1, *value[1:]], value[:-1], [*value, 0], [*value[:-3], [1, 2], *value[-2:]], [1], {}, b""):
         with pytest.raises(Malformed):
             Roster.from_bytes(encode(bad) if not isinstance(bad, dict) else b"\x80")
 

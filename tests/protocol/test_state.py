@@ -31,9 +31,9 @@ def folded(c, *entries):
 # Who may say what: (author, body, error or None), after genesis and the enrolment of "vault" by institution 1.
 rules = {
     "an enrolled key registers": ("vault", Register(file_a, hash_a, nonce), None),
-    "an enrolled key reads": ("vault", Access((file_a,), 1, nonce), None),
+    "an enrolled key reads": ("vault", Access((file_a,), 1, b"", nonce), None),
     "a stranger does not register": ("stranger", Register(file_a, hash_a, nonce), Refused),
-    "a stranger does not read": ("stranger", Access((file_a,), 1, nonce), Refused),
+    "a stranger does not read": ("stranger", Access((file_a,), 1, b"", nonce), Refused),
     "an institution does not register by itself": ("ca 1", Register(file_a, hash_a, nonce), Refused),
     "an institution enrols": ("ca 2", Enrol(file_a, 0, nonce), None),
     "an institution changes the roles of its own": ("ca 1", lambda c: Enrol(public_key(c.key("vault")), 7, nonce), None),
@@ -104,7 +104,7 @@ def test_folding_in_two_parts_gives_the_same_state(consortium, choices, cut):
     c = consortium(4)
     bodies = [Genesis(c.roster.sha256, nonce), Enrol(public_key(c.key("vault")), 0, nonce), Enrol(public_key(c.key("other")), 1, nonce)]
     bodies += [Register(file, manifest, nonce) for file in (file_a, file_b) for manifest in (hash_a, hash_b)] + [
-        Access((file_a,), 0, nonce)
+        Access((file_a,), 0, b"", nonce)
     ] * 3
     entries = [c.entry(author, bodies[number]) for author, number in choices]
     one, two = State(c.roster), State(c.roster)

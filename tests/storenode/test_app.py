@@ -118,10 +118,9 @@ async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     config = replace(config, limits=limits)
     roster = Roster(
         "clinic.example/log",
-        public(log_key),
         keys.node_id,
         (RosterInstitution("Clinic", institution.certificate, public(institution.key)),),
-        (RosterNode(keys.node_id, "one", 0, url, 50_000_000, keys.tls_key, public(keys.cosigner)),),
+        (RosterNode(keys.node_id, "one", 0, url, 50_000_000, keys.tls_key, public(keys.cosigner), public(log_key)),),
         (1, 1, 1),
     )
     peers = Peers(roster, {})

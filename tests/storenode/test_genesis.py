@@ -154,7 +154,7 @@ def test_a_genesis_that_does_not_fit_the_nodes_keys_is_refused(members: list[tup
     with pytest.raises(Refused, match="with other keys"):
         check_membership(found([other, *cards[1:]], sequencer="node1"), keys)
     roster = found(cards, sequencer="node0")
-    with pytest.raises(Refused, match="lacks the log's key"):
+    with pytest.raises(Refused, match="lacks its log key"):
         check_membership(roster, dataclasses.replace(keys, log=None))
     with pytest.raises(Refused, match="another CA certificate"):
         check_membership(roster, dataclasses.replace(keys, ca_certificate=members[1][1].ca_certificate))

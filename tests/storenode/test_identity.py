@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
@@ -456,7 +457,9 @@ def test_the_vectors_of_the_format_still_come_out() -> None:
     ca = identity.institution_certificate(key("ca"), vector["institution"], at)
     csr = identity.client_csr(key("vault"))
     url = "https://node.hospital-01.example:9700"
-    card = Card(vector["institution"], ca, "hospital-01", url, 10**12, public(key("tls")), public(key("cosigner")), public(key("log")))
+    pq_key = MLDSA44PrivateKey.from_seed_bytes(sha256(b"pq").digest()).public_key().public_bytes_raw()
+    keys = (public(key("tls")), public(key("cosigner")), public(key("log")), pq_key)
+    card = Card(vector["institution"], ca, "hospital-01", url, 10**12, *keys)
     made = {
         "ca": ca,
         "node_certificate": identity.node_certificate(key("ca"), ca, public(key("tls")), at),

@@ -316,7 +316,7 @@ async def test_the_log_is_served_as_tiles_from_which_the_root_follows(net):
 async def test_an_access_entry_of_many_files_is_taken(net):
     await net.start(0, 1, 2, 3)
     await net.enrol()
-    access = net.consortium.entry("vault", Access(tuple(bytes([n]) * 32 for n in range(48)), 1, nonce))
+    access = net.consortium.entry("vault", Access(tuple(bytes([n]) * 32 for n in range(48)), 1, b"", nonce))
     (inclusion,) = await net.ledgers[2].append([access])
     assert inclusion.verify(net.roster)[1] == access
     assert net.ledgers[0].status()["entries"] == {"ROSTER": 2, "ACCESS": 1}
