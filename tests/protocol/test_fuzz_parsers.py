@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import medshard_protocol
 from medshard.model import Header
-from medshard_protocol import canonical, identity, ids, messages, proofs, tiles
+from medshard_protocol import canonical, identity, ids, messages, proofs, sharing, tiles
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
@@ -89,7 +89,7 @@ def whole_file(read: Callable[[bytes], Any], *seeds: bytes) -> Parser:
 
 @lru_cache
 def table() -> dict[str, Parser]:
-    return {**of_files(), **of_messages(), **of_ledger(), **of_certificates()}
+    return {**of_files(), **of_messages(), **of_ledger(), **of_sharing(), **of_certificates()}
 
 
 def of_files() -> dict[str, Parser]:
@@ -160,6 +160,26 @@ def of_ledger() -> dict[str, Parser]:
         "wire.Push.from_bytes": whole_file(wire.Push.from_bytes, sent["push"]),
         "wire.unpack_cosignature": Parser(wire.unpack_cosignature, wire.pack_cosignature, (sent["cosignature"],)),
         "wire.unpack_size": Parser(wire.unpack_size, wire.pack_size, (sent["size"],)),
+    }
+
+
+def of_sharing() -> dict[str, Parser]:
+    ledger = load("ledger")
+    inclusion = Inclusion.from_value(canonical.decode(bytes.fromhex(ledger["inclusion_of_2"]), bytes_max=10**6, what="inclusion"))
+    entry, note = Entry.from_bytes(inclusion.entry), inclusion.checkpoint
+    key, one = sharing.SealingKey(ids.Key(b"k" * 32), b"h" * 1216, b"s" * 64), sharing.SealedGrant(ids.Sha256(b"g" * 32), b"sealed")
+    shared = sharing.Shared(note, (sharing.SharedFile(ids.FileId(b"f" * 32), inclusion, inclusion, b"manifest", b"sealed"),), True)
+    told = (sharing.Told(1, entry.to_bytes(), inclusion.path, False), sharing.Told(2, inclusion.entry, inclusion.path, True))
+    return {
+        "sharing.unpack_tickets": of_text(sharing.unpack_tickets, sharing.pack_tickets, "0", "7,8,1000000", str(2**63 - 1)),
+        "sharing.unpack_emergency": of_text(sharing.unpack_emergency, sharing.pack_emergency, sharing.pack_emergency(entry)),
+        "sharing.unpack_shown": Parser(sharing.unpack_shown, sharing.pack_shown, (sharing.pack_shown(inclusion),)),
+        "sharing.unpack_seen": Parser(sharing.unpack_seen, sharing.pack_seen, (sharing.pack_seen(0), sharing.pack_seen(2**40))),
+        "sharing.SealingKey.from_bytes": whole_file(sharing.SealingKey.from_bytes, key.to_bytes()),
+        "sharing.SealedGrant.from_bytes": whole_file(sharing.SealedGrant.from_bytes, one.to_bytes()),
+        "sharing.Shared.from_bytes": whole_file(sharing.Shared.from_bytes, shared.to_bytes(), sharing.Shared(b"", (), False).to_bytes()),
+        "sharing.History.from_bytes": whole_file(sharing.History.from_bytes, sharing.History(note, told, False).to_bytes()),
+        "sharing.Vouched.from_bytes": whole_file(sharing.Vouched.from_bytes, sharing.Vouched("Klinik", 0, 7, True).to_bytes()),
     }
 
 
