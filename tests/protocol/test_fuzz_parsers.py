@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import medshard_protocol
 from medshard.model import Header
-from medshard_protocol import canonical, identity, ids, messages, proofs, sharing, tiles
+from medshard_protocol import canonical, identity, ids, messages, proofs, rosters, sharing, tiles
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
@@ -141,11 +141,20 @@ def of_ledger() -> dict[str, Parser]:
     appended = proofs.unpack_append(sent["append"])
     bundle = bytes.fromhex(ledger["bundle_000.p_5"])
 
+    links = rosters.unpack_links(bytes.fromhex(load("rosters")["answer"]))
+
     def read_inclusion(data: bytes) -> Inclusion:
         return Inclusion.from_value(canonical.decode(data, bytes_max=10**6, what="inclusion"))
 
+    def read_link(data: bytes) -> rosters.Link:
+        return rosters.Link.from_value(canonical.decode(data, bytes_max=10**6, what="link"))
+
     return {
         "roster.Roster.from_bytes": whole_file(Roster.from_bytes, bytes.fromhex(ledger["roster"]["bytes"])),
+        "rosters.Link.from_value": Parser(
+            read_link, lambda value: canonical.encode(value.to_value()), (canonical.encode(links[0].to_value()),)
+        ),
+        "rosters.unpack_links": Parser(rosters.unpack_links, rosters.pack_links, (rosters.pack_links(links), rosters.pack_links(()))),
         "entries.Entry.from_bytes": whole_file(Entry.from_bytes, *raw(*(entry["entry"] for entry in ledger["entries"]))),
         "checkpoint.Note.from_bytes": whole_file(Note.from_bytes, note.encode()),
         "checkpoint.Signature.from_line": of_text(Signature.from_line, Signature.line, *lines),
