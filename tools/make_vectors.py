@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make tests/vectors/{encoding,sealing,manifest,keyfile,wire}.json. No medshard code: a second implementation, on other libraries.
+"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire}.json. No medshard code: a second implementation, on other libraries.
 
 The program seals with `cryptography` and its own C kernel; this seals with pycryptodome and reedsolo. Equal bytes therefore say that
 the documents in docs/formats/ are what both do. Run it after a change of a format, and read the difference.
@@ -18,8 +18,10 @@ import msgpack
 from blake3 import blake3
 from Crypto.Cipher import AES
 from Crypto.Hash import SHA256
+from Crypto.Protocol import HPKE
 from Crypto.Protocol.KDF import HKDF, scrypt
-from Crypto.PublicKey import ECC
+from Crypto.PublicKey import ECC, Hybrid
+from Crypto.Signature import eddsa
 from reedsolo import RSCodec
 
 folder = Path(__file__).parent.parent / "tests" / "vectors"
@@ -97,7 +99,16 @@ def seal_object(what: str, plain: bytes, k: int, n: int, cell_size: int, digest:
     owner = drawn(f"{what}: owner", 32)
     tags = sorted(drawn(f"{what}: tag {i}", 32) for i in range(max(1, len(header[8]))))
     places = [[node, root] for node, root in zip(nodes, roots, strict=True)]
-    manifest = pack([1, file_id, k, n, cell_size, sealed_size, digest, commitment, places, owner, sealed_header, wrap, tags])
+    documents = [(member[2], member[3]) for member in header[8]] or [(header[3], header[4])]
+    evidence_key = hkdf(file_key, file_id, b"medshard/evidence/v1")
+    salts = [hmac.new(evidence_key, at.to_bytes(8, "big"), "sha256").digest() for at in range(len(documents))]
+    opened = [
+        b"medshard/evidence/leaf/v1" + owner + file_id + salt + size.to_bytes(8, "big") + sha256
+        for salt, (size, sha256) in zip(salts, documents, strict=True)
+    ]
+    evidence = tree_head(opened, hashers["sha256"])
+    manifest = pack([2, file_id, k, n, cell_size, sealed_size, digest, commitment, places, owner, sealed_header, wrap, tags, evidence])
+    registered = hashlib.sha256(b"medshard/manifest/v2" + evidence + hashlib.sha256(manifest).digest())
     return {
         "what": what,
         "plain": plain.hex(),
@@ -123,7 +134,9 @@ def seal_object(what: str, plain: bytes, k: int, n: int, cell_size: int, digest:
         "owner": owner.hex(),
         "tags": [tag.hex() for tag in tags],
         "manifest": manifest.hex(),
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "salts": [salt.hex() for salt in salts],
+        "evidence": evidence.hex(),
+        "manifest_sha256": registered.hexdigest(),
     }
 
 
@@ -162,7 +175,7 @@ def refused_manifests(good: bytes) -> list[dict[str, str]]:
         {"what": "a byte too many", "bytes": (good + b"\x00").hex()},
         {"what": "version in two bytes instead of one", "bytes": (good[:1] + b"\xcc" + good[1:]).hex()},
         {"what": "an item too many", "bytes": pack([*items, 0]).hex()},
-        changed("version 2", 0, 2),
+        changed("version 1", 0, 1),
         changed("a file id of 31 bytes", 1, items[1][:31]),
         changed("k of 0", 2, 0),
         changed("k over n", 2, items[3] + 1),
@@ -179,6 +192,7 @@ def refused_manifests(good: bytes) -> list[dict[str, str]]:
         changed("a wrap of 47 bytes", 11, items[11][:47]),
         changed("tags in falling order", 12, sorted([*tags, drawn("another tag", 32)], reverse=True)),
         changed("one tag twice", 12, [tags[0], tags[0]]),
+        changed("evidence of 31 bytes", 13, items[13][:31]),
     ]
 
 
@@ -205,9 +219,93 @@ def key_file(what: str, passphrase: str, log2_n: int, r: int, p: int) -> dict[st
         "bytes": pack([*head, nonce, gcm(stretched, nonce, root, pack(head))]).hex(),
         "public": bytes(public).hex(),
         "keys": {purpose: key.hex() for purpose, key in keys.items()},
+        "hpke_public": hybrid(keys["hpke"])._pk.hex(),
         "plain_sha256": plain_sha256.hex(),
         "tag": hmac.new(keys["lookup"], plain_sha256, "sha256").hexdigest(),
     }
+
+
+# -- sharing.json
+
+
+def hybrid(seed: bytes) -> Hybrid.HybridKey:
+    """The MLKEM768-X25519 key of a 32-byte seed."""
+    return Hybrid.HybridKey(param_set=Hybrid.MLKEM768_X25519, seed=seed)
+
+
+def hpke_seal(what: str, receiver_seed: bytes, plain: bytes, info: bytes) -> bytes:
+    """HPKE in base mode; the randomness of the encapsulation is drawn, so that the bytes are the same every time."""
+    setattr(Hybrid, "get_random_bytes", lambda size: drawn(f"{what}: randomness", size))  # noqa: B010 - the library exports no other way
+    sender = HPKE.new(receiver_key=hybrid(receiver_seed).public_key(), aead_id=HPKE.AEAD.AES256_GCM, info=info)
+    return bytes(sender.enc + sender.seal(plain))
+
+
+def signed(seed: bytes, message: bytes) -> bytes:
+    return bytes(eddsa.new(ECC.construct(curve="Ed25519", seed=seed), "rfc8032").sign(message))
+
+
+def raw_public(seed: bytes) -> bytes:
+    return bytes(ECC.construct(curve="Ed25519", seed=seed).public_key().export_key(format="raw"))
+
+
+def entry(seed: bytes, origin: str, kind: int, body: list[Any]) -> bytes:
+    """One entry of the ledger, as docs/formats/ledger.md has it."""
+    name = origin.encode()
+    message = b"medshard/entry/v1" + len(name).to_bytes(2, "big") + name + bytes([kind]) + pack(body)
+    return pack([1, kind, body, raw_public(seed), signed(seed, message)])
+
+
+def sealing_keys() -> list[dict[str, Any]]:
+    made = []
+    for what in ("a reader", "another reader"):
+        root = drawn(f"{what}: root", 32)
+        signing, seed = (hkdf(root, b"", f"medshard/vault/v1/{purpose}".encode()) for purpose in ("signing", "hpke"))
+        public = hybrid(seed)._pk
+        signature = signed(signing, b"medshard/hpke-key/v1" + public)
+        made.append(
+            {
+                "what": what,
+                "root": root.hex(),
+                "owner": raw_public(signing).hex(),
+                "hpke_seed": seed.hex(),
+                "hpke_public": public.hex(),
+                "signature": signature.hex(),
+                "bytes": pack([1, raw_public(signing), public, signature]).hex(),
+            }
+        )
+    return made
+
+
+def grants(keys: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    origin, owner = "consortium.example/log", drawn("grants: owner", 32)
+    made = []
+    for what, reader, until, purpose, count in (
+        ("one file, for good", keys[0], 0, 1, 1),
+        ("three files, to a day", keys[1], 2_000_000_000, 2, 3),
+    ):
+        file_ids = [drawn(f"{what}: file {i}", 32) for i in range(count)]
+        body = [file_ids, bytes.fromhex(reader["owner"]), until, purpose, drawn(f"{what}: nonce", 16)]
+        granted = entry(owner, origin, 3, body)
+        grant = hashlib.sha256(b"\x00" + granted).digest()
+        sealed = []
+        for file_id in file_ids:
+            file_key, info = drawn(f"{what}: key of {file_id.hex()}", 32), b"medshard/grant/v1" + file_id + grant
+            blob = hpke_seal(f"{what}: {file_id.hex()}", bytes.fromhex(reader["hpke_seed"]), file_key, info)
+            one = {"file_id": file_id.hex(), "file_key": file_key.hex(), "info": info.hex(), "sealed": blob.hex()}
+            sealed.append({**one, "bytes": pack([1, grant, blob]).hex()})
+        made.append(
+            {"what": what, "origin": origin, "reader": reader["what"], "entry": granted.hex(), "grant": grant.hex(), "files": sealed}
+        )
+    return made
+
+
+def reasons() -> list[dict[str, Any]]:
+    origin, seed = "consortium.example/log", drawn("reasons: auditors", 32)
+    made = []
+    for text in ("Patient bewusstlos, Notaufnahme 3", "x", "€" * 133 + "."):
+        sealed = hpke_seal(f"reason {text}", seed, text.encode(), b"medshard/reason/v1" + origin.encode())
+        made.append({"origin": origin, "text": text, "sealed": sealed.hex()})
+    return [{"auditors_seed": seed.hex(), "auditors_public": hybrid(seed)._pk.hex(), "sealed": made}]
 
 
 # -- encoding.json
@@ -318,8 +416,8 @@ def pages() -> dict[str, str]:
         2**40 + 1,
     ]
     stored = objects()
-    public = {"nodes", "owner", "tags", "manifest", "manifest_sha256"}
-    secret = {"plain", "padded_size", "file_key", "content_key", "header_key", "header", "vault_key", "shards", "cell_digests"}
+    public = {"nodes", "owner", "tags", "evidence", "manifest", "manifest_sha256"}
+    secret = {"plain", "padded_size", "file_key", "content_key", "header_key", "header", "vault_key", "shards", "cell_digests", "salts"}
     sealing = [{key: value for key, value in item.items() if key not in public} for item in stored]
     manifests = [{key: value for key, value in item.items() if key not in secret} for item in stored]
     refused = refused_manifests(bytes.fromhex(stored[1]["manifest"]))
@@ -334,6 +432,10 @@ def pages() -> dict[str, str]:
             "Manifests of the objects in sealing.json, see docs/formats/manifest.md.", {"manifests": manifests, "refused": refused}
         ),
         "keyfile": page("Key files, see docs/formats/key-file.md.", {"files": files}),
+        "sharing": page(
+            "Keys to seal to, sealed grants and sealed reasons, see docs/formats/sharing.md.",
+            {"keys": sealing_keys(), "grants": grants(sealing_keys()), "reasons": reasons()},
+        ),
         "wire": page("Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()}),
     }
 

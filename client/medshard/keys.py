@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from medshard.durable import write_durably
+from medshard.hpke import PrivateKey
 from medshard.sealing import hkdf
 from medshard_protocol import canonical
 from medshard_protocol.errors import Absent, Malformed, Refused
@@ -56,6 +57,11 @@ class VaultKeys:
         signing = Ed25519PrivateKey.from_private_bytes(derive("signing"))
         public = Key(signing.public_key().public_bytes_raw())
         return cls(root, signing, public, derive("vault"), derive("lookup"), derive("index"), derive("hpke"))
+
+    @property
+    def hpke(self) -> PrivateKey:
+        """What others seal file keys to, for this vault alone."""
+        return PrivateKey(self.hpke_seed)
 
     def tag(self, plaintext_sha256: bytes) -> Tag:
         """The lookup tag of a plaintext: HMAC-SHA256 under the lookup key, so that nodes learn no plaintext hash."""

@@ -33,6 +33,7 @@ def test_a_key_file_has_the_bytes_of_its_vector(vector: dict[str, Any], monkeypa
     derived = {name: getattr(keys, name).hex() for name in ("vault", "lookup", "index")}
     derived |= {"signing": keys.signing.private_bytes_raw().hex(), "hpke": keys.hpke_seed.hex()}
     assert derived == vector["keys"]
+    assert keys.hpke.public.hex() == vector["hpke_public"]
     assert keys.tag(bytes.fromhex(vector["plain_sha256"])).hex() == vector["tag"]
     drawn = {16: vector["salt"], 12: vector["nonce"]}
     monkeypatch.setattr(module.os, "urandom", lambda size: bytes.fromhex(drawn[size]))
