@@ -28,6 +28,7 @@ from medshard_protocol.roster import Roster
 from storenode import routes
 from storenode.callers import caller, peer_key
 from storenode.config import Config
+from storenode.evidence import evidence_in
 from storenode.genesis import load_genesis
 from storenode.identity import NodeKeys, client_ssl_context, peer_of, server_ssl_context
 from storenode.join import join_routes
@@ -186,6 +187,7 @@ def _gauge(parts: Parts) -> None:
     shards, manifests = parts.node.store.counts()
     parts.metrics.stored(shards, manifests, parts.node.store.used, parts.node.store.free_bytes())
     parts.metrics.ledger(parts.node.ledger.status())
+    parts.metrics.evidence(evidence_in(parts.node.config.data).counts())
 
 
 async def _sweep(parts: Parts) -> None:

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from medshard_protocol.errors import Unavailable
 from storenode.config import Config
+from storenode.evidence import kinds
 
 methods: Final = frozenset({"GET", "HEAD", "PUT", "POST"})
 seconds_buckets: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -65,6 +66,7 @@ class Metrics:
         self._fsync_lock = threading.Lock()
         self._gauges: dict[str, float] = {}
         self._entries: dict[str, int] = {}
+        self._evidence: dict[str, int] = {}
         self._expiries: dict[str, float] = {}
 
     def request(self, method: str, route: str, status: int, seconds: float, bytes_in: int, bytes_out: int = 0) -> None:
@@ -116,6 +118,10 @@ class Metrics:
         self._gauges["medshard_ledger_is_sequencer"] = status.get("role") == "sequencer"
         self._entries = {str(kind): int(count) for kind, count in dict(status.get("entries", {})).items()}
 
+    def evidence(self, counts: Mapping[str, int]) -> None:
+        """Set how many files of evidence of each kind there are."""
+        self._evidence = dict(counts)
+
     def render(self) -> bytes:
         """Give everything in Prometheus' text format. Raises Unavailable without prometheus_client."""
         try:
@@ -157,12 +163,15 @@ class Metrics:
         entries = GaugeMetricFamily("medshard_ledger_entries", "Entries of the ledger in this node's mirror.", labels=["type"])
         for kind, count in self._entries.items():
             entries.add_metric([kind], count)
+        evidence = GaugeMetricFamily("medshard_evidence", "Files of evidence of misbehaviour kept by this node.", labels=["kind"])
+        for kind in kinds:
+            evidence.add_metric([kind], self._evidence.get(kind, 0))
         expiries = GaugeMetricFamily(
             "medshard_certificate_expires_timestamp_seconds", "When a certificate in use ends.", labels=["certificate"]
         )
         for certificate, expires in self._expiries.items():
             expiries.add_metric([certificate], expires)
-        yield from (entries, expiries)
+        yield from (entries, evidence, expiries)
         yield GaugeMetricFamily("medshard_start_timestamp_seconds", "When this process started.", value=self.started)
         build = GaugeMetricFamily("medshard_build_info", "Always 1.", labels=["version"])
         build.add_metric([version("medshard")], 1)
