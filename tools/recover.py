@@ -124,11 +124,11 @@ class Manifest:
     """What nodes keep beside a shard. Anybody can read it; names and hashes are in the sealed header."""
 
     def __init__(self, data: bytes) -> None:
-        items = unpack(data, 13, "manifest")
+        items = unpack(data, 14, "manifest")
         version, self.file_id, self.k, self.n, self.cell_size, self.sealed_size = items[:6]
-        self.digest, self.commitment, shards, self.owner, self.header, self.wrap, self.tags = items[6:]
-        if version != 1:
-            raise Trouble(DAMAGED, f"this is no manifest of version 1, the only one known here, but of {version!r}")
+        self.digest, self.commitment, shards, self.owner, self.header, self.wrap, self.tags = items[6:13]  # the 14th is for proofs
+        if version != 2:
+            raise Trouble(DAMAGED, f"this is no manifest of version 2, the only one known here, but of {version!r}")
         try:
             self.roots = [bytes(root) for _node, root in shards]
             sound = 1 <= self.k <= self.n == len(self.roots) <= 255 and self.k * self.cell_size > TAG < self.sealed_size

@@ -100,6 +100,11 @@ class Header:
         media_type = media_types.pop() if len(media_types) == 1 else ""
         return cls("pack", name, size, sha256, media_type, dict(sorted(shared)), members, put_time)
 
+    @property
+    def documents(self) -> list[tuple[int, bytes]]:
+        """Size and SHA-256 of the file, or of each member of a pack."""
+        return [(member.size, member.sha256) for member in self.members] or [(self.size, self.sha256)]
+
     def to_bytes(self) -> bytes:
         """Encode. Raises Malformed for values that no header may hold, TooLarge over ``header_bytes_max``."""
         _check(self)
@@ -204,6 +209,7 @@ class Row:
     member: int | None  # position in the pack; None for a file of its own
     put_time: int  # Unix seconds; 0 where unknown
     ledger_index: int
+    owner: bytes = b""  # the key of the vault that shared it with this one; empty for this vault's own
 
 
 @dataclass(frozen=True)

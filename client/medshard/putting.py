@@ -27,6 +27,7 @@ from medshard.smallfiles import Encoded, institutions, object_bytes_max, send_al
 from medshard.source import Part, Source, fingerprint, hash_file
 from medshard.transport import Net, without_name
 from medshard.upload import Upload, too_few
+from medshard_protocol import evidence
 from medshard_protocol.errors import Conflict, Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.ids import FileId, Sha256
 from medshard_protocol.manifest import Manifest, ShardRef
@@ -322,6 +323,7 @@ class Putter:
             seal.seal_header(header.to_bytes()),
             wrap(self._keys.vault, seal),
             tuple(tags),
+            evidence.root(evidence.leaves(self._keys.public, seal.file_id, seal.evidence_key, header.documents)),
         )
         return manifest, header
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from medshard_protocol import evidence
 from medshard_protocol.errors import Damaged
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
@@ -59,6 +60,7 @@ class FileSeal:
         self.file_id = file_id
         self.commitment = derived[64:]
         self._content = AESGCM(derived[:32])
+        self.evidence_key = hkdf(file_key, file_id, evidence.key_info)
         self._header = AESGCM(derived[32:64])
 
     @classmethod

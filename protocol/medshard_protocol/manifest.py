@@ -1,6 +1,7 @@
 """The public part of a stored file. It is kept with every shard, so that any one holder can describe the file.
 
-It names no person, no file name, no plaintext hash: those are in the sealed header, which only a holder of the file key opens.
+It names no person, no file name, no plaintext hash: those are in the sealed header, which only a holder of the file key opens. Its
+``evidence`` commits to the plaintext hashes under salts, so that its owner can prove to a third party what was registered.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Final
 
 from medshard_protocol import canonical
 from medshard_protocol.errors import Malformed
+from medshard_protocol.evidence import evidence_size, registered_hash
 from medshard_protocol.ids import FileId, Key, NodeId, Sha256, Tag
 from medshard_protocol.shards import Layout, cell_bytes_max, code_n_max, digests, sealed_bytes_max
 
-version: Final = 1
+version: Final = 2
 manifest_bytes_max: Final = 16 * 1024 * 1024  # a pack of `members_max` with long names fits; more would stall a small holder
 header_bytes_max: Final = 12 * 1024 * 1024
 tags_max: Final = 65_536
@@ -42,6 +44,7 @@ class Manifest:
     header: bytes
     wrap: bytes
     tags: tuple[Tag, ...]
+    evidence: bytes
     _bytes: list[bytes] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def to_bytes(self) -> bytes:
@@ -64,6 +67,7 @@ class Manifest:
                         self.header,
                         self.wrap,
                         list(self.tags),
+                        self.evidence,
                     ]
                 )
             )
@@ -71,7 +75,12 @@ class Manifest:
 
     @property
     def sha256(self) -> Sha256:
-        """The hash that goes on the ledger."""
+        """The hash that goes on the ledger; see ``evidence.registered_hash``."""
+        return registered_hash(self.evidence, self.content_sha256)
+
+    @property
+    def content_sha256(self) -> Sha256:
+        """The hash of the bytes themselves."""
         return Sha256(sha256(self.to_bytes()).digest())
 
     def index_on(self, node: NodeId) -> int | None:
@@ -82,7 +91,7 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         """Parse. Raises Malformed and nothing else."""
         value = canonical.decode(data, bytes_max=manifest_bytes_max, what="manifest")
-        f = canonical.Fields(value, count=13, what="manifest")
+        f = canonical.Fields(value, count=14, what="manifest")
         if f.uint() != version:
             raise Malformed("manifest: a version this program does not know")
         file_id = FileId(f.bytes(exactly=32))
@@ -95,7 +104,8 @@ class Manifest:
         shards = _shards(f.list(most=code_n_max), layout.n)
         owner, header, wrap = Key(f.bytes(exactly=32)), f.bytes(most=header_bytes_max), f.bytes(exactly=wrap_bytes)
         tags = _tags(f.list(most=tags_max))
-        manifest = cls(file_id, layout, digest, commitment, shards, owner, header, wrap, tags)
+        evidence = f.bytes(exactly=evidence_size)
+        manifest = cls(file_id, layout, digest, commitment, shards, owner, header, wrap, tags, evidence)
         manifest._bytes.append(bytes(data))
         return manifest
 

@@ -22,6 +22,7 @@ from medshard.keys import VaultKeys, create_key_file
 from medshard.model import Description, Header, Member
 from medshard.sealing import FileSeal, padme, wrap
 from medshard.source import Part, Source
+from medshard_protocol import evidence
 from medshard_protocol.erasure import code
 from medshard_protocol.ids import NodeId
 from medshard_protocol.manifest import Manifest, ShardRef
@@ -75,7 +76,8 @@ class Vault:
         refs = tuple(ShardRef(NodeId(bytes([i]) * 16), root) for i, root in enumerate(encoder.roots()))
         tags = tuple(sorted({self.keys.tag(digest) for digest in source.hashes}))
         sealed_header, wrapped = seal.seal_header(header.to_bytes()), wrap(self.keys.vault, seal)
-        manifest = Manifest(seal.file_id, layout, "blake3", seal.commitment, refs, self.keys.public, sealed_header, wrapped, tags)
+        proof = evidence.root(evidence.leaves(self.keys.public, seal.file_id, seal.evidence_key, header.documents))
+        manifest = Manifest(seal.file_id, layout, "blake3", seal.commitment, refs, self.keys.public, sealed_header, wrapped, tags, proof)
         return Stored(manifest, tuple(b"".join(column) for column in columns))
 
     def write(self, stored: Stored, without: tuple[int, ...] = ()) -> list[str]:

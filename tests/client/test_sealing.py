@@ -36,7 +36,7 @@ def seal_of(vector: dict[str, Any]) -> FileSeal:
 
 def manifest_of(seal: FileSeal, layout: Layout, **changes: Any) -> Manifest:
     refs = tuple(ShardRef(NodeId(bytes([i]) * 16), bytes(32)) for i in range(layout.n))
-    plain = Manifest(seal.file_id, layout, "blake3", seal.commitment, refs, Key(bytes(32)), b"", bytes(48), ())
+    plain = Manifest(seal.file_id, layout, "blake3", seal.commitment, refs, Key(bytes(32)), b"", bytes(48), (), bytes(32))
     return replace(plain, **changes)
 
 

@@ -21,7 +21,7 @@ good = bytes.fromhex(vectors["manifests"][0]["manifest"])
 
 
 def from_vector(vector: dict[str, Any]) -> Manifest:
-    raw = {key: bytes.fromhex(vector[key]) for key in ("file_id", "commitment", "owner", "sealed_header", "wrap")}
+    raw = {key: bytes.fromhex(vector[key]) for key in ("file_id", "commitment", "owner", "sealed_header", "wrap", "evidence")}
     refs = tuple(
         ShardRef(NodeId(bytes.fromhex(node)), bytes.fromhex(root)) for node, root in zip(vector["nodes"], vector["roots"], strict=True)
     )
@@ -35,6 +35,7 @@ def from_vector(vector: dict[str, Any]) -> Manifest:
         raw["sealed_header"],
         raw["wrap"],
         tuple(Tag(bytes.fromhex(tag)) for tag in vector["tags"]),
+        raw["evidence"],
     )
 
 
@@ -42,7 +43,8 @@ def from_vector(vector: dict[str, Any]) -> Manifest:
 def test_a_manifest_has_the_bytes_of_its_vector(vector: dict[str, Any]) -> None:
     manifest = from_vector(vector)
     assert manifest.to_bytes().hex() == vector["manifest"]
-    assert manifest.sha256.hex() == vector["manifest_sha256"] == sha256(manifest.to_bytes()).hexdigest()
+    assert manifest.sha256.hex() == vector["manifest_sha256"]
+    assert manifest.content_sha256 == sha256(manifest.to_bytes()).digest()
     parsed = Manifest.from_bytes(bytes.fromhex(vector["manifest"]))
     assert parsed == manifest
     assert parsed.to_bytes() == manifest.to_bytes()
@@ -54,7 +56,7 @@ def test_a_manifest_that_breaks_a_rule_is_malformed(vector: dict[str, str]) -> N
         Manifest.from_bytes(bytes.fromhex(vector["bytes"]))
 
 
-@pytest.mark.parametrize("field", range(13))
+@pytest.mark.parametrize("field", range(14))
 def test_a_field_of_another_kind_is_malformed(field: int) -> None:
     items = canonical.decode(good, bytes_max=manifest_bytes_max, what="manifest")
     values: list[canonical.Value] = [None, True, -1, 2**64 - 1, "blake", b"", b"x", [], [1], [[b"x", b"y"]], [None], "x" * 99]
@@ -68,8 +70,8 @@ def test_a_field_of_another_kind_is_malformed(field: int) -> None:
 def test_a_header_a_list_of_tags_or_a_manifest_over_its_limit_is_malformed() -> None:
     items = canonical.decode(good, bytes_max=manifest_bytes_max, what="manifest")
     tags = [number.to_bytes(32, "big") for number in range(tags_max + 1)]
-    assert Manifest.from_bytes(canonical.encode([*items[:12], tags[:-1]])).tags[-1] == tags[-2]
-    for broken in ([*items[:12], tags], [*items[:10], bytes(header_bytes_max + 1), *items[11:]]):
+    assert Manifest.from_bytes(canonical.encode([*items[:12], tags[:-1], items[13]])).tags[-1] == tags[-2]
+    for broken in ([*items[:12], tags, items[13]], [*items[:10], bytes(header_bytes_max + 1), *items[11:]]):
         with pytest.raises(Malformed, match=r"more than|at most"):
             Manifest.from_bytes(canonical.encode(broken))
     with pytest.raises(Malformed, match="more than"):

@@ -157,6 +157,7 @@ def manifest_of(node: Running, shard: bytes, file_id: FileId, **changes: object)
         b"",
         bytes(48),
         (Tag(b"t" * 32),),
+        bytes(32),
     )
     return replace(manifest, **changes)  # type: ignore[arg-type]
 

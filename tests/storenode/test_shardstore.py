@@ -198,7 +198,7 @@ async def test_what_a_crash_left_is_cleared_at_start(tmp_path: Path) -> None:
 def manifest_for(shard: bytes, file_id: FileId, tags: tuple[Tag, ...] = (), wrap: bytes = bytes(48)) -> Manifest:
     layout = Layout(1, 2, cell, len(shard))
     refs = (ShardRef(NodeId(b"n" * 16), root_of(shard)), ShardRef(NodeId(b"m" * 16), bytes(32)))
-    return Manifest(file_id, layout, "blake3", bytes(32), refs, owner, b"", wrap, tags)
+    return Manifest(file_id, layout, "blake3", bytes(32), refs, owner, b"", wrap, tags, bytes(32))
 
 
 async def test_a_small_shard_and_its_manifest_are_one_transaction(store: ShardStore) -> None:
