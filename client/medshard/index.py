@@ -15,6 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Self
 
@@ -22,11 +23,12 @@ import msgpack
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from medshard.grants import KnownGrant
 from medshard.model import Row
 from medshard.query import Query
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
-from medshard_protocol.errors import Absent, Damaged, Full, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Damaged, Full, Malformed, MedshardError, Unavailable
 
 journal_bytes_max = 64 * 2**20  # what an interrupted put notes about itself
 busy_wait_s = 30.0  # another process may be adding 10,000 rows
@@ -43,7 +45,21 @@ CREATE TABLE manifests (file BLOB PRIMARY KEY, manifest BLOB NOT NULL) WITHOUT R
 CREATE TABLE journal (slot BLOB PRIMARY KEY, sealed BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
-_version = 1
+_schema_2 = """
+CREATE TABLE received (
+    tag BLOB NOT NULL, file BLOB NOT NULL, member INTEGER NOT NULL, ledger INTEGER NOT NULL, put INTEGER NOT NULL, sealed BLOB NOT NULL,
+    PRIMARY KEY (file, member)
+) WITHOUT ROWID;
+CREATE INDEX received_by_tag ON received (tag);
+CREATE INDEX received_by_put ON received (put, ledger, file, member);
+CREATE TABLE grants (
+    number INTEGER NOT NULL, file BLOB NOT NULL, given INTEGER NOT NULL, sealed BLOB NOT NULL,
+    PRIMARY KEY (number, file)
+) WITHOUT ROWID;
+CREATE INDEX grants_by_file ON grants (file);
+CREATE TABLE cursors (node BLOB PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_version = 2
 _reindex = "Run `medshard reindex`: it rebuilds the index from the nodes and the ledger. No stored file is touched."
 
 
@@ -92,22 +108,23 @@ class Index:
         self.add_many([(tag, row)])
 
     def add_many(self, items: Iterable[tuple[bytes, Row]]) -> None:
-        """Add many files in one transaction, for instance the members of a pack."""
+        """Add many files in one transaction, for instance the members of a pack. A row with an owner is one that was shared with us."""
         with self._speaking(), self._transaction():
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", (self._sealed(tag, row) for tag, row in items))
+            for received, group in groupby(items, key=lambda item: bool(item[1].owner)):
+                self._db.executemany(_add.format(_table(received)), (self._sealed(tag, row) for tag, row in group))
 
-    def by_tag(self, tag: bytes) -> list[Row]:
-        """The files under a lookup tag, the earliest on the ledger first. Empty where there is none."""
+    def by_tag(self, tag: bytes, *, received: bool = False) -> list[Row]:
+        """The files under a lookup tag, the earliest on the ledger first: our own, or those ``received`` from others."""
         with self._speaking():
-            found = self._db.execute(_by_tag, (tag,)).fetchall()
+            found = self._db.execute(_by_tag.format(_table(received)), (tag,)).fetchall()
         return [self._open_row(*line) for line in found]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, *, received: bool = False) -> Iterator[Row]:
         """Every file, the oldest put first. Rows that others add meanwhile may or may not appear."""
         after: tuple[int, int, bytes, int] = (-1, -1, b"", -1)
         while True:
             with self._speaking():
-                lines = self._db.execute(_after, (*after, _batch)).fetchall()
+                lines = self._db.execute(_after.format(_table(received)), (*after, _batch)).fetchall()
             for line in lines:
                 yield self._open_row(*line)
             if len(lines) < _batch:
@@ -115,26 +132,52 @@ class Index:
             _, file, member, ledger, put, _ = lines[-1]
             after = (put, ledger, file, member)
 
-    def find(self, query: Query) -> Iterator[Row]:
+    def find(self, query: Query, *, received: bool = False) -> Iterator[Row]:
         """The files that meet ``query``, the oldest put first."""
-        return (row for row in self.rows() if query.meets(row))
+        return (row for row in self.rows(received=received) if query.meets(row))
 
     def remove(self, file_id: bytes) -> None:
         """Forget a file: its rows and its manifest."""
         with self._speaking(), self._transaction():
-            self._db.execute("DELETE FROM files WHERE file = ?", (file_id,))
-            self._db.execute("DELETE FROM manifests WHERE file = ?", (file_id,))
+            for table in ("files", "received", "manifests"):
+                self._db.execute(_forget.format(table) + " WHERE file = ?", (file_id,))
 
     def clear(self) -> None:
-        """Forget all files and manifests. The journal stays."""
+        """Forget all files, grants and manifests. The journal stays."""
         with self._speaking(), self._transaction():
-            self._db.execute("DELETE FROM files")
-            self._db.execute("DELETE FROM manifests")
+            for table in ("files", "received", "manifests", "grants", "cursors"):
+                self._db.execute(_forget.format(table))
 
     def count(self) -> int:
         """How many files, or members of packs, the index knows."""
         with self._speaking():
             return int(self._db.execute("SELECT count(*) FROM files").fetchone()[0])
+
+    # Grants: what this vault gave, and what it was given
+
+    def put_grant(self, known: KnownGrant) -> None:
+        """Keep a grant of one file, or replace what is known of it."""
+        sealed = self._seal(known.to_bytes(), _grant_identity(known.index, known.file_id, given=known.given))
+        with self._speaking(), self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?)", (known.index, known.file_id, known.given, sealed))
+
+    def grants(self, file_id: bytes | None = None) -> list[KnownGrant]:
+        """The grants of one file, or all of them, in the order of the ledger."""
+        where, values = ("", ()) if file_id is None else ("WHERE file = ?", (file_id,))
+        with self._speaking():
+            found = self._db.execute(_grants.format(where), values).fetchall()
+        return [self._open_grant(*line) for line in found]
+
+    def cursor(self, node: bytes) -> int:
+        """Up to which place in the log everything that this node tells of grants is known here; -1 at first."""
+        with self._speaking():
+            found = self._db.execute("SELECT at FROM cursors WHERE node = ?", (node,)).fetchone()
+        return -1 if found is None else int(found[0])
+
+    def put_cursor(self, node: bytes, at: int) -> None:
+        """Remember it."""
+        with self._speaking(), self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (node, at))
 
     # Manifests: public, kept to spare a question to the nodes
 
@@ -187,8 +230,11 @@ class Index:
                 for statement in _schema.split(";"):
                     self._db.execute(statement)
                 self._db.execute("INSERT INTO meta VALUES ('check', ?)", (self._seal(b"medshard", b"check"),))
+            if version < _version:
+                for statement in _schema_2.split(";"):
+                    self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {_version}")
-                return
+                version = _version
         if version != _version:
             raise Damaged(f"the index {self._path} has version {version}; this medshard knows version {_version}", hint=_reindex)
         found = self._db.execute("SELECT value FROM meta WHERE name = 'check'").fetchone()
@@ -257,24 +303,44 @@ class Index:
 
     def _sealed(self, tag: bytes, row: Row) -> tuple[bytes, bytes, int, int, int, bytes]:
         member = -1 if row.member is None else row.member
-        plain = canonical.encode([row.sha256, row.size, row.name, row.media_type, [[k, v] for k, v in sorted(row.attributes.items())]])
+        about: list[canonical.Value] = [row.sha256, row.size, row.name, row.media_type, [[k, v] for k, v in sorted(row.attributes.items())]]
+        plain = canonical.encode([*about, row.owner] if row.owner else about)
         sealed = self._seal(plain, _identity(tag, row.file_id, member, row.ledger_index, row.put_time))
         return tag, row.file_id, member, row.ledger_index, row.put_time, sealed
 
     def _open_row(self, tag: bytes, file: bytes, member: int, ledger: int, put: int, sealed: bytes) -> Row:
         # Sealed by ourselves and bound to its row, so it is well-formed: decode without the canonical check, which takes 5 times as long.
         try:
-            sha256, size, name, media_type, pairs = msgpack.unpackb(self._open(sealed, _identity(tag, file, member, ledger, put)))
+            sha256, size, name, media_type, pairs, *owner = msgpack.unpackb(self._open(sealed, _identity(tag, file, member, ledger, put)))
         except (ValueError, TypeError) as error:
             raise self._damaged(str(error)) from None
-        return Row(sha256, size, name, media_type, dict(pairs), file, None if member < 0 else member, put, ledger)
+        return Row(sha256, size, name, media_type, dict(pairs), file, None if member < 0 else member, put, ledger, *owner)
+
+    def _open_grant(self, number: int, file: bytes, given: int, sealed: bytes) -> KnownGrant:
+        try:
+            return KnownGrant.from_bytes(
+                self._open(sealed, _grant_identity(number, file, given=bool(given))), number, file, given=bool(given)
+            )
+        except Malformed as error:
+            raise self._damaged(str(error)) from None
 
 
-_by_tag = "SELECT tag, file, member, ledger, put, sealed FROM files WHERE tag = ? ORDER BY ledger, file, member"
+_add = "INSERT OR REPLACE INTO {} VALUES (?, ?, ?, ?, ?, ?)"
+_forget = "DELETE FROM {}"
+_grants = "SELECT number, file, given, sealed FROM grants {} ORDER BY number, file"
+_by_tag = "SELECT tag, file, member, ledger, put, sealed FROM {} WHERE tag = ? ORDER BY ledger, file, member"
 _after = """
-SELECT tag, file, member, ledger, put, sealed FROM files WHERE (put, ledger, file, member) > (?, ?, ?, ?)
+SELECT tag, file, member, ledger, put, sealed FROM {} WHERE (put, ledger, file, member) > (?, ?, ?, ?)
 ORDER BY put, ledger, file, member LIMIT ?
 """
+
+
+def _table(received: object) -> str:
+    return "received" if received else "files"
+
+
+def _grant_identity(number: int, file: bytes, *, given: bool) -> bytes:
+    return b"grant" + number.to_bytes(9) + bytes([given]) + file
 
 
 def _identity(tag: bytes, file: bytes, member: int, ledger: int, put: int) -> bytes:

@@ -169,8 +169,8 @@ def test_a_torn_page_is_damage_not_a_wrong_answer(path: Path) -> None:
 def test_an_index_of_a_later_version_is_refused(path: Path) -> None:
     Index(path, key).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 2")
-    with pytest.raises(Damaged, match="version 2"):
+        db.execute("PRAGMA user_version = 3")
+    with pytest.raises(Damaged, match="version 3"):
         Index(path, key)
 
 
