@@ -10,9 +10,10 @@ from functools import lru_cache
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_verifier, log_verifier
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_verifier, log_verifier, pq_verifier
 from medshard_protocol.entries import Body, Entry, sign_entry
 from medshard_protocol.identity import institution_certificate, public_key
 from medshard_protocol.ids import node_id_of
@@ -29,9 +30,15 @@ def key_named(name: str) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
 
 
+@lru_cache
+def pq_key_named(name: str) -> MLDSA44PrivateKey:
+    """The ML-DSA-44 key whose seed is the SHA-256 of its name."""
+    return MLDSA44PrivateKey.from_seed_bytes(hashlib.sha256(name.encode()).digest())
+
+
 @dataclass(frozen=True)
 class Consortium:
-    """A roster and everybody's private keys: ``ca 0``, ``tls 0``, ``cosigner 0``, ``log``, and any other name for a vault."""
+    """A roster and everybody's private keys: ``ca 0``, ``tls 0``, ``cosigner 0``, ``pq 0``, ``log``, and any other name for a vault."""
 
     roster: Roster
 
@@ -42,13 +49,16 @@ class Consortium:
         key = key_named(author)
         return sign_entry(self.roster.origin, body, public_key(key), key.sign)
 
-    def note(self, checkpoint: Checkpoint, cosigners: Collection[int]) -> Note:
-        """A checkpoint signed by the log and cosigned by these nodes."""
+    def note(self, checkpoint: Checkpoint, cosigners: Collection[int], pq: Collection[int] = ()) -> Note:
+        """A checkpoint signed by the log and cosigned by these nodes, with Ed25519 and with ML-DSA keys."""
         text = checkpoint.text()
         signatures = [log_verifier(self.roster).sign(text, key_named("log").sign)]
         for number in cosigners:
             verifier = cosigner_verifier(self.roster, self.roster.nodes[number].id)
             signatures.append(verifier.sign(text, key_named(f"cosigner {number}").sign, cosigned_at))
+        for number in pq:
+            verifier = pq_verifier(self.roster, self.roster.nodes[number].id)
+            signatures.append(verifier.sign(text, pq_key_named(f"pq {number}").sign, cosigned_at))
         return Note(text, tuple(signatures))
 
     def checkpoint(self, entries: Sequence[bytes]) -> Checkpoint:
@@ -62,8 +72,8 @@ class Consortium:
 
 
 @lru_cache
-def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700) -> Consortium:
-    """Institutions 0, 1, …; node i belongs to institution i modulo their number; node 0 is the sequencer."""
+def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700, pq: bool = False) -> Consortium:
+    """Institutions 0, 1, …; node i belongs to institution i modulo their number; node 0 is the sequencer; with ML-DSA keys or without."""
     made = []
     for number in range(institutions):
         key = key_named(f"ca {number}")
@@ -73,8 +83,9 @@ def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700) -> C
     for number in range(institutions * nodes_each):
         tls, cosigner = public_key(key_named(f"tls {number}")), public_key(key_named(f"cosigner {number}"))
         url = f"https://127.0.0.1:{port + number}"
+        pq_key = pq_key_named(f"pq {number}").public_key().public_bytes_raw() if pq else b""
         log = public_key(key_named(f"log {number}" if number else "log"))
-        nodes.append(Node(node_id_of(tls), f"node{number}", number % institutions, url, 10**12, tls, cosigner, log))
+        nodes.append(Node(node_id_of(tls), f"node{number}", number % institutions, url, 10**12, tls, cosigner, log, pq_key))
     k = max(1, len(nodes) // 2)
     return Consortium(
         Roster(

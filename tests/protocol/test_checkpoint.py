@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from medshard_protocol.checkpoint import (
     log_verifier,
     open_published,
     open_signed,
+    pq_verifier,
     signatures_max,
 )
 from medshard_protocol.errors import Malformed, MedshardError, Refused
@@ -248,6 +250,63 @@ def test_a_truncated_note_never_counts(consortium):
     for length in range(len(whole)):
         with pytest.raises(MedshardError):
             open_published(whole[:length], c.roster)
+
+
+def test_a_checkpoint_for_decades_needs_a_quorum_with_each_kind_of_key(consortium):
+    c, checkpoint = consortium(4, pq=True), Checkpoint("consortium.example/log", 7, b"\x07" * 32)
+    full = c.note(checkpoint, [0, 1, 2], [1, 2, 3])
+    assert open_published(full.to_bytes(), c.roster, pq=True) == checkpoint
+    assert cosigners(full, c.roster, pq=True) == {c.roster.nodes[n].id: 1_700_000_000 for n in (1, 2, 3)}
+    for ed25519, ml_dsa in (([0, 1, 2], [0, 1]), ([0, 1], [0, 1, 2]), ([0, 1, 2], []), ([], [0, 1, 2, 3])):
+        with pytest.raises(Refused, match="fewer than 3 institutions"):
+            open_published(c.note(checkpoint, ed25519, ml_dsa).to_bytes(), c.roster, pq=True)
+    assert open_published(c.note(checkpoint, [0, 1, 2], [0, 1]).to_bytes(), c.roster) == checkpoint
+
+
+def test_one_institution_is_not_counted_twice_with_either_kind_of_key(consortium):
+    c, note = published(consortium, [0, 1, 2], nodes_each=2, pq=True)
+    twice = note.signed_by(c.note(Checkpoint.from_text(note.text), [], [0, 4, 1, 5]).signatures[1:])
+    with pytest.raises(Refused, match="with ML-DSA keys by fewer than 3"):
+        open_published(twice.to_bytes(), c.roster, pq=True)
+
+
+def test_an_ml_dsa_cosignature_covers_name_time_origin_size_and_root(consortium):
+    c, note = published(consortium, [], pq=True)
+    verifier = pq_verifier(c.roster, c.roster.nodes[0].id)
+    line = c.note(Checkpoint.from_text(note.text), [], [0]).signatures[1]
+    assert len(line.value) == 8 + 2420
+    assert verifier.verify(note.text, line) == 1_700_000_000
+    other = replace(verifier, name=verifier.name + "x")
+    changed = [
+        (verifier, Checkpoint(c.roster.origin, 8, b"\x07" * 32).text(), line.value),
+        (verifier, Checkpoint(c.roster.origin, 7, b"\x08" * 32).text(), line.value),
+        (verifier, Checkpoint(c.roster.origin + "x", 7, b"\x07" * 32).text(), line.value),
+        (verifier, note.text, bytes(8) + line.value[8:]),
+        (verifier, note.text, b"\xff" + line.value[1:]),
+        (verifier, note.text, line.value[:-1]),
+        (other, note.text, line.value),
+    ]
+    for checker, text, value in changed:
+        with pytest.raises(Refused):
+            checker.verify(text, Signature(line.name, line.key_id, value))
+
+
+def test_an_ml_dsa_line_of_a_known_key_that_does_not_hold_spoils_a_full_note(consortium):
+    c, note = published(consortium, [0, 1, 2], pq=True)
+    full = c.note(Checkpoint.from_text(note.text), [0, 1, 2], [0, 1, 2, 3])
+    bad = full.signatures[-1]
+    spoiled = Note(full.text, (*full.signatures[:-1], replace(bad, value=bad.value[:-1] + bytes([bad.value[-1] ^ 1]))))
+    with pytest.raises(Refused, match="does not hold"):
+        open_published(spoiled.to_bytes(), c.roster, pq=True)
+
+
+def test_an_ml_dsa_verifier_key_is_read_as_other_tools_write_it(consortium):
+    c = consortium(4, pq=True)
+    verifier = pq_verifier(c.roster, c.roster.nodes[2].id)
+    assert Verifier.from_vkey(verifier.vkey()) == verifier
+    assert verifier.type == 6
+    with pytest.raises(Malformed):
+        Verifier.from_vkey(verifier.vkey().replace("+B", "+A", 1))
 
 
 @settings(max_examples=150, deadline=None)
