@@ -22,7 +22,7 @@ from cryptography.x509 import load_der_x509_certificate
 
 from medshard_protocol.entries import Enrol, nonce_size, sign_entry
 from medshard_protocol.errors import Full, MedshardError, Refused
-from medshard_protocol.ids import Key
+from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
 from storenode import routes
@@ -193,6 +193,10 @@ def _gauge(parts: Parts) -> None:
 async def _sweep(parts: Parts) -> None:
     """Delete what was never registered in time, now and then."""
     limit = parts.node.config.limits.sweep_after_s
+
+    def registered(file_id: FileId) -> bool:
+        return parts.node.ledger.state.registration(file_id) is not None
+
     while True:
         await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))
         # Measured by the ledger as this node knows it: a mirror that was away for days must not take registered shards for forgotten ones.
@@ -200,7 +204,7 @@ async def _sweep(parts: Parts) -> None:
         if known_until is None:
             continue
         try:
-            swept = await parts.node.store.sweep(lambda file_id: file_id in parts.node.ledger.state.registrations, limit, known_until)
+            swept = await parts.node.store.sweep(registered, limit, known_until)
             swept += await asyncio.to_thread(parts.node.store.sweep_orphans, limit)
         except (OSError, sqlite3.Error):
             log.exception("sweep failed")

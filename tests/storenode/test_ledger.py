@@ -65,7 +65,7 @@ async def test_a_mirror_that_knows_the_entry_but_no_quorum_asks_the_sequencer(ne
     await net.enrol()
     entry = net.register()
     await net.ledgers[0].append([entry])
-    await net.until(lambda: entry.body.file_id in net.ledgers[2].state.registrations)
+    await net.until(lambda: net.ledgers[2].state.registration(entry.body.file_id))
     status, answer = await net.request(2, "GET", f"/v1/ledger/registrations/{entry.body.file_id.hex()}")
     assert status == 200
     assert unpack_registration(answer).verify(net.roster)[1] == entry

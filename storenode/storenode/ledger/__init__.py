@@ -131,7 +131,7 @@ class Ledger:
     async def inclusion(self, file_id: FileId) -> Inclusion | None:
         """Prove a file's registration; ask the sequencer for the newest checkpoint if this node knows the entry but no quorum for it."""
         inclusion = self.journal.inclusion_of(file_id)
-        if inclusion is None and self._sequencer is None and file_id in self.state.registrations:
+        if inclusion is None and self._sequencer is None and self.state.registration(file_id) is not None:
             await self._ask_what_is_published()
             inclusion = self.journal.inclusion_of(file_id)
         return inclusion
