@@ -51,7 +51,7 @@ kinds: Final = {
 
 Detail: TypeAlias = str | int
 
-_name = re.compile(r"[a-z][a-z0-9_ -]{0,39}\Z")
+_name = re.compile(r"[a-z0-9][a-z0-9_ ./-]{0,119}\Z")
 _unprintable = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Exhibit:
         if len(self.details) > names_max or len(self.documents) > names_max:
             return f"more than {names_max} details or documents"
         if not all(_name.match(name) for name in (*self.details, *self.documents)):
-            return "a name is 1 to 40 lowercase letters, digits, dashes and spaces"
+            return "a name is 1 to 120 lowercase letters, digits, dashes, dots, slashes and spaces"
         for value in self.details.values():
             if isinstance(value, str) and (len(value) > text_chars_max or _unprintable.search(value)):
                 return f"a detail is at most {text_chars_max} printable characters"

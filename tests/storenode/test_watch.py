@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from medshard_protocol.errors import Absent, Malformed
+from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Note, cosigner_verifier, log_verifier
+from medshard_protocol.entries import Register
+from medshard_protocol.errors import Absent, Damaged, Malformed, Refused, Unavailable
+from medshard_protocol.ids import NodeId
+from medshard_protocol.merkle import sha256
+from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_width
 from storenode import evidence
 from storenode.evidence import Evidence, Exhibit
+from storenode.watching import Verdict, Watch, judge
+from storenode.watching.watch import Trust
+
+now = 1_700_000_000
 
 # -- keeping
 
@@ -65,3 +78,314 @@ def test_a_file_that_is_no_evidence_is_malformed(tmp_path: Path) -> None:
             Exhibit.read(path)
     with pytest.raises(Absent):
         Exhibit.read(tmp_path / "none")
+
+
+# -- going around
+
+
+@dataclass
+class Shown:
+    """A source made by hand: a log's entries, and who signs its head when."""
+
+    name: str
+    node: NodeId | None
+    consortium: object
+    entries: list[bytes]
+    cosigners: tuple[int, ...] = (0, 1, 2, 3)
+    at: int = now
+    asked: list[str] = field(default_factory=list)
+    spoil: Callable[[str, bytes], bytes] = lambda path, data: data
+
+    @property
+    def note(self) -> bytes:
+        checkpoint = self.consortium.checkpoint(self.entries)
+        text, roster = checkpoint.text(), self.consortium.roster
+        lines = [log_verifier(roster).sign(text, self.consortium.key("log").sign)]
+        for number in self.cosigners:
+            verifier = cosigner_verifier(roster, roster.nodes[number].id)
+            lines.append(verifier.sign(text, self.consortium.key(f"cosigner {number}").sign, self.at))
+        return Note(text, tuple(lines)).to_bytes()
+
+    async def get(self, path: str) -> bytes:
+        self.asked.append(path)
+        return self.spoil(path, self._get(path))
+
+    def _get(self, path: str) -> bytes:
+        if path == "checkpoint":
+            return self.note
+        name = TileName.from_path(path.removeprefix("tile/"))
+        if name.level is None:
+            return pack_bundle(self.entries[name.index * tile_width :][: name.width])
+        stored: dict[tuple[int, int], bytes] = {}
+        tree = Tree(lambda level, index: stored[level, index])
+        for entry in self.entries:
+            for tile in tree.append(merkle.leaf_hash(entry, sha256)):
+                stored[tile.level, tile.number] = tile.hashes
+        return tree.tile(name)
+
+
+@dataclass
+class Round:
+    """Four mirrors that show one log, and a watch over them."""
+
+    consortium: object
+    folder: Path
+    clock: float = now
+
+    def __post_init__(self) -> None:
+        entries = [b"entry %d" % number for number in range(700)]
+        self.mirrors = [Shown(node.name, node.id, self.consortium, list(entries)) for node in self.consortium.roster.nodes]
+        self.evidence = Evidence(self.folder / "evidence")
+        self.begin()
+
+    def begin(self) -> None:
+        trust = Trust((self.consortium.roster,))
+        self.watch = Watch(lambda: trust, lambda: self.mirrors, self.evidence, self.folder / "watch.state", clock=lambda: self.clock)
+
+    async def found(self) -> list[tuple[str, str]]:
+        report = await self.watch.round()
+        return sorted((finding.kind, finding.source) for finding in report.findings)
+
+    def grow(self, count: int, *numbers: int, word: bytes = b"entry") -> None:
+        for number in numbers or range(4):
+            entries = self.mirrors[number].entries
+            entries += [b"%s %d" % (word, at) for at in range(len(entries), len(entries) + count)]
+
+    def flip(self, number: int, path: str, at: int = 10) -> None:
+        def spoil(asked: str, data: bytes) -> bytes:
+            return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] if asked == path else data
+
+        self.mirrors[number].spoil = spoil
+
+    async def proof(self, kind: str) -> Verdict:
+        (path,) = self.evidence.files(kind)
+        return await judge(Exhibit.read(path), self.consortium.roster)
+
+
+@pytest.fixture
+def watched(consortium: Callable[..., object], tmp_path: Path) -> Round:
+    return Round(consortium(4), tmp_path)
+
+
+async def test_an_honest_log_that_grows_gives_no_finding_over_restarts(watched: Round) -> None:
+    assert await watched.found() == []
+    for count in (1, 56, 12, 300, 0):
+        watched.grow(count)
+        assert await watched.found() == []
+        watched.begin()
+        assert await watched.found() == []
+    assert watched.evidence.files() == []
+
+
+async def test_a_mirror_that_is_behind_or_away_is_no_finding(watched: Round) -> None:
+    watched.grow(100, 0, 1, 2)
+    assert await watched.found() == []
+
+    def away(path: str, data: bytes) -> bytes:
+        raise Unavailable("gone")
+
+    watched.mirrors[2].spoil = away
+    watched.grow(30, 0)
+    assert await watched.found() == []
+    assert [name for name, _ in watched.watch.last.silent] == ["node2"]
+
+
+async def test_two_roots_of_one_size_are_a_fork_that_names_who_signed_both(watched: Round) -> None:
+    watched.mirrors[3].entries[5] = b"another"
+    watched.mirrors[3].cosigners = (0, 1, 3)
+    watched.mirrors[0].cosigners = watched.mirrors[1].cosigners = watched.mirrors[2].cosigners = (0, 1, 2)
+    assert ("fork", "node3") in await watched.found()
+    verdict = await watched.proof("fork")
+    assert verdict.proven
+    text = "\n".join(verdict.lines)
+    assert "The log key of node0 signed both." in text
+    assert "node0 of Institution 0 cosigned both" in text
+    assert "node2 of Institution 2 cosigned both" not in text
+    assert "Both have a quorum, so at least one of these broke its word: Institution 0 and Institution 1." in text
+
+
+async def test_a_fork_is_found_even_when_the_two_views_are_shown_at_different_times(watched: Round) -> None:
+    assert await watched.found() == []
+    watched.begin()
+    for mirror in watched.mirrors:
+        mirror.entries[5] = b"another"
+    assert {kind for kind, _ in await watched.found()} == {"fork"}
+
+
+async def test_a_later_head_over_a_changed_past_is_proved_to_be_rewritten(watched: Round) -> None:
+    assert await watched.found() == []
+    watched.grow(400)
+    watched.mirrors[2].entries[699] = b"another"
+    watched.mirrors[2].entries.append(b"more")
+    assert await watched.found() == [("rewritten", "node2")]
+    verdict = await watched.proof("rewritten")
+    assert verdict.proven
+    assert "The first 700 entries under note 2 have the root" in "\n".join(verdict.lines)
+    watched.mirrors[2].entries = list(watched.mirrors[0].entries)
+    watched.grow(5)
+    assert await watched.found() == []  # the honest ones are followed meanwhile
+
+
+async def test_a_smaller_head_over_a_changed_past_is_found_too(watched: Round) -> None:
+    watched.grow(300, 0, 1, 2)
+    watched.mirrors[3].entries[3] = b"another"
+    assert await watched.found() == [("rewritten", "node3")]
+    assert (await watched.proof("rewritten")).proven
+
+
+async def test_every_flipped_bit_in_a_tile_or_bundle_that_is_read_is_found_and_shown(watched: Round, tmp_path: Path) -> None:
+    assert await watched.found() == []
+    for number, path in enumerate(("tile/0/002.p/188", "tile/1/000.p/2", "tile/0/000", "tile/0/001", "tile/entries/000")):
+        watched.evidence = Evidence(tmp_path / f"evidence {number}")
+        watched.begin()
+        watched.flip(1, path)
+        async with asyncio.timeout(10):
+            while ("damaged-tile", "node1") not in await watched.found():
+                assert watched.watch.last.findings == ()
+        verdict = await watched.proof("damaged-tile")
+        assert verdict.proven, verdict.lines
+    # the same exhibit with the true tile proves nothing
+    exhibit = Exhibit.read(watched.evidence.files()[0])
+    true = {name: watched.mirrors[0]._get("tile/" + name) if "/" in name else data for name, data in exhibit.documents.items()}
+    assert not (await judge(Exhibit(exhibit.kind, {}, true), watched.consortium.roster)).proven
+
+
+async def test_a_head_whose_entries_are_not_given_out_is_withheld(watched: Round) -> None:
+    def absent(path: str, data: bytes) -> bytes:
+        if path.startswith("tile/entries"):
+            raise Absent("nothing here")
+        return data
+
+    watched.mirrors[2].spoil = absent
+    assert await watched.found() == [("withheld", "node2")]
+
+
+async def test_signatures_of_too_few_institutions_are_found_and_one_counted_twice_is_one(
+    consortium: Callable[..., object], tmp_path: Path
+) -> None:
+    watched = Round(consortium(4, nodes_each=2), tmp_path)
+    watched.mirrors[0].cosigners = (0, 1, 4, 5)  # four nodes of two institutions
+    assert ("few-cosigners", "node0") in await watched.found()
+    assert "2 institutions cosigned it, and 3 are needed" in "\n".join((await watched.proof("few-cosigners")).lines)
+
+
+async def test_a_signature_that_does_not_hold_or_another_log_is_found(watched: Round) -> None:
+    watched.mirrors[1].spoil = lambda path, data: data.replace(b"\n700\n", b"\n701\n") if path == "checkpoint" else data
+    watched.mirrors[2].spoil = lambda path, data: b"no note" if path == "checkpoint" else data
+    assert await watched.found() == [("bad-signature", "node1"), ("bad-signature", "node2")]
+    for path in watched.evidence.files():
+        assert (await judge(Exhibit.read(path), watched.consortium.roster)).proven
+
+
+async def test_a_mirror_that_serves_a_head_without_its_own_cosignature_is_found(watched: Round) -> None:
+    watched.mirrors[3].cosigners = (0, 1, 2)
+    assert await watched.found() == [("not-cosigned", "node3")]
+
+
+async def test_a_cosigner_that_goes_back_convicts_itself(watched: Round) -> None:
+    assert await watched.found() == []
+    del watched.mirrors[3].entries[500:]
+    watched.mirrors[3].at = now + 1
+    assert await watched.found() == [("rollback", "node3")]
+    verdict = await watched.proof("rollback")
+    assert verdict.proven
+    assert "node3 of Institution 3 cosigned the smaller head after it had cosigned the larger one." in verdict.lines
+
+
+async def test_an_old_head_with_its_old_signatures_counts_when_it_is_shown_again(watched: Round) -> None:
+    assert await watched.found() == []
+    del watched.mirrors[3].entries[500:]
+    watched.mirrors[3].at = now - 10
+    assert await watched.found() == []  # a node that restarts may not know better for a moment
+    assert await watched.found() == [("rollback", "node3")]
+    assert not (await watched.proof("rollback")).proven  # a note that somebody serves is signed by others
+
+
+async def test_a_mirror_that_shows_an_old_head_while_others_show_a_new_one_is_stale(watched: Round) -> None:
+    for mirror in watched.mirrors[:3]:
+        mirror.at = now + 120
+    watched.clock = now + 120
+    assert await watched.found() == [("stale", "node3")]
+
+
+async def test_a_log_that_stands_still_is_stale_and_a_wrong_clock_here_is_called_one(watched: Round) -> None:
+    watched.clock = now + 3600
+    assert await watched.found() == [("stale", "the log")]  # nobody can tell yet
+    for mirror in watched.mirrors:
+        mirror.at += 5
+    assert await watched.found() == [("clock", "this machine")]
+    watched.clock = now - 3600
+    assert await watched.found() == [("clock", "this machine")]
+
+
+async def test_a_cosigner_whose_clock_is_an_hour_off_is_named(watched: Round) -> None:
+    note = watched.mirrors[0]
+    text = watched.consortium.checkpoint(note.entries).text()
+    verifier = cosigner_verifier(watched.consortium.roster, watched.mirrors[3].node)
+    late = verifier.sign(text, watched.consortium.key("cosigner 3").sign, now + 3600)
+    for mirror in watched.mirrors:
+        mirror.cosigners = (0, 1, 2)
+        mirror.spoil = lambda path, data: Note.from_bytes(data).signed_by([late]).to_bytes() if path == "checkpoint" else data
+    assert set(await watched.found()) == {("clock", "node3")}
+    assert (await watched.proof("clock")).proven
+
+
+async def test_a_finding_is_counted_when_it_begins_and_its_evidence_kept_once(watched: Round) -> None:
+    watched.mirrors[3].cosigners = (0, 1, 2)
+    for _ in range(3):
+        assert await watched.found() == [("not-cosigned", "node3")]
+    assert watched.watch.found == {"not-cosigned": 1}
+    assert watched.evidence.counts() == {"not-cosigned": 1}
+    watched.mirrors[3].cosigners = (0, 1, 2, 3)
+    assert await watched.found() == []
+    assert watched.watch.active() == {}
+
+
+async def test_a_round_asks_a_mirror_for_a_handful_of_tiles(watched: Round) -> None:
+    await watched.found()
+    watched.grow(3)
+    for mirror in watched.mirrors:
+        mirror.asked.clear()
+    await watched.found()
+    assert max(len(mirror.asked) for mirror in watched.mirrors) <= 8
+
+
+async def test_a_damaged_memory_is_refused_rather_than_forgotten(watched: Round, tmp_path: Path) -> None:
+    await watched.found()
+    path = tmp_path / "watch.state"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(Damaged):
+        watched.begin()
+
+
+# -- proving
+
+
+async def test_a_file_without_the_documents_of_its_kind_is_malformed_and_honest_documents_prove_nothing(watched: Round) -> None:
+    note, roster = watched.mirrors[0].note, watched.consortium.roster
+    for kind in evidence.kinds:
+        if kind not in ("bad-signature", "abandoned"):
+            with pytest.raises((Malformed, Refused)):
+                await judge(Exhibit(kind, {}, {}), roster)
+    assert not (await judge(Exhibit("abandoned", {}, {}), roster)).proven
+    for kind in ("fork", "rollback", "stale", "few-cosigners", "bad-signature", "not-cosigned", "clock"):
+        verdict = await judge(Exhibit(kind, {}, {"note 1": note, "note 2": note}), roster)
+        assert not verdict.proven, kind
+
+
+async def test_a_forged_proof_is_shown_and_a_true_one_is_not_called_forged(watched: Round) -> None:
+    entries, roster = watched.mirrors[0].entries, watched.consortium.roster
+    inclusion = watched.consortium.inclusion(entries, 17, (0, 1, 2))
+    documents = {"note 1": inclusion.checkpoint, "entry": inclusion.entry, "path": b"".join(inclusion.path)}
+    assert not (await judge(Exhibit("forged-proof", {"index": 17}, documents), roster)).proven
+    for forged in ({"entry": b"another"}, {"path": b"".join(inclusion.path[1:])}, {"path": bytes(len(documents["path"]))}):
+        assert (await judge(Exhibit("forged-proof", {"index": 17}, documents | forged), roster)).proven
+
+
+async def test_an_entry_that_was_left_out_is_told_in_the_words_of_its_keeper(watched: Round) -> None:
+    entry = watched.consortium.entry("vault", Register(bytes(32), bytes(32), bytes(16)))
+    exhibit = Exhibit("left-out", {"seconds": 12}, {"entry": entry.to_bytes(), "note 1": watched.mirrors[0].note})
+    verdict = await judge(exhibit, watched.consortium.roster)
+    assert not verdict.proven
+    assert verdict.lines[1] == "Its keeper says: seconds 12."
+    assert "of type REGISTER" in verdict.lines[2]
