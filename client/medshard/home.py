@@ -4,7 +4,9 @@ vault.key            the root key under a passphrase: the one thing that must be
 genesis.medshard     the roster that this vault trusts
 certificate.der      the institution's word for the vault's key
 index.sqlite         a cache: search, manifests, unfinished puts
+contacts.sealed      names for other vaults' keys, which stand nowhere else
 passphrase           only in a local trial made by `medshard up`
+break-glass          likewise: why files are read when the ledger is out of reach
 """
 
 from __future__ import annotations
@@ -41,6 +43,18 @@ class Home:
     def index(self) -> Path:
         """The local index."""
         return self.folder / "index.sqlite"
+
+    @property
+    def contacts(self) -> Path:
+        """Names for keys."""
+        return self.folder / "contacts.sealed"
+
+    def standing_reason(self) -> str | None:
+        """What a trial's vault gives as its reason when it reads in an emergency; None where a person has to say it."""
+        try:
+            return (self.folder / "break-glass").read_text(encoding="utf-8").strip() or None
+        except OSError:
+            return None
 
     def roster(self) -> Roster:
         """Read the roster. Raises Absent or Malformed."""

@@ -119,6 +119,12 @@ class Index:
             found = self._db.execute(_by_tag.format(_table(received)), (tag,)).fetchall()
         return [self._open_row(*line) for line in found]
 
+    def by_file(self, file_id: bytes, *, received: bool = False) -> list[Row]:
+        """The rows of one object: a file, or the members of a pack in order."""
+        with self._speaking():
+            found = self._db.execute(_by_file.format(_table(received)), (file_id,)).fetchall()
+        return [self._open_row(*line) for line in found]
+
     def rows(self, *, received: bool = False) -> Iterator[Row]:
         """Every file, the oldest put first. Rows that others add meanwhile may or may not appear."""
         after: tuple[int, int, bytes, int] = (-1, -1, b"", -1)
@@ -329,6 +335,7 @@ _add = "INSERT OR REPLACE INTO {} VALUES (?, ?, ?, ?, ?, ?)"
 _forget = "DELETE FROM {}"
 _grants = "SELECT number, file, given, sealed FROM grants {} ORDER BY number, file"
 _by_tag = "SELECT tag, file, member, ledger, put, sealed FROM {} WHERE tag = ? ORDER BY ledger, file, member"
+_by_file = "SELECT tag, file, member, ledger, put, sealed FROM {} WHERE file = ? ORDER BY member"
 _after = """
 SELECT tag, file, member, ledger, put, sealed FROM {} WHERE (put, ledger, file, member) > (?, ?, ?, ?)
 ORDER BY put, ledger, file, member LIMIT ?

@@ -12,7 +12,7 @@ from typing import Final
 
 from medshard.keys import VaultKeys
 from medshard.transport import Net
-from medshard_protocol.checkpoint import Checkpoint
+from medshard_protocol.checkpoint import Checkpoint, open_published
 from medshard_protocol.entries import Access, Body, Entry, Purpose, Register, access_files_max, nonce_size, sign_entry
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId
@@ -44,6 +44,27 @@ class LedgerClient:
         groups = [tuple(distinct[at : at + access_files_max]) for at in range(0, len(distinct), access_files_max)]
         return await self._append([Access(group, purpose, b"", os.urandom(nonce_size)) for group in groups])
 
+    async def append(self, bodies: Sequence[Body]) -> list[Inclusion]:
+        """Sign these and put them on the ledger; the proofs, verified. Raises what the ledger says against them, or Unavailable."""
+        return await self._append(bodies)
+
+    async def append_signed(self, entries: Sequence[Entry]) -> list[Inclusion]:
+        """Put entries on the ledger that were signed before; those that are there already stay where they are."""
+        return await self._submit_all([entry.to_bytes() for entry in entries])
+
+    def sign(self, body: Body) -> Entry:
+        """An entry in the name of this vault, for this log."""
+        return sign_entry(self._net.roster.origin, body, self._keys.public, self._keys.signing.sign)
+
+    def verified(self, inclusion: Inclusion) -> Entry:
+        """The entry that ``inclusion`` proves to stand in the ledger. Raises Malformed or Refused."""
+        return self._verify(inclusion)
+
+    def published(self, note: bytes) -> Checkpoint:
+        """The checkpoint in a note, if a quorum cosigned it. Raises Malformed or Refused."""
+        known = self._seen.get(note)
+        return known if known is not None else open_published(note, self._net.roster)
+
     async def registration(self, file_id: FileId) -> Inclusion | None:
         """The proof of a file's registration from any node that has it; None when none knows the file."""
         for node in self._by_preference():
@@ -66,8 +87,9 @@ class LedgerClient:
             raise Damaged("the manifest is not the one whose hash is on the ledger")
 
     async def _append(self, bodies: Sequence[Body]) -> list[Inclusion]:
-        roster, sign = self._net.roster, self._keys.signing.sign
-        entries = [sign_entry(roster.origin, body, self._keys.public, sign).to_bytes() for body in bodies]
+        return await self._submit_all([self.sign(body).to_bytes() for body in bodies])
+
+    async def _submit_all(self, entries: list[bytes]) -> list[Inclusion]:
         proofs: list[Inclusion] = []
         for at in range(0, len(entries), entries_max):
             proofs += await self._submit(entries[at : at + entries_max])

@@ -7,10 +7,11 @@ it the same answers come from the nodes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from medshard.envelopes import open_grant
 from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
@@ -19,10 +20,10 @@ from medshard.restoring import Target
 from medshard.sealing import FileSeal, unwrap
 from medshard.transport import Net
 from medshard_protocol import canonical
-from medshard_protocol.errors import Absent, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Damaged, MedshardError, Unavailable
 from medshard_protocol.ids import FileId, Tag
 from medshard_protocol.manifest import Manifest, manifest_bytes_max
-from medshard_protocol.messages import Found, lookup_tags_max, pack_lookup, unpack_found
+from medshard_protocol.messages import Found, lookup_tags_max, manifest_path, pack_lookup, unpack_found
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Node
 
@@ -57,24 +58,50 @@ class Lookup:
     """Finds files of one vault."""
 
     def __init__(self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient) -> None:
+        self.sync: Callable[[], Awaitable[None]] | None = None  # learns what others have granted since, where a file is not known
         self._net = net
         self._keys = keys
         self._index = index
         self._ledger = ledger
 
     async def targets(self, hashes: Sequence[bytes]) -> list[Target]:
-        """A checked target for each hash. Raises Absent for one that nobody has, Unavailable when nobody could be asked."""
+        """A checked target for each hash, this vault's own or one that was shared with it.
+
+        Raises Absent for one that nobody has, Unavailable when nobody could be asked.
+        """
         found: dict[bytes, Target] = {}
         opened: dict[FileId, Opened | None] = {}  # a pack with a thousand members is parsed once for all of them
         for wanted in hashes:
-            if target := self._from_index(wanted, opened):
+            if target := self._from_index(wanted, opened) or self._from_index(wanted, opened, received=True):
                 found[wanted] = target
         missing = [wanted for wanted in dict.fromkeys(hashes) if wanted not in found]
         while missing:
             # A node answers at most some megabytes of manifests at once: what is left is asked for again, as long as there is progress.
-            found.update(await self._from_nodes(missing[:lookup_tags_max]))
+            try:
+                found.update(await self._from_nodes(missing[:lookup_tags_max]))
+            except Absent:
+                found.update(await self._from_others(missing))
             missing = [wanted for wanted in missing if wanted not in found]
         return [found[wanted] for wanted in hashes]
+
+    async def alone(self, sha256: bytes) -> Target | None:
+        """An own object that has this plaintext and no other in it, so that its key can be given away; None where there is none."""
+        opened: dict[FileId, Opened | None] = {}
+        return self._from_index(sha256, opened, alone=True)
+
+    async def file(self, file_id: FileId) -> Opened:
+        """An own object by its file id. Raises Absent."""
+        known = self.remembered(file_id)
+        if known is not None:
+            return self.open(*known)
+        for node in sorted(self._net.roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id)):
+            try:
+                data = await self._net.call(node, "GET", manifest_path(file_id), timeout_s=timeout_s)
+                if opened := await self._checked(Found(data, None)):
+                    return opened
+            except MedshardError:
+                continue
+        raise Absent(f"no node that answers has the manifest of file {file_id.hex()[:16]}…", hint="Try again when more nodes are up.")
 
     def remember(self, manifest: Manifest, inclusion: Inclusion) -> None:
         """Keep a manifest and its proof beside the index, so that the next restore need not ask for them."""
@@ -98,11 +125,32 @@ class Lookup:
 
     def open(self, manifest: Manifest, inclusion: Inclusion) -> Opened:
         """Open an object's header. Raises Damaged or Malformed for what does not open."""
-        seal = unwrap(self._keys.vault, manifest)
+        seal = unwrap(self._keys.vault, manifest) if manifest.owner == self._keys.public else self._granted(manifest)
         return Opened(manifest, seal, Header.from_bytes(seal.open_header(manifest.header)), inclusion)
 
-    def _from_index(self, wanted: bytes, opened: dict[FileId, Opened | None]) -> Target | None:
-        for row in self._index.by_tag(self._keys.tag(wanted)):
+    def _granted(self, manifest: Manifest) -> FileSeal:
+        """The seal of another vault's file. Whether the grant still stands is for the nodes to say, and they do."""
+        for known in self._index.grants(manifest.file_id):
+            if known.sealed:
+                return open_grant(self._keys.hpke, manifest, known.grant, known.sealed)
+        raise Damaged("the key of this file was never given to this vault", hint="run `medshard reindex`")
+
+    async def _from_others(self, hashes: Sequence[bytes]) -> dict[bytes, Target]:
+        """Files that somebody has shared since we last looked. Raises Absent if one is still not known."""
+        if self.sync is not None:
+            await self.sync()
+        opened: dict[FileId, Opened | None] = {}
+        found = {wanted: target for wanted in hashes if (target := self._from_index(wanted, opened, received=True))}
+        if not found:
+            raise _not_found(hashes[0], (), len(self._net.roster.nodes))
+        return found
+
+    def _from_index(
+        self, wanted: bytes, opened: dict[FileId, Opened | None], *, received: bool = False, alone: bool = False
+    ) -> Target | None:
+        for row in self._index.by_tag(self._keys.tag(wanted), received=received):
+            if alone and row.member is not None:
+                continue
             file_id = FileId(row.file_id)
             if file_id not in opened:
                 known = self.remembered(file_id)

@@ -260,10 +260,10 @@ class GetReport:
     size: int
     sha256: bytes
     bad_cells: tuple[tuple[str, int, int], ...] = ()
-    recorded: bool = True  # False: the quorum was out of reach; the ACCESS entry is kept here and appended later
+    recorded: bool = True  # False: read in an emergency; the signed entry is kept here and by the nodes, and appended later
 
 
-HolderState: TypeAlias = Literal["proven", "damaged", "missing", "unreachable", "slow"]
+HolderState: TypeAlias = Literal["proven", "unproven", "damaged", "missing", "unreachable", "slow"]
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,16 @@ class Code:
 class Putter:
     """One run of ``medshard put``."""
 
-    def __init__(self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient, lookup: Lookup, code: Code) -> None:
+    def __init__(
+        self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient, lookup: Lookup, code: Code, *, alone: bool = False
+    ) -> None:
         self._net = net
         self._keys = keys
         self._index = index
         self._ledger = ledger
         self._lookup = lookup
         self._code = code
+        self._alone = alone  # a file that lies in a pack is not stored already: it is wanted as an object of its own
         self._stored: list[StoredFile] = []
         self._problems: list[Problem] = []
         self._progress: OnProgress | None = None
@@ -118,7 +121,7 @@ class Putter:
         # What the user says of a file is sealed with it: a new tag or policy number makes a new object, or it would be lost.
         said = {key: value for key, value in part.description.attributes.items() if key == "policy-number" or key.startswith("tag:")}
         for row in self._index.by_tag(self._keys.tag(digest)):
-            if not said.items() <= row.attributes.items():
+            if not said.items() <= row.attributes.items() or (self._alone and row.member is not None):
                 continue
             return StoredFile(part.path, digest, part.size, row.file_id, row.ledger_index, already=True)
         return None

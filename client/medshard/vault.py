@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from medshard import checking, diagnosis, enrolment, memory, rebuilding
+from medshard.access import Reader
+from medshard.contacts import Contacts
 from medshard.getting import Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
@@ -32,21 +34,24 @@ from medshard.packs import plan
 from medshard.putting import Code, Putter
 from medshard.query import Query
 from medshard.restoring import Restore, Target
+from medshard.shares import Shares, copy_mark, copy_shared
 from medshard.source import hash_file
 from medshard.tls import context_for
 from medshard.transport import Net
 from medshard_protocol import canonical
-from medshard_protocol.errors import Absent, Conflict, MedshardError
+from medshard_protocol.entries import Entry, Purpose
+from medshard_protocol.errors import Absent, Conflict, Damaged, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.proofs import Inclusion
+from medshard_protocol.roster import Roster
 
 OnProgress = Callable[[Progress], None]
-announce_wait_s: Final = 1.5  # how long a restore waits for its trace when the quorum is out of reach
+pending_wait_s: Final = 3.0  # for emergency reads of an earlier time, before the work that was asked for
 give_back_bytes: Final = 32 * 1024 * 1024  # after moving this much, freed memory is worth returning
-ticket_s: Final = 600.0  # how long one ACCESS entry speaks for reads of its files, as a ticket does in the design
-pending_slot: Final = b"access-pending"
+pending_slot: Final = b"emergency-pending"
 pending_bytes_max: Final = 16 * 1024 * 1024
+verify_at_once: Final = 48  # files whose holders are asked under one announcement
 
 
 class Vault:
@@ -55,12 +60,19 @@ class Vault:
     def __init__(self, home: Home, keys: VaultKeys, net: Net, index: Index) -> None:
         self.home = home
         self.keys = keys
-        self.roster = net.roster
+        self.contacts = Contacts(home.contacts, keys.index)
         self._net = net
         self._index = index
         self._ledger = LedgerClient(net, keys)
         self._lookup = Lookup(net, keys, index, self._ledger)
-        self._announced_until: dict[FileId, float] = {}
+        self.shares = Shares(net, keys, index, self._ledger, self._lookup, self.contacts, home.folder, self._restore_for_sharing)
+        self._lookup.sync = self.shares.sync
+        self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part, as far as this vault has followed."""
+        return self._net.roster
 
     @staticmethod
     def create(home: Path, passphrase: str, *, fast_kdf: bool = False) -> VaultKeys:
@@ -74,6 +86,9 @@ class Vault:
         files = Home(home)
         keys = open_key_file(files.key_file, passphrase) if files.key_file.exists() else cls.create(home, passphrase, fast_kdf=fast_kdf)
         await enrolment.join(files, keys, code)
+        async with cls._opened(files, keys) as vault:
+            with contextlib.suppress(Unavailable):  # it is sent again with `medshard key`
+                await vault.shares.publish_key()
 
     @classmethod
     @asynccontextmanager
@@ -82,6 +97,12 @@ class Vault:
         memory.share_one_heap()
         files = Home(home)
         keys = await asyncio.to_thread(open_key_file, files.key_file, passphrase)
+        async with cls._opened(files, keys) as vault:
+            yield vault
+
+    @classmethod
+    @asynccontextmanager
+    async def _opened(cls, files: Home, keys: VaultKeys) -> AsyncIterator[Vault]:
         roster, certificate = files.roster(), files.certificate_bytes()
         contexts = {number: context_for(each.ca, certificate, keys.signing) for number, each in enumerate(roster.institutions)}
         index = Index(files.index, keys.index)
@@ -124,24 +145,36 @@ class Vault:
         out: BinaryIO | None = None,
         overwrite: bool = True,
         progress: OnProgress | None = None,
+        purpose: int = Purpose.UNSPECIFIED,
+        break_glass: str | None = None,
     ) -> GetReport:
         """Restore one file by its SHA-256 to ``dest`` (a path or a folder; else its own name here), or into ``out``.
 
-        Without ``overwrite``, raises Conflict where another file has that name.
+        Without ``overwrite``, raises Conflict where another file has that name. The read is on the ledger before a byte is asked for, with
+        its ``purpose``; ``break_glass`` is the reason for which it may be served when the ledger is out of reach. Raises Refused where the
+        right is wanting, Unavailable without a quorum or with fewer than k holders.
         """
         (target,) = await self._lookup.targets([sha256])
         path = None if out is not None else _destination(target, dest)
         if path is not None and not overwrite:
             await asyncio.to_thread(_check_free, path, sha256)
-        (report,) = await self._restore([(target, path)], out, progress)
+        (report,) = await self._restore([(target, path)], out, progress, purpose, break_glass)
         return report
 
     async def get_many(
-        self, hashes: Sequence[bytes], folder: Path, *, overwrite: bool = True, progress: OnProgress | None = None
+        self,
+        hashes: Sequence[bytes],
+        folder: Path,
+        *,
+        overwrite: bool = True,
+        progress: OnProgress | None = None,
+        purpose: int = Purpose.UNSPECIFIED,
+        break_glass: str | None = None,
     ) -> list[GetReport]:
         """Restore many files into ``folder`` under their stored names. Members of one pack are read together.
 
-        Raises Conflict where two of them have one name, and without ``overwrite`` where another file has it.
+        All of them are announced together. Raises what ``get`` does, and Conflict where two of them have one name, and without
+        ``overwrite`` where another file has it.
         """
         targets = await self._lookup.targets(list(dict.fromkeys(hashes)))
         paths = [folder / os.fsdecode(target.name) for target in targets]
@@ -154,41 +187,74 @@ class Vault:
                 await asyncio.to_thread(_check_free, path, target.sha256)
             path.parent.mkdir(parents=True, exist_ok=True)
             pairs.append((target, path))
-        return await self._restore(pairs, None, progress)
+        return await self._restore(pairs, None, progress, purpose, break_glass)
 
     async def read(self, sha256: bytes, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
         (target,) = await self._lookup.targets([sha256])
-        return await Getter(self._net, self._lookup, self._announce).read(target, offset, length)
+        found = b""
+
+        async def work(net: Net, file_ids: frozenset[FileId]) -> None:
+            nonlocal found
+            found = await Getter(net, self._lookup, _announced).read(target, offset, length)
+
+        await self._reader.read([target.manifest.file_id], Purpose.UNSPECIFIED, self.home.standing_reason(), work)
+        return found
 
     async def _restore(
-        self, pairs: Sequence[tuple[Target, Path | None]], out: BinaryIO | None, progress: OnProgress | None
+        self,
+        pairs: Sequence[tuple[Target, Path | None]],
+        out: BinaryIO | None,
+        progress: OnProgress | None,
+        purpose: int,
+        break_glass: str | None,
     ) -> list[GetReport]:
         await self._append_pending()
-        getter = Getter(self._net, self._lookup, self._announce)
-        restores: list[Restore] = []
-        try:
-            for target, path in pairs:
-                restores.append(Restore(target, path, out))
-        except BaseException:
-            for restore in restores:
-                restore.abandon()
-            raise
-        recorded = await getter.restore(restores, progress)
-        if sum(target.size for target, _ in pairs) >= give_back_bytes:
+        total, before = sum(target.size for target, _ in pairs), 0
+        bad: set[tuple[str, int, int]] = set()
+        begun: list[Restore] = []
+
+        async def work(net: Net, file_ids: frozenset[FileId]) -> None:
+            nonlocal before
+            if out is not None and any(restore.written for restore in begun):
+                raise Damaged("the read broke off after some bytes were written out", hint="Run the command again.")
+            chosen = [(target, path) for target, path in pairs if target.manifest.file_id in file_ids]
+            begun[:] = _restores(chosen, out)
+            getter = Getter(net, self._lookup, _announced)
+            shift = before
+            try:
+                await getter.restore(begun, progress and (lambda p: progress(Progress(p.done_bytes + shift, total, p.phase, p.path))))
+            finally:
+                bad.update(getter.bad_cells)
+            before += sum(target.size for target, _ in chosen)
+
+        file_ids = [target.manifest.file_id for target, _ in pairs]
+        recorded = await self._reader.read(file_ids, purpose, break_glass or self.home.standing_reason(), work)
+        if total >= give_back_bytes:
             memory.give_back()
-        bad = tuple(getter.bad_cells)
-        return [GetReport(path, target.size, target.sha256, bad, recorded) for target, path in pairs]
+        cells = tuple(sorted(bad))
+        return [GetReport(path, target.size, target.sha256, cells, recorded) for target, path in pairs]
+
+    async def _restore_for_sharing(self, pairs: Sequence[tuple[Target, Path | None]], progress: OnProgress | None) -> None:
+        await self._restore(pairs, None, progress, Purpose.OPERATIONS, None)
 
     # -- look
 
-    def ls(self) -> Iterator[Row]:
-        """Every file of this vault, from the local index, oldest first."""
-        return self._index.rows()
+    def ls(self, *, shared: bool = False) -> Iterator[Row]:
+        """Every file of this vault, or every one ``shared`` with it and not taken back, from the local index, oldest first."""
+        return self.find(Query(), own=not shared, shared=shared)
 
-    def find(self, query: Query) -> Iterator[Row]:
-        """The files that meet a query, from the local index."""
-        return self._index.find(query)
+    def find(self, query: Query, *, own: bool = True, shared: bool = True) -> Iterator[Row]:
+        """The files that meet a query, this vault's ``own`` first and then those ``shared`` with it, from the local index."""
+        mine = (row for row in self._index.find(query) if row.attributes.get(copy_mark) != copy_shared) if own else ()
+        ended = self._ended() if shared else set()
+        others = (row for row in self._index.find(query, received=True) if FileId(row.file_id) not in ended) if shared else ()
+        return chain(mine, others)
+
+    def _ended(self) -> set[FileId]:
+        """Files that were shared with this vault, and are no more as far as it knows."""
+        received = [known for known in self._index.grants() if not known.given]
+        return {known.file_id for known in received} - {known.file_id for known in received if not known.ended}
 
     async def info(self, sha256: bytes) -> Info:
         """What is known of one file."""
@@ -202,8 +268,27 @@ class Vault:
 
     async def verify(self, sha256: bytes) -> VerifyReport:
         """Ask every holder of a file to prove its shard; nothing is downloaded but a few cells."""
-        (target,) = await self._lookup.targets([sha256])
-        return await checking.verify_target(self._net, target)
+        (report,) = [each async for each in self.verify_each([sha256])]
+        return report
+
+    async def verify_each(self, hashes: Sequence[bytes]) -> AsyncIterator[VerifyReport]:
+        """``verify`` for many files, with one announcement for every 48. Without a quorum no cell is asked for, and none is proven."""
+        for at in range(0, len(hashes), verify_at_once):
+            targets = await self._lookup.targets(hashes[at : at + verify_at_once])
+            reports: dict[bytes, VerifyReport] = {}
+
+            async def work(net: Net, file_ids: frozenset[FileId], targets: Sequence[Target] = targets) -> None:
+                for target in targets:
+                    if target.manifest.file_id in file_ids:
+                        reports[target.sha256] = await checking.verify_target(net, target)  # noqa: B023 - awaited in this turn
+
+            try:
+                await self._reader.read([target.manifest.file_id for target in targets], Purpose.OPERATIONS, None, work)
+            except Unavailable:
+                for target in targets:
+                    reports[target.sha256] = await checking.verify_target(self._net, target, cells=False)
+            for target in targets:
+                yield reports[target.sha256]
 
     async def doctor(self) -> list[Finding]:
         """What is wrong, why, and what to do."""
@@ -217,58 +302,61 @@ class Vault:
     # -- parts
 
     def _row(self, target: Target) -> Row:
-        for row in self._index.by_tag(self.keys.tag(target.sha256)):
+        tag = self.keys.tag(target.sha256)
+        for row in [*self._index.by_tag(tag), *self._index.by_tag(tag, received=True)]:
             if row.file_id == target.manifest.file_id:
                 return row
         member = next((i for i, m in enumerate(target.header.members) if m.sha256 == target.sha256), None)
         about = target.header if member is None else target.header.members[member]
         return Row(
             target.sha256, target.size, target.name, about.media_type, about.attributes, target.manifest.file_id, member,
-            target.header.put_time, target.inclusion.index,
+            target.header.put_time, target.inclusion.index, b"" if target.manifest.owner == self.keys.public else target.manifest.owner,
         )  # fmt: skip
 
-    async def _announce(self, file_ids: Sequence[FileId]) -> bool:
-        """Put the read on the ledger; whether it is there. If the quorum is out of reach it is kept and appended later.
-
-        An entry speaks for ``ticket_s``: pages of one file, or frames of one study, are one read and not a thousand.
-        """
-        now = time.monotonic()
-        file_ids = [file_id for file_id in file_ids if self._announced_until.get(file_id, 0.0) <= now]
-        if not file_ids:
-            return True
-        try:
-            async with asyncio.timeout(announce_wait_s):
-                await self._ledger.announce(file_ids)
-            self._announced_until = {file_id: until for file_id, until in self._announced_until.items() if until > now}
-            self._announced_until.update(dict.fromkeys(file_ids, now + ticket_s))
-            return True
-        except (MedshardError, TimeoutError):
-            with self._index.together():
-                self._keep_pending([*self._pending(), *file_ids])
-            return False
-
     async def _append_pending(self) -> None:
-        """Append the reads that could not be written down when they were made."""
-        pending = self._pending()
-        if not pending:
+        """Append the emergency reads that could not be written down when they were made; nodes that served them do so as well."""
+        if not (pending := self._pending()):
             return
         with contextlib.suppress(MedshardError, TimeoutError):
-            async with asyncio.timeout(announce_wait_s):
-                await self._ledger.announce(pending)
+            async with asyncio.timeout(pending_wait_s):
+                await self._ledger.append_signed(pending)
             with self._index.together():
-                self._keep_pending([file_id for file_id in self._pending() if file_id not in set(pending)])
+                self._note_pending([entry for entry in self._pending() if entry not in pending])
 
-    def _pending(self) -> list[FileId]:
+    def _pending(self) -> list[Entry]:
         value = self._index.journal_get(pending_slot)
-        return (
-            [] if value is None else [FileId(item) for item in canonical.decode(value, bytes_max=pending_bytes_max, what="pending reads")]
-        )
+        if value is None:
+            return []
+        items = canonical.decode(value, bytes_max=pending_bytes_max, what="pending reads")
+        return [Entry.from_bytes(item) for item in items if isinstance(item, bytes)]
 
-    def _keep_pending(self, file_ids: Sequence[FileId]) -> None:
-        if file_ids:
-            self._index.journal_put(pending_slot, canonical.encode(list(dict.fromkeys(file_ids))))
+    def _keep_pending(self, entry: Entry) -> None:
+        with self._index.together():
+            pending = self._pending()
+            if entry not in pending:
+                self._note_pending([*pending, entry])
+
+    def _note_pending(self, entries: Sequence[Entry]) -> None:
+        if entries:
+            self._index.journal_put(pending_slot, canonical.encode([entry.to_bytes() for entry in entries]))
         else:
             self._index.journal_delete(pending_slot)
+
+
+async def _announced(file_ids: Sequence[FileId]) -> bool:
+    return True  # before the getter began
+
+
+def _restores(pairs: Sequence[tuple[Target, Path | None]], out: BinaryIO | None) -> list[Restore]:
+    restores: list[Restore] = []
+    try:
+        for target, path in pairs:
+            restores.append(Restore(target, path, out))
+    except BaseException:
+        for restore in restores:
+            restore.abandon()
+        raise
+    return restores
 
 
 def _check_free(path: Path, sha256: bytes) -> None:

@@ -1,0 +1,317 @@
+"""Saying that files will be read, before a byte of them is asked for.
+
+A read begins with an ACCESS entry in the ledger; its place there is the ticket that goes with every request for shards. One entry speaks
+for up to 48 files and for ten minutes. A holder that has not heard of the entry yet is shown the proof once; a ticket that it calls expired
+is replaced once. When the ledger has no quorum, an identity that the roster marks for emergencies may show a signed entry with a sealed
+reason instead; it is kept here too, and appended as soon as the ledger is back.
+
+Law: nothing here decides who may read. The nodes do, each by its own mirror, and what a node refuses is told to the user in its words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import aiohttp
+
+from medshard.envelopes import seal_reason
+from medshard.ledger import LedgerClient
+from medshard.quorum import no_quorum, waiting_for_the_ledger
+from medshard.transport import Net, without_name
+from medshard_protocol.entries import Access, Entry, Purpose, access_files_max, entry_bytes_max, nonce_size
+from medshard_protocol.errors import MedshardError, Refused, Unavailable
+from medshard_protocol.ids import FileId, Key, NodeId, file_id_size
+from medshard_protocol.proofs import Inclusion
+from medshard_protocol.rights import Reason, not_yet, reason_in
+from medshard_protocol.roster import Node
+from medshard_protocol.sharing import access_header, emergency_header, pack_emergency, pack_shown, pack_tickets, tickets_max, unpack_seen
+
+ticket_s: Final = 540.0  # nodes honour 600 s, counted from a checkpoint before the entry; a minute is for idle heads and the way
+pass_files_max: Final = tickets_max * access_files_max
+show_timeout_s: Final = 3.0
+emergency_wait_s: Final = 30.0  # nodes want 10 s of silence from the ledger before they serve without it
+emergency_pause_s: Final = 0.5
+
+tries_max: Final = 2  # how often one request is asked again
+
+Work: TypeAlias = Callable[[Net, frozenset[FileId]], Awaitable[None]]  # reads these files over this net
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    inclusion: Inclusion
+    until: float  # by the monotonic clock
+
+
+class Tickets:
+    """The reads that one open vault has announced."""
+
+    def __init__(self, net: Net, ledger: LedgerClient) -> None:
+        self._net = net
+        self._ledger = ledger
+        self._held: dict[tuple[FileId, int], _Ticket] = {}
+        self._unsent: dict[tuple[tuple[FileId, ...], int], Entry] = {}  # signed, and perhaps on their way: tried again, not made again
+
+    async def announce(self, file_ids: Sequence[FileId], purpose: int) -> list[Pass]:
+        """Announce a read of these files, in as few entries as can be; a pass for each ``pass_files_max`` of them, in order.
+
+        Raises Refused with the ledger's reason, or Unavailable saying what is down.
+        """
+        distinct = list(dict.fromkeys(file_ids))
+        parts = [distinct[at : at + pass_files_max] for at in range(0, len(distinct), pass_files_max)]
+        fresh = [file_id for file_id in distinct if not self._is_held(file_id, purpose)]
+        await self._append(fresh, purpose)
+        if any(len(self._inclusions(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
+            await self._append(distinct, purpose)
+        return [Pass(self, self._net, frozenset(part), purpose, self._inclusions(part, purpose)) for part in parts]
+
+    async def renew(self, file_ids: Collection[FileId], purpose: int) -> list[Inclusion]:
+        """Announce again, whatever is held."""
+        await self._append(list(file_ids), purpose)
+        return self._inclusions(file_ids, purpose)
+
+    def expire(self) -> None:
+        """Hold no tickets any more: the next read is announced anew."""
+        self._held.clear()
+
+    async def _append(self, file_ids: Sequence[FileId], purpose: int) -> None:
+        if not file_ids:
+            return
+        now = time.monotonic()
+        groups = [tuple(file_ids[at : at + access_files_max]) for at in range(0, len(file_ids), access_files_max)]
+        for group in groups:
+            if (group, purpose) not in self._unsent:
+                self._unsent[group, purpose] = self._ledger.sign(Access(group, purpose, b"", os.urandom(nonce_size)))
+        entries = [self._unsent[group, purpose] for group in groups]
+        inclusions = await waiting_for_the_ledger(self._net, self._ledger.append_signed(entries))
+        self._held = {known: ticket for known, ticket in self._held.items() if ticket.until > now}
+        for group, inclusion in zip(groups, inclusions, strict=True):
+            self._unsent.pop((group, purpose), None)
+            self._held.update({(file_id, purpose): _Ticket(inclusion, now + ticket_s) for file_id in group})
+
+    def _is_held(self, file_id: FileId, purpose: int) -> bool:
+        ticket = self._held.get((file_id, purpose))
+        return ticket is not None and ticket.until > time.monotonic()
+
+    def _inclusions(self, file_ids: Collection[FileId], purpose: int) -> list[Inclusion]:
+        tickets = (self._held[file_id, purpose] for file_id in file_ids)
+        return list({ticket.inclusion.index: ticket.inclusion for ticket in tickets}.values())
+
+
+class Pass:
+    """What one read shows to the holders of its files, and what can be done when one of them objects."""
+
+    def __init__(self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], purpose: int, inclusions: Sequence[Inclusion]) -> None:
+        self.file_ids = file_ids
+        self.refusals: dict[NodeId, MedshardError] = {}
+        self.within_reach = False  # a holder says that the ledger is: of interest in an emergency
+        self._tickets = tickets
+        self._net = net
+        self._purpose = purpose
+        self._inclusions = list(inclusions)
+        self._showing: dict[NodeId, asyncio.Task[bool]] = {}
+        self._renewing: asyncio.Task[None] | None = None
+
+    def headers(self) -> dict[str, str]:
+        """What goes with each request for shards."""
+        return {access_header: pack_tickets(inclusion.index for inclusion in self._inclusions)}
+
+    async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
+        """Whether it is worth while to ask again what this holder objected to for the ``tries``th time."""
+        reason = reason_in(str(error)) if tries <= tries_max else None
+        if reason is Reason.EXPIRED:
+            if self._renewing is None:
+                self._renewing = asyncio.create_task(self._renew())
+            await asyncio.shield(self._renewing)
+            return True
+        if reason in not_yet:
+            if node.id not in self._showing:
+                self._showing[node.id] = asyncio.create_task(self._show(node))
+            if await asyncio.shield(self._showing[node.id]):
+                return True
+        self._note(node, error)
+        return False
+
+    def explained(self, error: MedshardError) -> MedshardError:
+        """A failed read in the holders' words, if it was they who refused it."""
+        refused = [self._net.roster.node(node).institution for node in self.refusals]
+        if not isinstance(error, Unavailable) or len(set(refused)) < min(2, len(self._net.roster.institutions)):
+            return error
+        said = [without_name(self._net.roster.node(node), why) for node, why in self.refusals.items()]
+        reason = max(set(said), key=said.count)
+        hint = next(why.hint for node, why in self.refusals.items() if without_name(self._net.roster.node(node), why) == reason)
+        return Refused(f"{len(said)} nodes refuse this read: {reason}", hint=hint)
+
+    def _note(self, node: Node, error: MedshardError) -> None:
+        if isinstance(error, Refused):
+            self.refusals[node.id] = error
+
+    async def _show(self, node: Node) -> bool:
+        """Show a holder that the entries are published; the newest proof does for all, as one checkpoint covers what is before it."""
+        newest = max(self._inclusions, key=lambda inclusion: inclusion.index)
+        try:
+            answer = await self._net.call(node, "POST", "/v1/access", pack_shown(newest), timeout_s=show_timeout_s)
+            return unpack_seen(answer) == newest.index
+        except MedshardError as error:
+            self._note(node, error)
+            return False
+
+    async def _renew(self) -> None:
+        self._inclusions = await self._tickets.renew(self.file_ids, self._purpose)
+        self._showing.clear()
+
+
+class EmergencyPass(Pass):
+    """A signed entry that the ledger does not have yet, with a sealed reason. Holders keep it, and append it when they can."""
+
+    def __init__(self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], entry: Entry) -> None:
+        super().__init__(tickets, net, file_ids, Purpose.EMERGENCY, ())
+        self.entry = entry
+
+    def headers(self) -> dict[str, str]:
+        """What goes with each request for shards."""
+        return {emergency_header: pack_emergency(self.entry)}
+
+    async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
+        """Never: who refuses an emergency has a reason that asking again does not change."""
+        if reason_in(str(error)) is Reason.WITHIN_REACH:
+            self.within_reach = True
+        self._note(node, error)
+        return False
+
+
+class Admitted(Net):
+    """The connections of a net, with a pass shown along with each request for shards. Lives for one read."""
+
+    def __init__(self, net: Net, shown: Pass) -> None:
+        super().__init__(net.roster, net._contexts)
+        self.health = net.health
+        self._session = net._session
+        self._shown = shown
+
+    async def call(
+        self, node: Node, method: str, path: str, body: bytes = b"", *, timeout_s: float, ok: Collection[int] = (200, 201, 204)
+    ) -> bytes:
+        """As a net's, asking again where an objection could be met."""
+        tries = 1
+        while True:
+            try:
+                return await super().call(node, method, path, body, timeout_s=timeout_s, ok=ok)
+            except MedshardError as error:
+                if not await self._shown.helped(node, error, tries):
+                    raise
+            tries += 1
+
+    @asynccontextmanager
+    async def receive(self, node: Node, path: str) -> AsyncIterator[aiohttp.StreamReader]:
+        """As a net's, asking again where an objection could be met."""
+        async with AsyncExitStack() as stack:
+            tries = 1
+            while True:
+                try:
+                    body = await stack.enter_async_context(super().receive(node, path))
+                    break
+                except MedshardError as error:
+                    if not await self._shown.helped(node, error, tries):
+                        raise
+                tries += 1
+            yield body
+
+    @asynccontextmanager
+    async def _open(
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: bytes | AsyncIterator[memoryview] | None,
+        headers: Mapping[str, str],
+        timeout_s: float | None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with super()._open(node, method, path, body, {**headers, **self._shown.headers()}, timeout_s) as response:
+            yield response
+
+
+class Reader:
+    """Reads of one vault: each under a pass, or in an emergency under a signed reason."""
+
+    def __init__(self, net: Net, ledger: LedgerClient, key: Key, keep: Callable[[Entry], None]) -> None:
+        self._net = net
+        self._ledger = ledger
+        self._key = key
+        self._keep = keep
+        self.tickets = Tickets(net, ledger)
+
+    async def read(self, file_ids: Sequence[FileId], purpose: int, reason: str | None, work: Work) -> bool:
+        """Do ``work`` on these files, part by part; whether it is on the ledger. ``reason`` is given for the case that it cannot be.
+
+        Raises Refused in the ledger's or the holders' words, Unavailable saying what is down, and what ``work`` raises.
+        """
+        try:
+            passes = await self.tickets.announce(file_ids, purpose)
+        except Unavailable as error:
+            if reason is None:
+                raise self._hopeless(error) from None
+            return await self._read_in_emergency(file_ids, purpose, reason, work)
+        for shown in passes:
+            await self._under(shown, work)
+        return True
+
+    async def _read_in_emergency(self, file_ids: Sequence[FileId], purpose: int, reason: str, work: Work) -> bool:
+        """As long as holders say that the ledger is within reach, both ways are tried in turn."""
+        passes: list[EmergencyPass] = self._emergency_passes(file_ids, reason)
+        deadline = time.monotonic() + emergency_wait_s
+        while passes:
+            try:
+                await self._under(passes[0], work)
+                del passes[0]
+                continue
+            except (Unavailable, Refused):
+                if not passes[0].within_reach or time.monotonic() > deadline:
+                    raise
+            passes[0].refusals.clear()
+            await asyncio.sleep(emergency_pause_s)
+            left = [file_id for each in passes for file_id in each.file_ids]
+            try:
+                for shown in await self.tickets.announce(left, purpose):
+                    await self._under(shown, work)
+            except Unavailable:
+                continue
+            return len(left) == len(set(file_ids))
+        return False
+
+    async def _under(self, shown: Pass, work: Work) -> None:
+        if isinstance(shown, EmergencyPass):
+            self._keep(shown.entry)
+        try:
+            await work(Admitted(self._net, shown), shown.file_ids)
+        except MedshardError as error:
+            raise shown.explained(error) from None
+
+    def _emergency_passes(self, file_ids: Sequence[FileId], reason: str) -> list[EmergencyPass]:
+        roster = self._net.roster
+        if self._key not in roster.emergency or not roster.auditors:
+            raise self._hopeless(no_quorum(self._net, ()))
+        sealed = seal_reason(roster.auditors, roster.origin, reason)
+        room = entry_bytes_max - len(self._entry((FileId(bytes(file_id_size)),), sealed).to_bytes()) - 2  # the list's length may grow
+        each = min(access_files_max, 1 + room // (file_id_size + 2))
+        distinct = list(dict.fromkeys(file_ids))
+        groups = [tuple(distinct[at : at + each]) for at in range(0, len(distinct), each)]
+        return [EmergencyPass(self.tickets, self._net, frozenset(group), self._entry(group, sealed)) for group in groups]
+
+    def _entry(self, file_ids: tuple[FileId, ...], sealed: bytes) -> Entry:
+        return self._ledger.sign(Access(file_ids, Purpose.EMERGENCY, sealed, os.urandom(nonce_size)))
+
+    def _hopeless(self, error: MedshardError) -> MedshardError:
+        if self._key not in self._net.roster.emergency or not self._net.roster.auditors:
+            way_out = "This vault is not marked for emergencies in the roster, so there is no other way."
+        else:
+            way_out = "In an emergency: the same command with --break-glass and a reason, which the auditors will read."
+        return Unavailable(
+            str(error), hint=f"A read is written down before it is served. {error.hint or 'Start the nodes that are down.'} {way_out}"
+        )

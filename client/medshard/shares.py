@@ -1,0 +1,213 @@
+"""What a vault shares and is shared with, in the terms of its user: hashes in, people's names out.
+
+    await vault.shares.share([sha256], vault.contacts.key("Insurer"), until=...)
+    for happened in await vault.shares.log(sha256): ...
+
+Law: a file's key opens its whole object, so what is shared is a whole object; a member of a pack is stored once more for it. The mechanism
+is in sharing, what the log means in history; here the two meet the index and the contacts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from medshard import auditing
+from medshard.contacts import Contacts
+from medshard.grants import Happened, KnownGrant, Shared, purpose_name
+from medshard.history import Names, Teller
+from medshard.hpke import PrivateKey
+from medshard.index import Index
+from medshard.keys import VaultKeys
+from medshard.ledger import LedgerClient
+from medshard.lookup import Lookup, Opened
+from medshard.model import Description, OnProgress, Row
+from medshard.packs import Plan, Unit
+from medshard.putting import Code, Putter
+from medshard.restoring import Target
+from medshard.rights import Rights
+from medshard.sharing import Sharing
+from medshard.source import Part
+from medshard.transport import Net
+from medshard_protocol.entries import Purpose
+from medshard_protocol.errors import MedshardError, Refused, Unavailable
+from medshard_protocol.ids import FileId, Key, Sha256
+
+copy_mark: Final = "copy"  # attribute of a pack's member that was stored once more, to be shared alone
+copy_shared: Final = "shared"
+
+RestoreTo: TypeAlias = Callable[[Sequence[tuple[Target, Path | None]], OnProgress | None], Awaitable[None]]
+
+
+class Shares:
+    """Of one open vault. ``restore`` writes targets to paths; ``folder`` is private to the vault's user."""
+
+    def __init__(
+        self,
+        net: Net,
+        keys: VaultKeys,
+        index: Index,
+        ledger: LedgerClient,
+        lookup: Lookup,
+        contacts: Contacts,
+        folder: Path,
+        restore: RestoreTo,
+    ) -> None:
+        self._net = net
+        self._keys = keys
+        self._index = index
+        self._ledger = ledger
+        self._lookup = lookup
+        self._contacts = contacts
+        self._folder = folder
+        self._restore = restore
+        self._rights = Rights(net, keys, ledger)
+        self._sharing = Sharing(net, keys, index, ledger, lookup, self._rights)
+
+    async def publish_key(self) -> int:
+        """Put on the nodes what others seal to when they share with this vault; on how many it is now."""
+        return await self._rights.publish_key()
+
+    async def sync(self) -> None:
+        """Learn what others have shared with this vault since the last time."""
+        await self._sharing.sync()
+
+    async def share(
+        self,
+        hashes: Sequence[bytes],
+        reader: Key,
+        *,
+        until: int = 0,
+        purpose: int = Purpose.UNSPECIFIED,
+        progress: OnProgress | None = None,
+    ) -> list[Shared]:
+        """Let another vault read files of this one, ``until`` a time in Unix seconds, or for good.
+
+        A member of a pack that is not shared as a whole is stored once more first: the key of a pack opens all of it. Raises Refused where
+        the file is not this vault's or the reader nobody's, Absent for a reader without a key, Unavailable without a quorum.
+        """
+        hashes = list(dict.fromkeys(hashes))
+        targets = await self._lookup.targets(hashes)
+        for target in targets:
+            if target.manifest.owner != self._keys.public:
+                raise Refused(f"{target.sha256.hex()[:16]}… was shared with this vault: only its owner shares it further")
+        wholes, parts = _whole_objects(targets)
+        alone = await self._standing_alone(parts, progress)
+        chosen = {target.sha256: target for target in [*wholes, *alone.values()]}
+        files = [Opened(each.manifest, each.seal, each.header, each.inclusion) for each in chosen.values()]
+        known = {each.file_id: each for each in await self._sharing.grant(files, reader, until, purpose, progress)}
+        institution = await self._institution(reader)
+        return [
+            self._told(chosen[sha256], known[chosen[sha256].manifest.file_id], institution, copied=sha256 in alone) for sha256 in hashes
+        ]
+
+    async def revoke(self, hashes: Sequence[bytes], reader: Key | None, grant: Sha256 | int | None = None) -> list[Shared]:
+        """Take files back from a reader, or end the one grant with this id or place. What was read stays read."""
+        targets = await self._lookup.targets(list(dict.fromkeys(hashes)))
+        by_file: dict[FileId, Target] = {}
+        for target in targets:
+            given = {known.file_id for known in self._index.grants(target.manifest.file_id) if known.given}
+            copy = None if given else await self._lookup.alone(target.sha256)
+            by_file[(copy or target).manifest.file_id] = copy or target
+        ended = await self._sharing.revoke(list(by_file), reader, grant)
+        return [self._told(by_file[known.file_id], known, "") for known in ended]
+
+    async def all(self, progress: OnProgress | None = None) -> list[Shared]:
+        """What is shared with this vault, and by it, with what has ended; asked of the nodes and proved by the ledger."""
+        with contextlib.suppress(Unavailable):
+            await self.publish_key()
+        await self._sharing.sync(whole=True)
+        await self._sharing.refresh_given(progress)
+        grants = self._index.grants()
+        institutions = {peer: await self._institution(peer) for peer in dict.fromkeys(known.peer for known in grants)}
+        listed: list[Shared] = []
+        for known in grants:
+            for row in self._rows_of(known):
+                listed.append(self._listed(known, row.sha256, row.name, institutions[known.peer]))
+        return listed
+
+    async def log(self, sha256: bytes) -> list[Happened]:
+        """What the ledger says of one file: who read it, when, under whose grant. Proved, and by more institutions than could conspire."""
+        (target,) = await self._lookup.targets([sha256])
+        targets = {target.manifest.file_id: target}
+        if copy := await self._lookup.alone(sha256):
+            targets.setdefault(copy.manifest.file_id, copy)
+        names = Names(self._contacts.names(), {}, self._keys.public)
+        told: dict[int, Happened] = {}
+        for file_id, each in targets.items():
+            history = await self._rights.history(file_id)
+            for author in {entry.author for entry in history.entries.values()}:
+                names.institutions[author] = await self._institution(author)
+            teller = Teller(self._net.roster, names)
+            teller.own(file_id, each.manifest.owner)
+            for index, entry in sorted(history.entries.items()):
+                if happened := teller.tell(index, entry, sha256=sha256, file_id=file_id, time=history.time):
+                    told[index] = happened
+        return [told[index] for index in sorted(told)]
+
+    async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> list[Happened]:
+        """Everything that ever happened to any file, from the whole log; with the auditors' key, why it was read in emergencies."""
+        teller = Teller(self._net.roster, Names(self._contacts.names(), {}, self._keys.public), auditors)
+        happened, _, time = await auditing.audit(self._net, teller, progress)
+        return [replace(each, time=time) for each in happened]
+
+    async def _standing_alone(self, targets: Sequence[Target], progress: OnProgress | None) -> dict[bytes, Target]:
+        """An object of its own for each of these members of packs; those that have none yet are stored once more."""
+        found = {target.sha256: alone for target in targets if (alone := await self._lookup.alone(target.sha256))}
+        wanting = [target for target in targets if target.sha256 not in found]
+        if not wanting:
+            return found
+        with tempfile.TemporaryDirectory(prefix=".sharing-", dir=self._folder) as place:
+            paths = [Path(place, str(number)) for number in range(len(wanting))]
+            await self._restore(list(zip(wanting, paths, strict=True)), progress)
+            units = [_alone(target, path) for target, path in zip(wanting, paths, strict=True)]
+            putter = Putter(self._net, self._keys, self._index, self._ledger, self._lookup, Code(*self._net.roster.code), alone=True)
+            report = await putter.put(Plan(tuple(units), ()), progress)
+        if report.problems:
+            raise Unavailable(f"a copy to share could not be stored: {report.problems[0].message}")
+        for target in wanting:
+            alone = await self._lookup.alone(target.sha256)
+            assert alone is not None, "stored just now"
+            found[target.sha256] = alone
+        return found
+
+    async def _institution(self, key: Key) -> str:
+        with contextlib.suppress(MedshardError):
+            vouched = await self._rights.vouched(key)
+            return vouched.institution if vouched else ""
+        return ""
+
+    def _told(self, target: Target, known: KnownGrant, institution: str, *, copied: bool = False) -> Shared:
+        return replace(self._listed(known, target.sha256, target.name, institution), copied=copied)
+
+    def _listed(self, known: KnownGrant, sha256: bytes, name: bytes, institution: str) -> Shared:
+        return Shared(
+            sha256, name, known.file_id, known.grant, known.index, known.peer, self._contacts.names().get(known.peer, ""), institution,
+            known.until, purpose_name(known.purpose), known.given, known.ended,
+        )  # fmt: skip
+
+    def _rows_of(self, known: KnownGrant) -> list[Row]:
+        return self._index.by_file(known.file_id, received=not known.given)
+
+
+def _whole_objects(targets: Sequence[Target]) -> tuple[list[Target], list[Target]]:
+    """Split targets into those whose whole object is meant, and members of packs of which others are not."""
+    chosen: dict[FileId, set[bytes]] = {}
+    for target in targets:
+        chosen.setdefault(target.manifest.file_id, set()).add(target.sha256)
+    wholes: list[Target] = []
+    parts: list[Target] = []
+    for target in targets:
+        of_pack = {member.sha256 for member in target.header.members}
+        (wholes if of_pack <= chosen[target.manifest.file_id] else parts).append(target)
+    return wholes, parts
+
+
+def _alone(target: Target, path: Path) -> Unit:
+    member = next(member for member in target.header.members if member.sha256 == target.sha256)
+    description = Description(member.media_type, {**member.attributes, copy_mark: copy_shared})
+    return Unit(member.name, (Part.at(path, member.name, description),), is_pack=False)
