@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent
-from medshard_protocol.ids import FileId, Key, NodeId, Sha256
+from medshard_protocol.ids import FileId, Key, NodeId, Sha256, sha256_size
 from medshard_protocol.rights import Reason, Refusal, Right
 from medshard_protocol.roster import Institution, Roster
 from medshard_protocol.tables import Row, Table, Tables, after, end_of_places, place
@@ -83,6 +83,24 @@ class Ended:
     id: bytes  # of the grant, or of the file
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A new roster that the log decided on."""
+
+    index: int  # of the deciding entry
+    roster: Roster
+    approvals: tuple[int, ...]  # indices of the entries by which its predecessor's institutions approved it
+
+
+def vote_key(roster: Roster, what: Type, sha256: Sha256, institution: str) -> bytes:
+    """Where an institution's voice stands in ``Table.VOTES``: under this roster, for this document, or for the end and this successor."""
+    return _vote_prefix(roster, what, sha256) + institution.encode()
+
+
+def _vote_prefix(roster: Roster, what: Type, sha256: Sha256) -> bytes:
+    return roster.number.to_bytes(4, "big") + bytes([what]) + sha256
+
+
 def row_of(value: Registration | Identity | Granted | Held) -> Row:
     """Write a value as a row of its table: its fields in order."""
     return tuple(getattr(value, name) for name in value.__slots__)
@@ -119,6 +137,21 @@ class Facts:
         """How many entries had an effect, by type name, and "void" for those without."""
         return {key.decode(): row[0] for key, row in self.tables.scan(Table.COUNTS, b"", b"\xff")}
 
+    def count(self, type_: Type) -> int:
+        """How many entries of this type had an effect."""
+        row = self.tables.get(Table.COUNTS, type_.name.encode())
+        return 0 if row is None else int(row[0])
+
+    def changes(self, number: int) -> list[Change]:
+        """The rosters that the log decided on after the one with this number, in order."""
+        found = []
+        for at, (decided, roster) in enumerate(self._rosters):
+            if roster.number > number and at > 0:
+                prefix = _vote_prefix(self._rosters[at - 1][1], Type.ROSTER, roster.sha256)
+                votes = sorted(row[0] for _, row in self.tables.scan(Table.VOTES, prefix, after(prefix)))
+                found.append(Change(decided, roster, tuple(votes)))
+        return found
+
     def rows(self) -> dict[Table, dict[bytes, Row]]:
         """Everything that is known, to compare; without what only serves to take entries back."""
         rows: dict[Table, dict[bytes, Row]] = {}
@@ -147,11 +180,21 @@ class Facts:
 
     def votes(self, what: Type, sha256: Sha256) -> set[str]:
         """The institutions of the present roster that want this document to be the next roster, or the log to end for this successor."""
-        prefix = self._vote_prefix(what, sha256)
+        prefix = _vote_prefix(self.roster, what, sha256)
         return {key[len(prefix) :].decode() for key, _ in self.tables.scan(Table.VOTES, prefix, after(prefix))}
 
-    def _vote_prefix(self, what: Type, sha256: Sha256) -> bytes:
-        return self.roster.number.to_bytes(4, "big") + bytes([what]) + sha256
+    @property
+    def decided(self) -> list[tuple[int, Roster]]:
+        """The rosters that followed the genesis file, each with the index of the entry that decided it."""
+        return self._rosters[1:]
+
+    def ballots(self, what: Type, number: int) -> dict[Sha256, dict[str, int]]:
+        """What institutions voted for under the roster with this number: names, and the index of each one's entry."""
+        prefix, found = number.to_bytes(4, "big") + bytes([what]), dict[Sha256, dict[str, int]]()
+        for key, row in self.tables.scan(Table.VOTES, prefix, after(prefix)):
+            of, name = Sha256(key[len(prefix) : len(prefix) + sha256_size]), key[len(prefix) + sha256_size :].decode()
+            found.setdefault(of, {})[name] = row[0]
+        return found
 
     @property
     def frozen(self) -> tuple[int, Sha256] | None:

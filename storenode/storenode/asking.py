@@ -1,4 +1,4 @@
-"""Asking the node of this home how it is, as itself: over TLS, with its own certificate."""
+"""Asking the node of this home, or another of the roster, as this node itself: over TLS, with its own certificate."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import json
 import socket
 import ssl
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-from medshard_protocol.errors import Malformed, Unavailable
+from medshard_protocol.errors import Conflict, Malformed, MedshardError, Unavailable
 from medshard_protocol.identity import node_hostname
+from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
+from medshard_protocol.roster import Node, Roster
 from storenode.config import Config
 from storenode.identity import NodeKeys, client_ssl_context
 from storenode.running import running
 
-answer_bytes_max: Final = 1 << 20
+answer_bytes_max: Final = 6 << 20
 wait_s: Final = 5.0
+append_wait_s: Final = 15.0  # the sequencer gives up after 10
 _anywhere: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a server listens on, not what we connect to
 
 
 class _Connection(http.client.HTTPSConnection):
     """Connects to an address and checks the node's name."""
 
-    def __init__(self, host: str, port: int, keys: NodeKeys) -> None:
-        self._tls = client_ssl_context(keys.ca_certificate, keys)
-        self._name = node_hostname(keys.node_id)
-        super().__init__(host, port, timeout=wait_s, context=self._tls)
+    def __init__(self, host: str, port: int, node: NodeId, tls: ssl.SSLContext, timeout_s: float = wait_s) -> None:
+        self._tls, self._name = tls, node_hostname(node)
+        super().__init__(host, port, timeout=timeout_s, context=tls)
 
     def connect(self) -> None:
         self.sock = self._tls.wrap_socket(socket.create_connection((self.host, self.port), self.timeout), server_hostname=self._name)
@@ -35,7 +38,7 @@ class _Connection(http.client.HTTPSConnection):
 def ask(config: Config, keys: NodeKeys, path: str) -> dict[str, Any]:
     """Get one JSON answer from the running node. Raises Unavailable with what to do, or what the node answered."""
     host, port = config.listen_address
-    connection = _Connection(_anywhere.get(host, host), port, keys)
+    connection = _Connection(_anywhere.get(host, host), port, keys.node_id, client_ssl_context(keys.ca_certificate, keys))
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -56,6 +59,51 @@ def ask(config: Config, keys: NodeKeys, path: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise Malformed(f"the node's answer to {path} is no JSON object")
     return answer
+
+
+def connect(node: Node, roster: Roster, keys: NodeKeys, *, timeout_s: float = wait_s) -> http.client.HTTPConnection:
+    """A connection to one node of a roster, for many requests."""
+    address, owner = urlsplit(node.url), roster.institutions[node.institution]
+    tls = client_ssl_context(owner.ca, keys, owner.former)
+    return _Connection(address.hostname or "", address.port or 443, node.id, tls, timeout_s)
+
+
+def exchange(
+    node: Node, roster: Roster, keys: NodeKeys, method: str, path: str, body: bytes = b"", *, timeout_s: float = wait_s
+) -> tuple[int, bytes]:
+    """One request to one node of a roster: status and body of the answer. Raises Unavailable."""
+    address, owner = urlsplit(node.url), roster.institutions[node.institution]
+    tls = client_ssl_context(owner.ca, keys, owner.former)
+    connection = _Connection(address.hostname or "", address.port or 443, node.id, tls, timeout_s)
+    try:
+        connection.request(method, path, body=body or None)
+        response = connection.getresponse()
+        return response.status, response.read(answer_bytes_max)
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"{node.name} does not answer ({error or type(error).__name__})") from None
+    finally:
+        connection.close()
+
+
+def ask_any(roster: Roster, keys: NodeKeys, method: str, path: str, body: bytes = b"", *, timeout_s: float = wait_s) -> tuple[Node, bytes]:
+    """Ask this home's own node, then one after another of the roster until one answers well; who did, and what.
+
+    Raises what the first that answered at all had to say, or Unavailable where none did.
+    """
+    refusal: MedshardError | None = None
+    silent: list[str] = []
+    for node in sorted(roster.nodes, key=lambda each: (each.id != keys.node_id, each.id != roster.sequencer)):
+        try:
+            status, answer = exchange(node, roster, keys, method, path, body, timeout_s=timeout_s)
+        except Unavailable as error:
+            silent.append(str(error))
+            continue
+        if status in (200, 201, 204):
+            return node, answer
+        refusal = refusal or unpack_error(status, answer, node.name)
+        if not isinstance(refusal, Unavailable | Conflict):
+            break  # another node would say the same
+    raise refusal or Unavailable(f"no node of the roster answers: {'; '.join(silent[:4])}", hint="is this machine online?")
 
 
 def _why_not(config: Config, error: Exception) -> Unavailable:

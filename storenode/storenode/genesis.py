@@ -32,9 +32,12 @@ from medshard_protocol.roster import (
     roster_bytes_max,
     url_chars_max,
 )
+from medshard_protocol.rosters import Link, follow
 from storenode import durable
+from storenode.config import Config
 from storenode.identity import Institution as Ca
 from storenode.identity import NodeKeys
+from storenode.membership import Membership
 
 genesis_name: Final = "genesis.medshard"
 card_suffix: Final = ".card"
@@ -93,13 +96,13 @@ class Card:
     pq_key: bytes  # ML-DSA-44
 
     @classmethod
-    def of(cls, institution: str, node: str, url: str, capacity: int, keys: NodeKeys) -> Card:
-        """Describe a node by its keys."""
+    def of(cls, institution: str, node: str, url: str, capacity: int, keys: NodeKeys, ca: bytes | None = None) -> Card:
+        """Describe a node by its keys, and by another CA certificate than lies with them if ``ca`` is given."""
         if keys.log is None:
             raise Absent(f"{keys.folder}/log.key is missing")
         cosigner, log = public_key(keys.cosigner), public_key(keys.log)
         pq_key = keys.cosigner_pq.public_key().public_bytes_raw()
-        return cls(institution, keys.ca_certificate, node, url, capacity, keys.tls_key, cosigner, log, pq_key)
+        return cls(institution, ca or keys.ca_certificate, node, url, capacity, keys.tls_key, cosigner, log, pq_key)
 
     def to_bytes(self, ca: Ca) -> bytes:
         """Sign with the institution's key."""
@@ -206,32 +209,37 @@ def read_genesis(path: Path) -> Roster:
 def check_membership(roster: Roster, keys: NodeKeys) -> Node:
     """Find this node in a roster, under the keys it has. Raises Refused where something does not fit; this is asked at every start."""
     node = next((each for each in roster.nodes if each.id == keys.node_id), None)
+    which = f"roster {roster.number}" if roster.number else "the genesis file"
     if node is None:
-        hint = "was the genesis file made with this node's card? A roster never takes up a node by itself"
-        raise Refused(f"the genesis file does not list this node ({keys.node_id.hex()})", hint=hint)
+        hint = "was it made with this node's card? A roster never takes up a node by itself"
+        raise Refused(f"{which} does not list this node ({keys.node_id.hex()})", hint=hint)
     if node.tls_key != keys.tls_key or node.cosigner_key != public_key(keys.cosigner):
-        raise Refused(f"the genesis file lists {node.name} with other keys", hint="restore the keys from the backup")
-    if roster.institutions[node.institution].ca != keys.ca_certificate:
-        raise Refused(f"the genesis file lists {node.name} under another CA certificate", hint="restore ca.crt from the backup of the keys")
+        raise Refused(f"{which} lists {node.name} with other keys", hint="restore the keys from the backup")
+    owner = roster.institutions[node.institution]
+    if keys.ca_certificate not in (owner.ca, *owner.former):
+        raise Refused(f"{which} lists {node.name} under another CA certificate", hint="restore ca.crt from the backup of the keys")
     if node.log_key and (keys.log is None or public_key(keys.log) != node.log_key):
         raise Refused(f"{node.name} may be sequencer and lacks its log key", hint="restore log.key from the backup of the keys")
     if node.pq_key and node.pq_key != keys.cosigner_pq.public_key().public_bytes_raw():
-        raise Refused(f"{roster.origin} lists {node.name} with another ML-DSA key", hint="restore the keys from the backup")
+        raise Refused(f"{which} lists {node.name} with another ML-DSA key", hint="restore the keys from the backup")
     return node
 
 
-def adopt(home: Path, data: bytes, keys: NodeKeys, *, sync: bool = True) -> Roster:
-    """Check a genesis file against this node's keys and put it in place. Adopting the same file again is no change.
+def adopt(home: Path, data: bytes, keys: NodeKeys, links: Sequence[Link] = (), *, sync: bool = True) -> Roster:
+    """Check a genesis file, and the changes since, against this node's keys and put them in place; the newest roster. Adopting the
+    same again is no change.
 
     Raises Malformed, Refused, or Conflict where another genesis file is in place: a log cannot be changed for another.
     """
-    roster = Roster.from_bytes(data)
+    genesis = Roster.from_bytes(data)
+    roster = follow(genesis, links)
     check_membership(roster, keys)
     path = home / genesis_name
-    if path.exists():
-        if path.read_bytes() != data:
-            hint = "a node serves one consortium; make a new node in another --home for the other"
-            raise Conflict(f"{path} is another genesis file, {load_genesis(home).sha256.hex()}", hint=hint)
-        return roster
-    durable.create(path, data, mode=0o644, durable=sync)
+    if path.exists() and path.read_bytes() != data:
+        hint = "a node serves one consortium; make a new node in another --home for the other"
+        raise Conflict(f"{path} is another genesis file, {load_genesis(home).sha256.hex()}", hint=hint)
+    if links:
+        Membership(Config.load(home).data, genesis, sync=sync).follow(links)
+    if not path.exists():
+        durable.create(path, data, mode=0o644, durable=sync)
     return roster

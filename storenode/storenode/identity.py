@@ -4,7 +4,7 @@
     HOME/keys/node.key node.crt  this node in TLS, as server and as client
     HOME/keys/cosigner.key       signs the ledger's checkpoints
     HOME/keys/cosigner-pq.key    signs them a second time, with ML-DSA-44
-    HOME/keys/log.key            signs the log itself; used only by the node that the genesis file names as sequencer
+    HOME/keys/log.key            signs the log itself while this node is sequencer
 
 Law: a peer is the key it proved to hold, and belongs to the institution whose CA itself signed its certificate: never to a name it
 states, never through another CA. Private keys lie in files that only their owner can read, or are refused.
@@ -13,6 +13,7 @@ states, never through another CA. Private keys lie in files that only their owne
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,11 +53,15 @@ class NodeKeys:
     @classmethod
     def load(cls, home: Path) -> NodeKeys:
         """Read HOME/keys. Raises Absent, Malformed, or Refused for a private key that others can read."""
-        folder = home / keys_name
-        if not folder.is_dir():
-            raise Absent(f"{folder} does not exist", hint=f"make a node there: storenode --home {home} init --help")
-        ca_certificate = _load_certificate(folder / "ca.crt")
-        certificate = _load_certificate(folder / "node.crt")
+        if not (home / keys_name).is_dir():
+            raise Absent(f"{home / keys_name} does not exist", hint=f"make a node there: storenode --home {home} init --help")
+        return cls.load_from(home / keys_name)
+
+    @classmethod
+    def load_from(cls, folder: Path) -> NodeKeys:
+        """Read a folder of keys. Raises as ``load`` does."""
+        ca_certificate = load_certificate(folder / "ca.crt")
+        certificate = load_certificate(folder / "node.crt")
         ca, log = folder / "ca.key", folder / "log.key"
         keys = cls(
             folder=folder,
@@ -96,7 +101,7 @@ class Institution:
     @classmethod
     def load(cls, folder: Path) -> Institution:
         """Read ca.key and ca.crt from a folder. Raises Absent, Malformed or Refused."""
-        certificate = _load_certificate(folder / "ca.crt")
+        certificate = load_certificate(folder / "ca.crt")
         key = load_key(folder / "ca.key")
         if identity.certificate_key(certificate) != identity.public_key(key):
             raise Malformed(f"{folder}: ca.crt is not for ca.key", hint="restore both from the same backup")
@@ -122,9 +127,9 @@ def create_node(
     certificate = identity.node_certificate(institution.key, institution.certificate, tls_key, now or datetime.now(UTC))
     secrets = {"node.key": node, "cosigner.key": cosigner, "log.key": log} | ({"ca.key": institution.key} if keep_ca_key else {})
     cosigner_pq = MLDSA44PrivateKey.generate()
-    durable.create(folder / "cosigner-pq.key", _key_pem(cosigner_pq), durable=sync)
+    durable.create(folder / "cosigner-pq.key", key_pem(cosigner_pq), durable=sync)
     for name, key in secrets.items():
-        durable.create(folder / name, _key_pem(key), durable=sync)
+        durable.create(folder / name, key_pem(key), durable=sync)
     for name, der in (("ca.crt", institution.certificate), ("node.crt", certificate)):
         durable.create(folder / name, identity.to_pem(der).encode(), mode=0o644, durable=sync)
     ca = institution.key if keep_ca_key else None
@@ -154,18 +159,28 @@ def server_ssl_context(roster: Roster, keys: NodeKeys) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # connections live long; a ticket would be one more secret, and two more messages a handshake
-    context.load_verify_locations(cadata="".join(identity.to_pem(ca) for each in roster.institutions for ca in (each.ca, *each.former)))
+    trust(context, roster)
     return _finished(context, keys)
 
 
-def client_ssl_context(ca: bytes, keys: NodeKeys) -> ssl.SSLContext:
-    """Speak as this node to the nodes of the one institution whose CA certificate (DER) is ``ca``.
+def trust(context: ssl.SSLContext, roster: Roster) -> None:
+    """Let a server's context accept what this roster's CAs issue, from the next connection on. It forgets none: ``peer_of`` does."""
+    context.load_verify_locations(cadata="".join(identity.to_pem(ca) for each in roster.institutions for ca in (each.ca, *each.former)))
+
+
+def client_contexts(roster: Roster, keys: NodeKeys) -> dict[int, ssl.SSLContext]:
+    """For each institution of a roster, what to speak to its nodes with."""
+    return {number: client_ssl_context(each.ca, keys, each.former) for number, each in enumerate(roster.institutions)}
+
+
+def client_ssl_context(ca: bytes, keys: NodeKeys, former: Iterable[bytes] = ()) -> ssl.SSLContext:
+    """Speak as this node to the nodes of the one institution whose CA certificate (DER) is ``ca``, or was one of ``former``.
 
     Connect with ``server_hostname=node_hostname(node id)``: that name is checked, whatever the address.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.hostname_checks_common_name = False
-    context.load_verify_locations(cadata=identity.to_pem(ca))
+    context.load_verify_locations(cadata="".join(map(identity.to_pem, (ca, *former))))
     return _finished(context, keys)
 
 
@@ -185,39 +200,45 @@ class Peer:
     node: NodeId | None
 
 
-_peers: dict[bytes, tuple[Roster, Peer | None]] = {}
+_peers: dict[bytes, tuple[Roster, Roster | None, Peer | None]] = {}
 
 
-def peer_of(ssl_object: ssl.SSLObject | ssl.SSLSocket | None, roster: Roster) -> Peer | None:
+def peer_of(ssl_object: ssl.SSLObject | ssl.SSLSocket | None, roster: Roster, before: Roster | None = None) -> Peer | None:
     """Say who is at the other end of a connection that ``server_ssl_context`` accepted; None for nobody in particular.
 
-    TLS has checked the chain, the dates and the possession of the key; here the certificate is bound to one institution. Costs a
+    TLS has checked the chain, the dates and the possession of the key; here the certificate is bound to one institution. ``before`` is the
+    roster of a moment ago, whose TLS keys still stand for the nodes that stay: not everybody has heard of a change at once. Costs a
     microsecond for a certificate seen before.
     """
     certificate = ssl_object.getpeercert(binary_form=True) if ssl_object is not None else None
     if not certificate:
         return None
     known = _peers.get(certificate)
-    if known is not None and known[0] is roster:
-        return known[1]
+    if known is not None and known[0] is roster and known[1] is before:
+        return known[2]
     if len(_peers) >= peers_max:
         _peers.clear()
-    peer = _peer(certificate, roster)
-    _peers[certificate] = (roster, peer)
+    peer = _peer(certificate, roster, before)
+    _peers[certificate] = (roster, before, peer)
     return peer
 
 
-def _peer(certificate: bytes, roster: Roster) -> Peer | None:
+def _peer(certificate: bytes, roster: Roster, before: Roster | None) -> Peer | None:
     try:
         key = identity.certificate_key(certificate)
     except Malformed:
         return None
     for number, institution in enumerate(roster.institutions):
         if any(identity.is_issued_by(certificate, ca) for ca in (institution.ca, *institution.former)):
-            # A node is its key in the roster, and only under its own institution: another CA may certify a key, not claim a node.
-            node = next((node.id for node in roster.nodes if node.tls_key == key and node.institution == number), None)
-            return Peer(key, number, node)
+            return Peer(key, number, _node_with(key, number, roster, before))
     return None  # issued through a link between, or by a CA that is no longer in the roster
+
+
+def _node_with(key: Key, institution: int, roster: Roster, before: Roster | None) -> NodeId | None:
+    """A node is its key in the roster, and only under its own institution: another CA may certify a key, not claim a node."""
+    own = {node.id for node in roster.nodes if node.institution == institution}
+    listed = (*roster.nodes, *(before.nodes if before is not None else ()))
+    return next((node.id for node in listed if node.tls_key == key and node.id in own), None)
 
 
 # -- files
@@ -256,7 +277,8 @@ def _load_private(path: Path) -> PrivateKeyTypes:
         raise Malformed(f"{path}: not an unencrypted private key in PEM", hint="restore it from the backup of the keys") from None
 
 
-def _load_certificate(path: Path) -> bytes:
+def load_certificate(path: Path) -> bytes:
+    """Read a certificate (PEM) as DER. Raises Absent or Malformed."""
     try:
         with path.open("rb") as file:
             certificate = x509.load_pem_x509_certificate(file.read(key_file_bytes_max))
@@ -274,5 +296,6 @@ def _certified_node(path: Path, certificate: bytes) -> NodeId:
     return node_id
 
 
-def _key_pem(key: Ed25519PrivateKey | MLDSA44PrivateKey) -> bytes:
+def key_pem(key: Ed25519PrivateKey | MLDSA44PrivateKey) -> bytes:
+    """Write a private key as its file has it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -13,7 +13,7 @@ from medshard_protocol.identity import node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Roster
 
-answer_bytes_max = 4 * 1024 * 1024  # nothing that nodes tell each other is larger; a hostile one must not fill our memory
+answer_bytes_max = 6 * 1024 * 1024  # nothing that nodes tell each other is larger; a hostile one must not fill our memory
 
 
 class Peers:
@@ -25,6 +25,10 @@ class Peers:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300), timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False
         )
+
+    def adopt(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
+        """Go by this roster from the next call on. Open connections stay as they are."""
+        self._roster, self._contexts = roster, contexts
 
     async def __call__(self, node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
         """(status, body) of the answer. Raises Unavailable when there is none."""

@@ -205,10 +205,10 @@ def _ca(key: Ed25519PrivateKey, issuer_key: Ed25519PrivateKey, subject: x509.Nam
 
 
 def _load_chain(context: ssl.SSLContext, key: Ed25519PrivateKey, *chain: bytes) -> None:
-    from storenode.identity import _key_pem
+    from storenode.identity import key_pem
 
     with tempfile.NamedTemporaryFile() as file:
-        file.write(_key_pem(key) + "".join(map(identity.to_pem, chain)).encode())
+        file.write(key_pem(key) + "".join(map(identity.to_pem, chain)).encode())
         file.flush()
         context.load_cert_chain(file.name)
 

@@ -14,6 +14,7 @@ from storenode.cli.options import Session, shared, shown_size, size
 
 if TYPE_CHECKING:
     from medshard_protocol.roster import Roster
+    from storenode.genesis import Card
 
 
 @click.command()
@@ -109,22 +110,15 @@ def genesis(session: Session, cards: tuple[Path, ...], output: Path, sequencer: 
       storenode genesis *.card --sequencer hospital-01 --code 10/16/13 -o genesis.medshard
     """
     from storenode import durable
-    from storenode.genesis import Card, card_bytes_max, found, parse_code
+    from storenode.genesis import found, parse_code
 
-    read = []
-    for path in cards:
-        try:
-            read.append(Card.from_bytes(_read(path, card_bytes_max)))
-        except Malformed as error:
-            raise Malformed(
-                f"{path} is not a card: {error}", hint=error.hint or "a card is the .card file that `storenode init` wrote"
-            ) from None
+    read = [read_card(path) for path in cards]
     roster = found(read, sequencer=sequencer, code=parse_code(code) if code else None, origin=origin)
     durable.create(output, roster.to_bytes(), mode=0o644)
     fingerprints = {card.node: card.fingerprint for card in read}
     session.tell(
-        _document(roster) | {"genesis": str(output.absolute()), "fingerprints": fingerprints},
-        *_table(roster),
+        document_of(roster) | {"genesis": str(output.absolute()), "fingerprints": fingerprints},
+        *table_of(roster),
         "",
         *(f"fingerprint  {fingerprint}  {node}" for node, fingerprint in fingerprints.items()),
         "",
@@ -140,31 +134,38 @@ def genesis(session: Session, cards: tuple[Path, ...], output: Path, sequencer: 
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--sha256", "expected", help="Refuse the file unless it has this SHA-256, read to you over another channel.")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path), metavar="GENESIS")
+@click.argument("chain", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--sha256", "expected", help="Refuse the genesis file unless it has this SHA-256, read to you over another channel.")
 @shared
-def adopt(session: Session, file: Path, expected: str | None) -> None:
+def adopt(session: Session, file: Path, chain: Path | None, expected: str | None) -> None:
     """Take a genesis file for this node, after checking that it lists this node under its keys.
+
+    A node that came later is listed in a later roster: give the CHAIN of changes too, which any member writes with
+    `storenode roster show -o chain.medshard`. Every change in it is checked, from the genesis file on.
 
     \b
     Examples:
       storenode adopt genesis.medshard
       storenode adopt genesis.medshard --sha256 3f0a…   # refuse any other
+      storenode adopt genesis.medshard chain.medshard   # into a consortium that runs already
     """
     from medshard_protocol.ids import sha256_from_hex
     from storenode.genesis import adopt as place
     from storenode.genesis import read_genesis
     from storenode.identity import NodeKeys
+    from storenode.membership import read_chain
 
     session.check_owner()
-    roster = read_genesis(file)
-    if expected is not None and sha256_from_hex(expected.strip().lower()) != roster.sha256:
-        raise Refused(f"{file} has the SHA-256 {roster.sha256.hex()}", hint="do not use it; ask the founder which one is right")
-    place(session.home, roster.to_bytes(), NodeKeys.load(session.home))
-    session.tell(_document(roster), *_table(roster))
+    genesis = read_genesis(file)
+    if expected is not None and sha256_from_hex(expected.strip().lower()) != genesis.sha256:
+        raise Refused(f"{file} has the SHA-256 {genesis.sha256.hex()}", hint="do not use it; ask the founder which one is right")
+    links = read_chain(chain) if chain else ()
+    roster = place(session.home, genesis.to_bytes(), NodeKeys.load(session.home), links)
+    session.tell(document_of(roster) | {"genesis_sha256": genesis.sha256.hex(), "number": roster.number}, *table_of(roster))
     session.note(
         "",
-        "Next: make sure that every member has the same SHA-256, then",
+        "Next: make sure that every member has the same genesis file, SHA-256 " + genesis.sha256.hex() + ", then",
         f"  storenode --home {session.home} run",
     )
 
@@ -205,6 +206,18 @@ def _read(path: Path, bytes_max: int) -> bytes:
     return data
 
 
+def read_card(path: Path) -> Card:
+    """Read a card. Raises Absent or Malformed."""
+    from storenode.genesis import Card, card_bytes_max
+
+    try:
+        return Card.from_bytes(_read(path, card_bytes_max))
+    except Malformed as error:
+        raise Malformed(
+            f"{path} is not a card: {error}", hint=error.hint or "a card is the .card file that `storenode init` wrote"
+        ) from None
+
+
 def _undo(home: Path) -> None:
     import shutil
 
@@ -215,7 +228,8 @@ def _undo(home: Path) -> None:
     shutil.rmtree(home / keys_name, ignore_errors=True)  # made a moment ago, and in no roster yet
 
 
-def _document(roster: Roster) -> dict[str, object]:
+def document_of(roster: Roster) -> dict[str, object]:
+    """A roster as JSON."""
     k, n, w = roster.code
     return {
         "genesis_sha256": roster.sha256.hex(),
@@ -236,7 +250,8 @@ def _document(roster: Roster) -> dict[str, object]:
     }
 
 
-def _table(roster: Roster) -> list[str]:
+def table_of(roster: Roster) -> list[str]:
+    """A roster for people."""
     k, n, w = roster.code
     width = max(len(node.name) for node in roster.nodes)
     lines = [
