@@ -42,6 +42,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     small_shard_bytes_max: int = 64 << 10
     body_stall_s: float = 30.0
     sweep_after_s: float = 86_400.0
+    watch_every_s: float = 15.0
 
 
 class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -198,6 +199,7 @@ def _check_numbers(path: Path, file: _File) -> None:
         ("limits.small_shard_bytes_max", limits.small_shard_bytes_max, 0, 1 << 20),
         ("limits.body_stall_s", limits.body_stall_s, 0.1, 3600),
         ("limits.sweep_after_s", limits.sweep_after_s, 0.1, 10 * 365 * 86400),
+        ("limits.watch_every_s", limits.watch_every_s, 0.1, 3600),
     )
     for key, value, least, most in checks:
         if not least <= value <= most:
@@ -264,4 +266,6 @@ format = "auto"
 # body_stall_s = {limits.body_stall_s}
 # Delete a shard that was not registered on the ledger so many seconds after it came. A slow upload must fit in.
 # sweep_after_s = {limits.sweep_after_s:_}
+# Look at every mirror's head, and prove that all heads are one history, every so many seconds.
+# watch_every_s = {limits.watch_every_s}
 """

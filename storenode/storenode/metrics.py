@@ -21,6 +21,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from medshard_protocol.errors import Unavailable
+from medshard_protocol.rights import Reason
 from storenode.config import Config
 from storenode.evidence import kinds
 
@@ -60,6 +61,8 @@ class Metrics:
         self._requests: Counter[tuple[str, str, int]] = Counter()
         self._took: dict[tuple[str, str], Histogram] = {}
         self._refused: Counter[str] = Counter()
+        self._denied: Counter[str] = Counter()
+        self._emergencies = 0
         self._bytes = {"in": 0, "out": 0}
         self._swept = 0
         self._fsync = Histogram()
@@ -67,6 +70,7 @@ class Metrics:
         self._gauges: dict[str, float] = {}
         self._entries: dict[str, int] = {}
         self._evidence: dict[str, int] = {}
+        self._findings: dict[str, int] = {}
         self._expiries: dict[str, float] = {}
 
     def request(self, method: str, route: str, status: int, seconds: float, bytes_in: int, bytes_out: int = 0) -> None:
@@ -84,6 +88,18 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Count a request that was not granted, by the class of the error."""
         self._refused[reason] += 1
+
+    def denied(self, reason: Reason) -> None:
+        """Count a read that the gate refused, by the reason."""
+        self._denied[reason.value] += 1
+
+    def emergency(self) -> None:
+        """Count a read that was served in an emergency."""
+        self._emergencies += 1
+
+    def emergencies_waiting(self, count: int) -> None:
+        """Set how many emergency reads the ledger does not have yet."""
+        self._gauges["medshard_emergency_reads_waiting"] = count
 
     def fsync(self, seconds: float) -> None:
         """Count one fsync of a shard."""
@@ -118,9 +134,13 @@ class Metrics:
         self._gauges["medshard_ledger_is_sequencer"] = status.get("role") == "sequencer"
         self._entries = {str(kind): int(count) for kind, count in dict(status.get("entries", {})).items()}
 
-    def evidence(self, counts: Mapping[str, int]) -> None:
-        """Set how many files of evidence of each kind there are."""
-        self._evidence = dict(counts)
+    def roster(self, number: int) -> None:
+        """Set which roster this node goes by."""
+        self._gauges["medshard_roster_number"] = number
+
+    def evidence(self, counts: Mapping[str, int], active: Mapping[str, int] | None = None) -> None:
+        """Set how many files of evidence of each kind there are, and about how many mirrors the watch found each kind just now."""
+        self._evidence, self._findings = dict(counts), dict(active or {})
 
     def render(self) -> bytes:
         """Give everything in Prometheus' text format. Raises Unavailable without prometheus_client."""
@@ -152,7 +172,11 @@ class Metrics:
         moved = CounterMetricFamily("medshard_body_bytes", "Bytes of request (in) and answer (out) bodies.", labels=["direction"])
         for direction, count in self._bytes.items():
             moved.add_metric([direction], count)
-        yield from (requests, refused, moved)
+        denied = CounterMetricFamily("medshard_reads_refused", "Reads of shards refused, by the reason.", labels=["reason"])
+        for reason in Reason:
+            denied.add_metric([reason.value], self._denied[reason.value])
+        yield from (requests, refused, moved, denied)
+        yield CounterMetricFamily("medshard_emergency_reads", "Reads served in an emergency.", value=self._emergencies)
         yield CounterMetricFamily("medshard_swept_shards", "Shards deleted since they were never registered.", value=self._swept)
 
     def _gauge_families(self) -> Iterable[Any]:
@@ -164,14 +188,16 @@ class Metrics:
         for kind, count in self._entries.items():
             entries.add_metric([kind], count)
         evidence = GaugeMetricFamily("medshard_evidence", "Files of evidence of misbehaviour kept by this node.", labels=["kind"])
+        findings = GaugeMetricFamily("medshard_watch_findings", "Mirrors that misbehaved in the watch's last round.", labels=["kind"])
         for kind in kinds:
             evidence.add_metric([kind], self._evidence.get(kind, 0))
+            findings.add_metric([kind], self._findings.get(kind, 0))
         expiries = GaugeMetricFamily(
             "medshard_certificate_expires_timestamp_seconds", "When a certificate in use ends.", labels=["certificate"]
         )
         for certificate, expires in self._expiries.items():
             expiries.add_metric([certificate], expires)
-        yield from (entries, evidence, expiries)
+        yield from (entries, evidence, findings, expiries)
         yield GaugeMetricFamily("medshard_start_timestamp_seconds", "When this process started.", value=self.started)
         build = GaugeMetricFamily("medshard_build_info", "Always 1.", labels=["version"])
         build.add_metric([version("medshard")], 1)
@@ -197,6 +223,8 @@ _help: Final = {
     "medshard_stored_bytes": "Bytes of shards and manifests stored.",
     "medshard_free_bytes": "Bytes that may still be stored: the lesser of quota left and disk left.",
     "medshard_capacity_bytes": "Bytes that this node may store at most.",
+    "medshard_roster_number": "Which roster this node goes by; 0 is the genesis file.",
+    "medshard_emergency_reads_waiting": "Emergency reads that are served and not yet in the ledger.",
     "medshard_ledger_size": "Entries in this node's mirror of the ledger.",
     "medshard_ledger_published_size": "Entries under the newest checkpoint that a quorum cosigned, as far as this node knows.",
     "medshard_ledger_is_sequencer": "1 on the node that orders entries.",

@@ -42,6 +42,7 @@ from storenode.config import Config
 from storenode.ledger import Ledger
 from storenode.shardstore import Incoming, Shard, ShardStore
 from storenode.shardstore.store import check_size
+from storenode.watching.inside import watch_key
 
 thread_cells_least: Final = 2048
 block_bytes: Final = 1024 * 1024  # one thread hop and one disk call for this much
@@ -232,6 +233,7 @@ async def status(request: web.Request) -> web.Response:
                 "capacity_bytes": node.config.capacity_bytes,
                 "free_bytes": node.store.free_bytes(),
                 "ledger": node.ledger.status(),
+                "watch": watch.status() if (watch := request.app.get(watch_key)) else None,
             }
         ),
         content_type="application/json",

@@ -199,7 +199,7 @@ async def test_two_roots_of_one_size_are_a_fork_that_names_who_signed_both(watch
     assert verdict.proven
     text = "\n".join(verdict.lines)
     assert "The log key of node0 signed both." in text
-    assert "node0 of Institution 0 cosigned both" in text
+    assert "node0 of Institution 0 cosigned both." in text
     assert "node2 of Institution 2 cosigned both" not in text
     assert "Both have a quorum, so at least one of these broke its word: Institution 0 and Institution 1." in text
 

@@ -116,7 +116,7 @@ async def _rollback(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
     if after.checkpoint.size >= before.checkpoint.size:
         return Verdict(False, (*lines, "Note 2 is not smaller than note 1."))
     backwards = [node for node, time in after.cosigned.items() if node in before.cosigned and time > before.cosigned[node]]
-    if backwards:
+    if backwards and before.roster.has_quorum(before.cosigned):  # what no quorum stands behind may be dropped again
         lines += [f"{_voice(node, after.roster)} cosigned the smaller head after it had cosigned the larger one." for node in backwards]
         return Verdict(True, tuple(lines))
     lines.append(
@@ -262,13 +262,17 @@ def _double_signers(one: Signed, two: Signed) -> list[str]:
     if not lines:
         lines.append(
             f"The log keys are of different nodes, {_listed(one.loggers)} and {_listed(two.loggers)}: where one took over from the other"
-            " before a quorum had seen its last head, this happens to honest ones."
+            " before a quorum had seen its last head, this happens to honest nodes."
         )
     both = {_voice(node, one.roster) for node in one.cosigned if node in two.cosigned}
-    lines += [f"{voice} cosigned both: an honest mirror never does." for voice in sorted(both)]
+    lines += [f"{voice} cosigned both." for voice in sorted(both)]
     if one.roster.has_quorum(one.cosigned) and two.roster.has_quorum(two.cosigned):
         names = _institutions(one) & _institutions(two)
         lines.append(f"Both have a quorum, so at least one of these broke its word: {_listed(names)}.")
+    else:
+        lines.append(
+            "A head without a quorum binds nobody, and a mirror may drop it when a quorum publishes another; its signers signed it."
+        )
     return lines
 
 
