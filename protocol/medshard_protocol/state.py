@@ -33,7 +33,7 @@ from medshard_protocol.entries import (
     Withdraw,
 )
 from medshard_protocol.errors import MedshardError
-from medshard_protocol.facts import Documents, Facts, Granted, Held, Identity, Registration, row_of
+from medshard_protocol.facts import Documents, Facts, Granted, Held, Identity, Registration, row_of, vote_key
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.roster import Roster
 from medshard_protocol.rules import objection
@@ -158,7 +158,7 @@ class State(Facts):
     def _take_vote(self, body: Approve | Freeze, author: Key) -> None:
         institution = _known(self.roster.institution_of(author))
         of = body.roster_sha256 if isinstance(body, Approve) else body.successor
-        self._put(Table.VOTES, self._vote_prefix(body.type, of) + institution.name.encode(), (self._size,))
+        self._put(Table.VOTES, vote_key(self.roster, body.type, of, institution.name), (self._size,))
         if len(self.votes(body.type, of)) < self.roster.quorum.q:
             return
         if isinstance(body, Freeze):
