@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from medshard.cli.options import Session
 
 institutions_default = 6
+standing_reason = "a trial on one machine, with too few of its nodes running"
 start_wait_s = 60.0  # sixteen Python processes on two busy cores take 10
 stop_wait_s = 10.0  # what a node gets to finish what is in flight
 _probe_wait_s = 2.0
@@ -47,6 +48,7 @@ class LocalConsortium:
     def __init__(self, folder: Path, *, institutions: int | None = None, code: tuple[int, int] | None = None) -> None:
         self.folder = folder.absolute()
         self.vault_home = self.folder / "vault"
+        self.auditors_key = self.folder / "auditors.key"  # under the vault's passphrase
         self._genesis = self.folder / "genesis.medshard"
         self._institutions = institutions
         self._code = code
@@ -75,6 +77,13 @@ class LocalConsortium:
     def names(self) -> list[str]:
         """The nodes' names, sorted."""
         return sorted(path.parent.name for path in self.folder.glob("nodes/*/config.toml"))
+
+    def invite(self, name: str | None = None) -> str:
+        """A one-time code to join the institution of a node, the first by default. Raises Unavailable."""
+        invited = _storenode(["--home", str(self.home(name or self.names[0])), "invite"])
+        if invited.returncode != 0:
+            raise Unavailable(f"no invitation could be made: {invited.stderr.strip()}")
+        return invited.stdout.split()[0]
 
     def home(self, name: str) -> Path:
         """A node's folder."""
@@ -160,13 +169,33 @@ class LocalConsortium:
             self._check_same()
             return
         code = ["--code", f"{self._code[0]}/{self._code[1]}"] if self._code else []
-        made = _storenode(["consortium", str(self.folder), "--institutions", str(self._institutions or institutions_default), *code])
+        institutions = ["--institutions", str(self._institutions or institutions_default)]
+        made = _storenode(["consortium", str(self.folder), *institutions, *code, *self._emergency()])
         if made.returncode != 0:
             said, _, hint = made.stderr.strip().partition("\nhint: ")
             if "No module named" in said:
                 hint = "Nodes need more packages than clients: pip install 'medshard[node]'."
             message = said.splitlines()[-1] if said else f"exit code {made.returncode}"
             raise Absent(f"no consortium could be made in {self.folder}: {message.removeprefix('storenode: ')}", hint=hint)
+
+    def _emergency(self) -> list[str]:
+        """Make the vault's key and the auditors' before the roster that is to name them."""
+        from medshard import auditors
+        from medshard.home import Home
+        from medshard.keys import create_key_file, open_key_file
+
+        self.vault_home.mkdir(parents=True, mode=0o700, exist_ok=True)
+        secret, reason = self.vault_home / "passphrase", self.vault_home / "break-glass"
+        if not secret.exists():
+            _write_private(secret, secrets.token_urlsafe(24) + "\n")
+        if not reason.exists():
+            _write_private(reason, standing_reason + "\n")
+        key_file, public = Home(self.vault_home).key_file, self.folder / "auditors.pub"
+        keys = open_key_file(key_file, self.passphrase) if key_file.exists() else create_key_file(key_file, self.passphrase, fast=True)
+        if not self.auditors_key.exists():
+            auditors.create(self.auditors_key, self.passphrase, fast=True)
+        public.write_text(auditors.load(self.auditors_key, self.passphrase).public.hex() + "\n")
+        return ["--emergency", keys.public.hex(), "--auditors", str(public)]
 
     def _check_same(self) -> None:
         there = Roster.from_bytes(self._genesis.read_bytes())
@@ -187,10 +216,14 @@ class LocalConsortium:
             self._lock = None
             raise Conflict(f"the consortium in {self.folder} runs already", hint="Use it, or choose another --dir.") from None
 
+    def _program(self, name: str) -> list[str]:
+        """The command line of a node."""
+        return [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "run"]
+
     def _spawn(self, name: str) -> None:
         home = self.home(name)
         tether = str(Path(__file__).with_name("tether.py"))
-        program = [sys.executable, "-m", "storenode", "--home", str(home), "run"]
+        program = self._program(name)
 
         def start() -> subprocess.Popen[bytes]:
             with (home / "log").open("ab") as log:
@@ -235,18 +268,15 @@ class LocalConsortium:
 
         if Home(self.vault_home).certificate.exists():
             return
-        invited = _storenode(["--home", str(self.home(self.names[0])), "invite"])
-        if invited.returncode != 0:
-            raise Unavailable(f"no invitation could be made: {invited.stderr.strip()}")
-        self.vault_home.mkdir(mode=0o700, exist_ok=True)
-        secret = self.vault_home / "passphrase"
-        if not secret.exists():
-            with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_urlsafe(24) + "\n")
-        joining = Vault.join(self.vault_home, invited.stdout.split()[0], self.passphrase, fast_kdf=True)
+        joining = Vault.join(self.vault_home, self.invite(), self.passphrase, fast_kdf=True)
         # In another thread, because this one may have an event loop that runs.
         with ThreadPoolExecutor(max_workers=1) as aside:
             aside.submit(asyncio.run, joining).result()
+
+
+def _write_private(path: Path, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def _storenode(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

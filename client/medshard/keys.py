@@ -79,11 +79,16 @@ def create_key_file(path: Path, passphrase: str, *, root: bytes | None = None, f
 
 def seal_root(keys: VaultKeys, passphrase: str, *, fast: bool = False) -> bytes:
     """The key file's bytes."""
+    return seal(magic, keys.root, keys.public, passphrase, fast=fast)
+
+
+def seal(kind: str, secret: bytes, public: bytes, passphrase: str, *, fast: bool) -> bytes:
+    """A file that holds 32 secret bytes under a passphrase; ``kind`` is its magic, ``public`` 32 bytes that name the key."""
     salt, nonce = os.urandom(16), os.urandom(12)
     log2_n = scrypt_fast_log2_n if fast else scrypt_log2_n
-    head: list[canonical.Value] = [magic, "scrypt", salt, log2_n, scrypt_r, scrypt_p, keys.public]
+    head: list[canonical.Value] = [kind, "scrypt", salt, log2_n, scrypt_r, scrypt_p, public]
     stretched = _stretch(passphrase, salt, log2_n, scrypt_r, scrypt_p)
-    return canonical.encode([*head, nonce, AESGCM(stretched).encrypt(nonce, keys.root, canonical.encode(head))])
+    return canonical.encode([*head, nonce, AESGCM(stretched).encrypt(nonce, secret, canonical.encode(head))])
 
 
 def open_key_file(path: Path, passphrase: str) -> VaultKeys:
@@ -97,23 +102,28 @@ def open_key_file(path: Path, passphrase: str) -> VaultKeys:
 
 def open_root(data: bytes, passphrase: str) -> VaultKeys:
     """The keys in a key file's bytes. Raises Malformed or Refused."""
-    f = canonical.Fields(canonical.decode(data, bytes_max=key_file_bytes_max, what="key file"), count=9, what="key file")
-    if (f.text(most=32), f.text(most=16)) != (magic, "scrypt"):
-        raise Malformed("key file: a version this program does not know")
-    salt, log2_n = f.bytes(exactly=16), f.uint(least=10, most=20)  # 2^20 blocks are 1 GiB: nothing of ours asks for more
-    r, p, public = f.uint(least=1, most=8), f.uint(least=1, most=16), f.bytes(exactly=32)
-    nonce, sealed = f.bytes(exactly=12), f.bytes(exactly=48)
-    aad = canonical.encode([magic, "scrypt", salt, log2_n, r, p, public])
-    try:
-        root = AESGCM(_stretch(passphrase, salt, log2_n, r, p)).decrypt(nonce, sealed, aad)
-    except (MemoryError, ValueError):  # RFC 7914 allows N only below 2^(16 r)
-        raise Malformed("key file: scrypt parameters that cannot be computed here") from None
-    except InvalidTag:
-        raise Refused("the passphrase does not open this vault", hint="check MEDSHARD_PASSPHRASE, or type it again") from None
+    root, public = open_sealed(magic, data, passphrase)
     keys = VaultKeys.from_root(root)
     if keys.public != public:  # GCM commits to no key: only this comparison rules out a second root under a second passphrase
         raise Malformed("key file: its public key is not the one its root gives")
     return keys
+
+
+def open_sealed(kind: str, data: bytes, passphrase: str) -> tuple[bytes, bytes]:
+    """(secret, public) of a file made by ``seal``; that they belong together is for the caller to check. Raises Malformed or Refused."""
+    f = canonical.Fields(canonical.decode(data, bytes_max=key_file_bytes_max, what="key file"), count=9, what="key file")
+    if (f.text(most=32), f.text(most=16)) != (kind, "scrypt"):
+        raise Malformed("key file: a version this program does not know")
+    salt, log2_n = f.bytes(exactly=16), f.uint(least=10, most=20)  # 2^20 blocks are 1 GiB: nothing of ours asks for more
+    r, p, public = f.uint(least=1, most=8), f.uint(least=1, most=16), f.bytes(exactly=32)
+    nonce, sealed = f.bytes(exactly=12), f.bytes(exactly=48)
+    aad = canonical.encode([kind, "scrypt", salt, log2_n, r, p, public])
+    try:
+        return AESGCM(_stretch(passphrase, salt, log2_n, r, p)).decrypt(nonce, sealed, aad), public
+    except (MemoryError, ValueError):  # RFC 7914 allows N only below 2^(16 r)
+        raise Malformed("key file: scrypt parameters that cannot be computed here") from None
+    except InvalidTag:
+        raise Refused("the passphrase does not open this vault", hint="check MEDSHARD_PASSPHRASE, or type it again") from None
 
 
 def _stretch(passphrase: str, salt: bytes, log2_n: int, r: int, p: int) -> bytes:

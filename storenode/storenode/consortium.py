@@ -15,11 +15,12 @@ import shutil
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from medshard_protocol.errors import Conflict, Malformed, Unavailable
+from medshard_protocol.ids import Key
 from medshard_protocol.invite import Invite
 from medshard_protocol.roster import Roster
 from storenode.config import write_config
@@ -53,9 +54,19 @@ class Layout:
         return self.folder / nodes_name / name
 
 
-def lay_out(folder: Path, institutions: int, *, code: Code | None, capacity: int, base_port: int | None = None) -> Layout:
+def lay_out(
+    folder: Path,
+    institutions: int,
+    *,
+    code: Code | None,
+    capacity: int,
+    base_port: int | None = None,
+    emergency: Sequence[Key] = (),
+    auditors: bytes = b"",
+) -> Layout:
     """Make a consortium of so many institutions with a node each, or find the one that is there.
 
+    ``emergency`` are identities that may read when the ledger is out of reach; their reasons are sealed to the HPKE key ``auditors``.
     Raises Conflict where another one is there, Malformed for numbers that make none, Unavailable without free ports.
     """
     if not 1 <= institutions <= institutions_max:
@@ -75,6 +86,7 @@ def lay_out(folder: Path, institutions: int, *, code: Code | None, capacity: int
         cards.append(card)
         keys.append(node_keys)
     roster = found(cards, sequencer=cards[0].node, code=code, origin=origin)
+    roster = replace(roster, emergency=tuple(sorted(set(emergency))), auditors=auditors)
     data = roster.to_bytes()
     for card, node_keys in zip(cards, keys, strict=True):
         adopt(part / card.node, data, node_keys, sync=False)
