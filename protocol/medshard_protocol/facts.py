@@ -83,15 +83,6 @@ class Ended:
     id: bytes  # of the grant, or of the file
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A new roster that the log decided on."""
-
-    index: int  # of the deciding entry
-    roster: Roster
-    approvals: tuple[int, ...]  # indices of the entries by which its predecessor's institutions approved it
-
-
 def vote_key(roster: Roster, what: Type, sha256: Sha256, institution: str) -> bytes:
     """Where an institution's voice stands in ``Table.VOTES``: under this roster, for this document, or for the end and this successor."""
     return _vote_prefix(roster, what, sha256) + institution.encode()
@@ -141,16 +132,6 @@ class Facts:
         """How many entries of this type had an effect."""
         row = self.tables.get(Table.COUNTS, type_.name.encode())
         return 0 if row is None else int(row[0])
-
-    def changes(self, number: int) -> list[Change]:
-        """The rosters that the log decided on after the one with this number, in order."""
-        found = []
-        for at, (decided, roster) in enumerate(self._rosters):
-            if roster.number > number and at > 0:
-                prefix = _vote_prefix(self._rosters[at - 1][1], Type.ROSTER, roster.sha256)
-                votes = sorted(row[0] for _, row in self.tables.scan(Table.VOTES, prefix, after(prefix)))
-                found.append(Change(decided, roster, tuple(votes)))
-        return found
 
     def rows(self) -> dict[Table, dict[bytes, Row]]:
         """Everything that is known, to compare; without what only serves to take entries back."""

@@ -24,6 +24,7 @@ from medshard_protocol.entries import (
     Retire,
     Revoke,
     Timestamp,
+    Type,
     Withdraw,
 )
 from medshard_protocol.errors import Absent, Conflict, MedshardError, Refused
@@ -345,9 +346,9 @@ def test_a_roster_is_in_effect_from_the_entry_after_the_quorum(consortium):
     assert log.state.roster == new
     assert (log.state.roster_at(decided), log.state.roster_at(decided + 1)) == (c.roster, new)
     log.must("owner", access)
-    (change,) = log.state.changes(0)
-    assert (change.index, change.roster, change.approvals) == (decided, new, (decided - 5, decided - 3, decided))
-    assert log.state.changes(1) == []
+    assert log.state.decided == [(decided, new)]
+    voices = {f"Institution {number}": place for number, place in ((0, decided - 5), (1, decided - 3), (3, decided))}
+    assert log.state.ballots(Type.ROSTER, 0) == {new.sha256: voices}
     for number in range(4):  # a document that was decided is decided
         log.say(f"ca {number}", Approve(new.sha256, nonce))
     assert log.state.roster == new
