@@ -190,10 +190,16 @@ class Admitted(Net):
     """The connections of a net, with a pass shown along with each request for shards. Lives for one read."""
 
     def __init__(self, net: Net, shown: Pass) -> None:
-        super().__init__(net.roster, net._contexts)
-        self.health = net.health
-        self._session = net._session
+        self.__dict__.update(net.__dict__)  # the same sessions, lines and memory of who was slow: only what is shown differs
         self._shown = shown
+
+    def shard_headers(self) -> dict[str, str]:
+        """What goes with each request for shards."""
+        return self._shown.headers()
+
+    async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
+        """Whether it is worth while to ask again what a holder objected to for the ``tries``th time."""
+        return await self._shown.helped(node, error, tries)
 
     async def call(
         self, node: Node, method: str, path: str, body: bytes = b"", *, timeout_s: float, ok: Collection[int] = (200, 201, 204)
@@ -204,7 +210,7 @@ class Admitted(Net):
             try:
                 return await super().call(node, method, path, body, timeout_s=timeout_s, ok=ok)
             except MedshardError as error:
-                if not await self._shown.helped(node, error, tries):
+                if not await self.helped(node, error, tries):
                     raise
             tries += 1
 
@@ -218,7 +224,7 @@ class Admitted(Net):
                     body = await stack.enter_async_context(super().receive(node, path))
                     break
                 except MedshardError as error:
-                    if not await self._shown.helped(node, error, tries):
+                    if not await self.helped(node, error, tries):
                         raise
                 tries += 1
             yield body
@@ -233,7 +239,7 @@ class Admitted(Net):
         headers: Mapping[str, str],
         timeout_s: float | None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with super()._open(node, method, path, body, {**headers, **self._shown.headers()}, timeout_s) as response:
+        async with super()._open(node, method, path, body, {**headers, **self.shard_headers()}, timeout_s) as response:
             yield response
 
 

@@ -16,7 +16,17 @@ from medshard_protocol.errors import Damaged, MedshardError
 if TYPE_CHECKING:
     from medshard.vault import Vault
 
-_marks = {"proven": "✓", "damaged": "✗", "missing": "✗", "unreachable": "?", "slow": "?", "ok": "✓", "warn": "!", "bad": "✗"}
+_marks = {
+    "proven": "✓",
+    "unproven": "?",
+    "damaged": "✗",
+    "missing": "✗",
+    "unreachable": "?",
+    "slow": "?",
+    "ok": "✓",
+    "warn": "!",
+    "bad": "✗",
+}
 
 
 @click.command(epilog=examples("medshard verify 3b1f…", "medshard verify --all --json"))
@@ -27,7 +37,8 @@ def verify(session: Session, hashes: tuple[bytes, ...], everything: bool) -> int
     """Ask every holder to prove its shard.
 
     A holder re-reads and re-hashes its whole shard, and shows a few cells that we choose with their Merkle paths. The shards
-    themselves are not downloaded.
+    themselves are not downloaded. Like every read it is announced in the ledger first; without a quorum there is only the holders'
+    word, and nothing is proven.
     """
     if everything == bool(hashes):
         raise click.UsageError("name the files by their SHA-256, or say --all")
@@ -58,8 +69,8 @@ async def _verify(session: Session, hashes: tuple[bytes, ...]) -> list[VerifyRep
 
 
 async def _each(vault: Vault, wanted: Iterable[bytes]) -> AsyncIterator[VerifyReport]:
-    for each in wanted:
-        yield await vault.verify(each)
+    async for report in vault.verify_each(list(wanted)):
+        yield report
 
 
 def _one_of_each(vault: Vault) -> list[bytes]:

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 _long = click.option("-l", "--long", is_flag=True, help="With all attributes.")
 
 
-@click.command(epilog=examples("medshard ls", "medshard ls -l", "medshard ls --json | jq '.files | length'"))
+@click.command(epilog=examples("medshard ls", "medshard ls -l", "medshard ls --shared", "medshard ls --json | jq '.files | length'"))
 @_long
+@click.option("--shared", "received", is_flag=True, help="What others share with this vault, instead of its own.")
 @shared
-def ls(session: Session, long: bool) -> int:
+def ls(session: Session, long: bool, received: bool) -> int:
     """List the files: SHA256, size, day, name.
 
-    The list comes from the local index, without asking a node; reindex rebuilds it.
+    The list comes from the local index, without asking a node; reindex rebuilds it. What others have shared lately gets into it with
+    `medshard shared`.
     """
     from medshard.query import Query
 
-    return run(_list(session, Query(), long=long))
+    return run(_list(session, Query(), long=long, own=not received, received=received))
 
 
 @click.command(
@@ -63,7 +65,8 @@ def find(
 ) -> int:
     """Find files by patient, name, date, policy …
 
-    Every condition given must hold. Case and accents do not matter. Prints what ls prints, and nothing where nothing is found.
+    Every condition given must hold. Case and accents do not matter. Prints what ls prints, and nothing where nothing is found. Files
+    that others share with this vault are found too.
     """
     from medshard.query import Query
 
@@ -84,9 +87,9 @@ def find(
     return run(_list(session, query, long=long))
 
 
-async def _list(session: Session, query: Query, *, long: bool) -> int:
+async def _list(session: Session, query: Query, *, long: bool, own: bool = True, received: bool = True) -> int:
     async with session.vault() as vault:
-        rows = vault.find(query)
+        rows = vault.find(query, own=own, shared=received)
         if session.json:
             output.documents("files", rows)
         else:
@@ -130,6 +133,7 @@ def _tell(info: Info) -> None:
         "stored": f"{info.stored_bytes:,} bytes on {info.n} nodes, {info.stored_bytes / plain:.2f} times the plain size",
         "file id": row.file_id.hex(),
         "manifest": info.manifest_sha256.hex(),
+        **({"owner": row.owner.hex()} if row.owner else {}),
         "ledger": f"entry {info.ledger_index} of {info.tree_size}, inclusion proven",
         "cosigned by": ", ".join(info.cosigners),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, local, look, output, store
+from medshard.cli import check, history, local, look, output, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -53,6 +53,13 @@ for _part in (
     look.ls,
     look.find,
     look.info,
+    sharing.share,
+    sharing.revoke,
+    sharing.shared_files,
+    history.log,
+    sharing.key,
+    sharing.contacts,
+    history.auditor_key,
     check.verify,
     check.doctor,
     check.reindex,

@@ -96,6 +96,27 @@ def tag(text: str) -> tuple[str, str]:
     return key, value
 
 
+def purpose(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --purpose, with what it is for."""
+
+    def parse(context: click.Context, parameter: click.Parameter, value: str | None) -> int:
+        from medshard.grants import purpose_number
+
+        return int(purpose_number(value)) if value else 0
+
+    return click.option(
+        "--purpose",
+        type=click.Choice(_purposes, case_sensitive=False),
+        callback=parse,
+        metavar="WORD",
+        help=f"{text} One of: {', '.join(_purposes)}.",
+    )
+
+
+# Those of the ledger, but for the two that nobody says: unspecified, and emergency, which is --break-glass.
+_purposes = ("treatment", "insurance", "operations", "research", "patient-request", "legal")
+
+
 def examples(*lines: str) -> str:
     """Lay out examples at the end of a help text, unwrapped."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

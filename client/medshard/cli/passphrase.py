@@ -34,6 +34,20 @@ def new(home: Path) -> str:
         sys.stderr.write("These differ. Once more.\n")
 
 
+def of_auditors(file: Path, *, new: bool = False) -> str:
+    """The passphrase of an auditors' key file: MEDSHARD_AUDITORS_PASSPHRASE, or on the terminal; twice for a new one."""
+    if (text := os.environ.get("MEDSHARD_AUDITORS_PASSPHRASE")) is not None:
+        return text
+    hint = "Set MEDSHARD_AUDITORS_PASSPHRASE, or run the command on a terminal."
+    first = _ask(f"Passphrase of {file}: ", hint)
+    if new and not first:
+        raise Refused("an empty passphrase protects nothing", hint="Choose several words that nobody else would.")
+    while new and first != _ask("Again: ", hint):
+        sys.stderr.write("These differ. Once more.\n")
+        first = _ask(f"Passphrase of {file}: ", hint)
+    return first
+
+
 def _given(home: Path) -> str | None:
     if (text := os.environ.get("MEDSHARD_PASSPHRASE")) is not None:
         return text
@@ -52,9 +66,9 @@ def _read(path: Path) -> str:
         raise Refused(f"{path} is not a text file", hint="It should hold the passphrase, in UTF-8, on one line.") from None
 
 
-def _ask(prompt: str) -> str:
+def _ask(prompt: str, hint: str = _hint) -> str:
     if not sys.stdin.isatty():
-        raise Refused("the vault needs its passphrase, and there is no terminal to ask on", hint=_hint)
+        raise Refused("a passphrase is needed, and there is no terminal to ask on", hint=hint)
     import getpass
 
     return getpass.getpass(prompt, stream=sys.stderr)

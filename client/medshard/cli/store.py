@@ -6,13 +6,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit
-from medshard.cli.options import Session, examples, run, sha256, shared, tag
+from medshard.cli.options import Session, examples, purpose, run, sha256, shared, tag
 from medshard.model import GetReport, PutReport
 from medshard.text import shown
 
@@ -94,23 +94,32 @@ def _tell_put(session: Session, report: PutReport, took_s: float) -> None:
         "medshard get 3b1f…                     # under its own name, here",
         "medshard get 3b1f… -o back.dcm",
         "medshard get 3b1f… -o - | dcmdump -",
+        "medshard get 3b1f… --purpose treatment",
         "medshard find --patient doe --json | jq -r '.files[].sha256' | xargs medshard get -o restored/",
+        "medshard get 3b1f… --break-glass 'patient unconscious, emergency room 3'",
     )
 )
 @click.argument("hashes", nargs=-1, required=True, type=sha256, metavar="SHA256...")
 @click.option("-o", "--output", "destination", type=_local, metavar="PATH", help="File or folder to write to; - is standard output.")
 @click.option("-f", "--force", is_flag=True, help="Replace a file of the same name that is here already.")
+@purpose("What the files are read for, as the ledger will say.")
+@click.option("--break-glass", metavar="REASON", help="Read even if the ledger is out of reach; auditors will see the REASON.")
 @shared
-def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, force: bool) -> int:
-    """Restore files by their SHA-256.
+def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, force: bool, purpose: int, break_glass: str | None) -> int:
+    """Restore files by their SHA-256: this vault's, or shared with it.
 
     Every byte is checked on the way, and the whole against its SHA-256, before the file gets its name: there is the right file,
     or none. Several files go into a folder, under the names they were put with.
+
+    The read is written into the ledger before a node gives out anything. When the ledger has no quorum, nothing is read; an identity
+    that the roster marks for emergencies may read with --break-glass, which is written down as soon as the ledger is back.
     """
+    _check_reason(break_glass)
     to_pipe = destination is not None and str(destination) == "-"
     if len(hashes) > 1 and destination is not None and not to_pipe and destination.exists() and not destination.is_dir():
         raise click.BadParameter(f"{destination} is a file; several files need a folder", param_hint="-o")
-    reports = run(_restore(session, hashes, destination, to_pipe=to_pipe, replace=force))
+    why = _Why(purpose, break_glass)
+    reports = run(_restore(session, hashes, destination, why, to_pipe=to_pipe, replace=force))
     if session.json and not to_pipe:
         output.document({"restored": output.plain(reports)})
     elif not to_pipe:
@@ -121,20 +130,34 @@ def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, f
     return Exit.OK
 
 
+class _Why(NamedTuple):
+    purpose: int
+    break_glass: str | None
+
+
+def _check_reason(reason: str | None) -> None:
+    if reason is None:
+        return
+    from medshard.envelopes import reason_text_bytes_max
+
+    if not 1 <= len(reason.strip().encode()) <= reason_text_bytes_max:
+        raise click.BadParameter(f"a reason has 1 to {reason_text_bytes_max} bytes of text", param_hint="--break-glass")
+
+
 async def _restore(
-    session: Session, hashes: tuple[bytes, ...], destination: Path | None, *, to_pipe: bool, replace: bool
+    session: Session, hashes: tuple[bytes, ...], destination: Path | None, why: _Why, *, to_pipe: bool, replace: bool
 ) -> list[GetReport]:
     async with session.vault() as vault:
         with output.meter(wanted=not (session.quiet or session.json)) as progress:
             if to_pipe:
                 out: BinaryIO = sys.stdout.buffer
-                return [await vault.get(wanted, out=out, progress=progress) for wanted in hashes]
+                return [await vault.get(wanted, out=out, progress=progress, **why._asdict()) for wanted in hashes]
             if len(hashes) == 1:
                 named = destination is not None and not destination.is_dir()
-                return [await vault.get(hashes[0], destination, progress=progress, overwrite=replace or named)]
+                return [await vault.get(hashes[0], destination, progress=progress, overwrite=replace or named, **why._asdict())]
             folder = destination or Path()
             folder.mkdir(parents=True, exist_ok=True)
-            return await vault.get_many(hashes, folder, progress=progress, overwrite=replace)
+            return await vault.get_many(hashes, folder, progress=progress, overwrite=replace, **why._asdict())
 
 
 def _remark(reports: list[GetReport]) -> None:
@@ -144,4 +167,7 @@ def _remark(reports: list[GetReport]) -> None:
     for node, count in sorted(bad.items()):
         output.note(f"medshard: {node} gave {count} damaged cells; they were made good from other nodes. See `medshard verify`.")
     if not all(report.recorded for report in reports):
-        output.note("medshard: the ledger is out of reach; the record of this read is kept here and appended next time.")
+        output.note(
+            "medshard: the ledger is out of reach: this was an EMERGENCY read. Its signed record, with the reason, is kept by the nodes "
+            "and here, and will stand flagged in the ledger."
+        )
