@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from medshard.grants import KnownGrant
 from medshard.index import Index
 from medshard.model import Row
 from medshard.query import Query
 from medshard_protocol.errors import Absent, Damaged
+from medshard_protocol.ids import FileId, Key, Sha256
 
 key = bytes(range(32))
 row = Row(
@@ -210,3 +212,57 @@ def test_a_search_among_many_rows_is_quick(index: Index) -> None:
     found = list(index.find(Query(name="IM00999", patient="jane doe")))
     assert [r.member for r in found] == [999]
     assert time.perf_counter() - start < 1.5  # 0.1 s here; the aim is 100,000 rows in 3 s
+
+
+grant = KnownGrant(7, FileId(b"f" * 32), Sha256(b"g" * 32), Key(b"o" * 32), 1_900_000_000, 2, given=False, sealed=b"s" * 1168)
+
+
+def test_what_is_shared_stands_apart_from_what_is_owned(index: Index) -> None:
+    own, received = row, replace(row, file_id=b"G" * 32, owner=b"o" * 32)
+    index.add_many([(b"t" * 32, own), (b"t" * 32, received)])
+    assert index.by_tag(b"t" * 32) == [own]
+    assert index.by_tag(b"t" * 32, received=True) == [received]
+    assert list(index.rows()) == [own]
+    assert list(index.find(Query(), received=True)) == [received]
+    assert index.by_file(received.file_id, received=True) == [received]
+
+
+def test_grants_come_back_in_the_order_of_the_ledger_and_are_replaced(index: Index) -> None:
+    given = replace(grant, index=3, given=True, sealed=b"")
+    for each in (grant, given):
+        index.put_grant(each)
+    assert index.grants() == index.grants(grant.file_id) == [given, grant]
+    assert index.grants(b"x" * 32) == []
+    index.put_grant(replace(grant, ended=9))
+    assert [each.ended for each in index.grants()] == [0, 9]
+
+
+def test_a_cursor_is_kept_for_each_node_and_forgotten_with_the_rest(index: Index) -> None:
+    assert index.cursor(b"n" * 16) == -1
+    index.put_cursor(b"n" * 16, 40)
+    index.put_grant(grant)
+    assert index.cursor(b"n" * 16) == 40
+    index.clear()
+    assert index.cursor(b"n" * 16) == -1
+    assert index.grants() == []
+
+
+def test_no_key_and_no_reader_of_a_grant_lies_open_on_the_disk(path: Path) -> None:
+    with Index(path, key) as index:
+        index.put_grant(grant)
+    written = b"".join(each.read_bytes() for each in path.parent.iterdir())
+    assert grant.sealed not in written
+    assert grant.peer not in written
+
+
+def test_an_index_of_the_first_version_is_kept_and_learns_about_grants(path: Path) -> None:
+    with Index(path, key) as index:
+        index.add(b"t" * 32, row)
+    with sqlite3.connect(path) as db:
+        for table in ("received", "grants", "cursors"):
+            db.execute(f"DROP TABLE {table}")
+        db.execute("PRAGMA user_version = 1")
+    with Index(path, key) as index:
+        index.put_grant(grant)
+        assert list(index.rows()) == [row]
+        assert index.grants() == [grant]
