@@ -25,7 +25,7 @@ from medshard_protocol.rights import Reason
 from storenode.config import Config
 from storenode.evidence import kinds
 
-methods: Final = frozenset({"GET", "HEAD", "PUT", "POST"})
+methods: Final = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE"})
 seconds_buckets: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 content_type: Final = "text/plain; version=0.0.4; charset=utf-8"
 

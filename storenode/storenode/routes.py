@@ -39,6 +39,7 @@ from medshard_protocol.messages import (
 from medshard_protocol.shards import cell_bytes_max, cells_in, check_cells, code_n_max, digests
 from storenode.callers import caller
 from storenode.config import Config
+from storenode.gate import gate_key
 from storenode.ledger import Ledger
 from storenode.shardstore import Incoming, Shard, ShardStore
 from storenode.shardstore.store import check_size
@@ -148,6 +149,7 @@ async def head_shard(request: web.Request) -> web.Response:
 async def get_shard(request: web.Request) -> web.StreamResponse:
     """Cells of one shard, after the digests or Merkle paths that check them."""
     node, (file_id, index) = request.app[node_key], _shard_id(request)
+    await request.app[gate_key].admit(caller(request).key, request.headers, (file_id,))
     shard = node.store.shard_at(file_id, index)
     cells = _span(request.query.get("cells", ""), shard)
     # A long shard's paths need all of its digests hashed: that must not stop the node's other work.
@@ -178,7 +180,9 @@ async def read_files(request: web.Request) -> web.Response:
     node = request.app[node_key]
     answers: list[bytes | None] = []
     room = bundle_bytes_max
-    for file_id, index in unpack_small_reads(await read_body(request, bundle_bytes_max)):
+    wanted = unpack_small_reads(await read_body(request, bundle_bytes_max))
+    await request.app[gate_key].admit(caller(request).key, request.headers, [file_id for file_id, _ in wanted])
+    for file_id, index in wanted:
         shard = node.store.shard(file_id)
         if shard is None or shard.index != index or shard.size > room:
             answers.append(None)

@@ -1,6 +1,7 @@
 """The node's shards and manifests on its own disk. It knows digests and sizes, never what is inside."""
 
 from storenode.shardstore.incoming import Incoming
+from storenode.shardstore.sealed import Sealed
 from storenode.shardstore.store import Put, Shard, ShardStore
 
-__all__ = ["Incoming", "Put", "Shard", "ShardStore"]
+__all__ = ["Incoming", "Put", "Sealed", "Shard", "ShardStore"]

@@ -26,6 +26,11 @@ CREATE INDEX IF NOT EXISTS unregistered ON shards(stored_at) WHERE registered = 
 CREATE TABLE IF NOT EXISTS manifests(
     file_id BLOB PRIMARY KEY, sha256 BLOB NOT NULL, owner BLOB NOT NULL, stored_at INTEGER NOT NULL, bytes BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS tags(tag BLOB NOT NULL, file_id BLOB NOT NULL, PRIMARY KEY(tag, file_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sealing_keys(owner BLOB PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS sealed_grants(
+    grant_id BLOB NOT NULL, file_id BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY(grant_id, file_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sealed_of_file ON sealed_grants(file_id);
+CREATE TABLE IF NOT EXISTS sealed_obeyed(id INTEGER PRIMARY KEY CHECK (id = 0), place INTEGER NOT NULL);
 """
 batch_max = 256  # one commit's worth: keeps the wait of the first in a batch short
 
@@ -120,4 +125,5 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA busy_timeout=10000")
+    connection.execute("PRAGMA secure_delete=ON")  # a destroyed key must not stay readable in a free page
     return connection

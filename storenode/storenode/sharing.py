@@ -1,0 +1,283 @@
+"""Routes about rights: proofs shown, keys to seal to, sealed grants, and what the ledger says of a file or a key.
+
+Who may: anybody with a certificate of the roster asks what the ledger says, which all of its mirrors know anyway; a key to seal to comes
+from its owner, a sealed grant from the author of its GRANT entry, and what was granted is told to its reader alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Final
+
+from aiohttp import web
+
+from medshard_protocol.errors import Absent, Malformed, Refused
+from medshard_protocol.facts import Facts, Granted
+from medshard_protocol.ids import FileId, Key, Sha256, file_id_from_hex, key_from_hex, sha256_from_hex
+from medshard_protocol.messages import body_type
+from medshard_protocol.sharing import (
+    History,
+    SealedGrant,
+    SealingKey,
+    Shared,
+    SharedFile,
+    Told,
+    Vouched,
+    history_entries_max,
+    inclusion_bytes_max,
+    pack_seen,
+    shared_files_max,
+    small_bytes_max,
+    unpack_shown,
+)
+from storenode.callers import caller
+from storenode.emergency import Emergencies
+from storenode.gate import Gate, cosigned_at, gate_key, wait_s
+from storenode.ledger import Ledger, Published
+from storenode.metrics import Metrics
+from storenode.routes import Node, node_key, read_body
+from storenode.shardstore import Sealed
+
+shared_room_bytes: Final = 16 * 1024 * 1024  # manifests in one answer; what finds no room is fetched by itself
+grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
+
+log = logging.getLogger(__name__)
+
+
+def routes() -> list[web.RouteDef]:
+    """All routes of this file."""
+    return [
+        web.post("/v1/access", post_access),
+        web.put("/v1/keys", put_key),
+        web.get("/v1/keys/{key}", get_key, allow_head=False),
+        web.put("/v1/grants/{file}", put_grant),
+        web.delete("/v1/grants/{file}/{grant}", delete_grant),
+        web.get("/v1/grants", get_grants, allow_head=False),
+        web.get("/v1/ledger/history/{file}", get_history, allow_head=False),
+        web.get("/v1/ledger/identities/{key}", get_identity, allow_head=False),
+    ]
+
+
+def equip(app: web.Application, node: Node, metrics: Metrics) -> Gate:
+    """Give a node's application its gate, these routes, and the tasks behind them."""
+    ledger = node.ledger
+
+    async def is_appended(name: bytes) -> bool:
+        return bool(await ledger.journal.find([name]))
+
+    emergencies = Emergencies(node.config.data, lambda entry: ledger.append([entry]), is_appended)
+    gate = app[gate_key] = Gate(ledger, emergencies, metrics)
+    app[sealed_key] = Sealed(node.store.catalog)
+    app.router.add_routes(routes())
+
+    async def running(app: web.Application) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(emergencies.run()), asyncio.create_task(_obey(ledger, app[sealed_key]))]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    app.cleanup_ctx.append(running)
+    return gate
+
+
+sealed_key: Final = web.AppKey("sealed", Sealed)
+
+
+# -- tickets
+
+
+async def post_access(request: web.Request) -> web.Response:
+    """Take a proof that an ACCESS entry is published, from a reader whose entry has not been heard of here."""
+    inclusion = unpack_shown(await read_body(request, inclusion_bytes_max))
+    return _answer(pack_seen(await request.app[gate_key].show(inclusion)))
+
+
+# -- keys to seal to
+
+
+async def put_key(request: web.Request) -> web.Response:
+    """Keep what others seal to, in its owner's word."""
+    key = SealingKey.from_bytes(await read_body(request, small_bytes_max))
+    if key.owner != caller(request).key:
+        raise Refused("a key to seal to is stored by its owner alone")
+    key.verify()
+    await request.app[sealed_key].put_key(key.owner, key.to_bytes())
+    return web.Response(status=201)
+
+
+async def get_key(request: web.Request) -> web.Response:
+    """What others seal to, for one key's owner."""
+    data = request.app[sealed_key].key(key_from_hex(request.match_info["key"]))
+    if data is None:
+        raise Absent("the owner of this key has stored nothing to seal to", hint="they must have opened their vault once")
+    return _answer(data)
+
+
+# -- sealed grants
+
+
+async def put_grant(request: web.Request) -> web.Response:
+    """Keep a file's key for one grant."""
+    node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
+    sealed = SealedGrant.from_bytes(await read_body(request, small_bytes_max))
+    await _folded(node.ledger, lambda facts: facts.grant(sealed.grant) is not None)
+    granted = _own_grant(node.ledger.state, file_id, sealed.grant, caller(request).key)
+    if granted.revoked is not None:
+        raise Refused("this grant was revoked")
+    known = node.ledger.state.registration(file_id)
+    if known is None or known.erased is not None:
+        raise Refused("this file is erased")
+    node.store.manifest(file_id)  # a sealed key is kept beside the manifest, or not here
+    await request.app[sealed_key].put_grant(file_id, sealed.grant, sealed.sealed)
+    return web.Response(status=201)
+
+
+async def delete_grant(request: web.Request) -> web.Response:
+    """Destroy a file's key for one grant, in its author's name."""
+    node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
+    grant = sha256_from_hex(request.match_info["grant"])
+    _own_grant(node.ledger.state, file_id, grant, caller(request).key)
+    if not await request.app[sealed_key].drop_grant(file_id, grant):
+        raise Absent("no key of this grant is here")
+    return web.Response(status=204)
+
+
+async def get_grants(request: web.Request) -> web.Response:
+    """What was granted to the caller, with proofs."""
+    node = request.app[node_key]
+    published = node.ledger.published
+    if published is None:
+        return _answer(Shared(b"", (), more=False).to_bytes())
+    return _answer(_shared(node, request.app[sealed_key], caller(request).key, _after(request), published).to_bytes())
+
+
+def _shared(node: Node, sealed: Sealed, reader: Key, start: int, published: Published) -> Shared:
+    facts, now = node.ledger.state, cosigned_at(published.note, node.ledger.roster)
+    grants = facts.grants_to(reader, start, grants_looked_at_max)
+    files: list[SharedFile] = []
+    room = shared_room_bytes
+    for id_, granted in grants:
+        if granted.index >= published.checkpoint.size:
+            return Shared(published.note, tuple(files), more=False)
+        if granted.revoked is not None or (granted.until and granted.until < now):
+            continue
+        if len(files) + len(granted.file_ids) > shared_files_max:
+            return Shared(published.note, tuple(files), more=True)
+        for file_id in granted.file_ids:
+            one = _shared_file(node, sealed, file_id, id_, granted, published, room)
+            if one is not None:
+                files.append(one)
+                room -= len(one.manifest)
+    if len(grants) == grants_looked_at_max and not files:
+        return _shared(node, sealed, reader, grants[-1][1].index + 1, published)
+    return Shared(published.note, tuple(files), more=len(grants) == grants_looked_at_max)
+
+
+def _shared_file(
+    node: Node, sealed: Sealed, file_id: FileId, id_: Sha256, granted: Granted, published: Published, room: int
+) -> SharedFile | None:
+    journal, known = node.ledger.journal, node.ledger.state.registration(file_id)
+    data = sealed.grant(file_id, id_)
+    if data is None or known is None or known.erased is not None:
+        return None
+    try:
+        manifest = node.store.manifest(file_id)
+    except Absent:
+        return None
+    grant, registration = journal.inclusion(granted.index, published), journal.inclusion(known.index, published)
+    return SharedFile(file_id, grant, registration, manifest if len(manifest) <= room else b"", data)
+
+
+# -- what the ledger says
+
+
+async def get_history(request: web.Request) -> web.Response:
+    """Every published entry that names a file."""
+    ledger, file_id, start = request.app[node_key].ledger, file_id_from_hex(request.match_info["file"]), _after(request)
+    published = ledger.published
+    if published is None:
+        return _answer(History(b"", (), more=False).to_bytes())
+    places = ledger.state.history(file_id, start, history_entries_max + 1)
+    told = []
+    for place, effective in places[:history_entries_max]:
+        if place >= published.checkpoint.size:
+            break
+        inclusion = ledger.journal.inclusion(place, published)
+        told.append(Told(place, inclusion.entry, inclusion.path, effective))
+    more = len(places) > history_entries_max and len(told) == history_entries_max
+    return _answer(History(published.note, tuple(told), more).to_bytes())
+
+
+async def get_identity(request: web.Request) -> web.Response:
+    """Who vouches for a key."""
+    known = request.app[node_key].ledger.state.identity(key_from_hex(request.match_info["key"]))
+    if known is None:
+        return _answer(Vouched("", 0, 0, withdrawn=False).to_bytes())
+    return _answer(Vouched(known.institution, known.roles, known.index, known.withdrawn is not None).to_bytes())
+
+
+# -- obeying
+
+
+async def _obey(ledger: Ledger, sealed: Sealed) -> None:
+    """Destroy what published entries end, for as long as the node runs."""
+    while True:
+        try:
+            await obey_once(ledger, sealed)
+        except Exception:  # the disk may be full today and have room tomorrow; keys that should be gone must not stay for that
+            log.exception("what was revoked or erased could not be destroyed")
+            await asyncio.sleep(wait_s)
+        await ledger.journal.news.wait()
+
+
+async def obey_once(ledger: Ledger, sealed: Sealed) -> None:
+    """Destroy what published entries have ended since the last time."""
+    published, done = ledger.published, sealed.obeyed()
+    if published is None:
+        return
+    facts = ledger.journal.folding.state
+    end = min(published.checkpoint.size, facts.size)
+    ended = facts.ended(done, end)
+    if ended:
+        destroyed = await sealed.obey(ended, end)
+        log.info("sealed keys destroyed", extra={"keys": destroyed, "entries": len(ended)})
+
+
+# -- parts
+
+
+async def _folded(ledger: Ledger, true: Callable[[Facts], bool]) -> None:
+    """Wait a little for an entry that is on its way here."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            while not true(ledger.state):
+                await ledger.journal.news.wait()
+
+
+def _own_grant(facts: Facts, file_id: FileId, grant: Sha256, author: Key) -> Granted:
+    granted = facts.grant(grant)
+    if granted is None:
+        raise Absent("this node knows no such grant", hint="try again in a moment")
+    if granted.author != author:
+        raise Refused("a sealed key is stored and deleted by the grant's author alone")
+    if file_id not in granted.file_ids:
+        raise Refused("the grant is of other files")
+    return granted
+
+
+def _after(request: web.Request) -> int:
+    """The first place that is asked for."""
+    text = request.query.get("after", "")
+    if not text:
+        return 0
+    if not (text.isdecimal() and len(text) <= 19):
+        raise Malformed("after is a place in the log")
+    return min(int(text) + 1, 2**63 - 1)
+
+
+def _answer(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type=body_type)
