@@ -1,0 +1,195 @@
+"""Commands for the log as files: export, verify."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medshard_protocol.errors import Absent, Malformed, Refused
+from storenode.cli.options import Session, shared
+
+if TYPE_CHECKING:
+    from medshard_protocol.roster import Roster
+    from medshard_protocol.rosters import Link
+    from storenode.logtool.source import Source
+
+folder = click.Path(file_okay=False, path_type=Path)
+document = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group()
+def log() -> None:
+    """Write the whole ledger out as static files, or check such files from the first entry to the last."""
+
+
+@log.command("export")
+@click.argument("target", metavar="DIR", type=folder)
+@click.option("--from", "url", metavar="URL", help="Take it from there, such as https://node:9700/log, instead of this home's node.")
+@shared
+def export_command(session: Session, target: Path, url: str | None) -> None:
+    """Write the published log to DIR: checkpoint, hash tiles and entries at their C2SP paths, for any web server.
+
+    Run it again to bring DIR up to date: what is there already is not written twice. Without --from it reads the SQLite database of
+    this home, beside the running node; a node that keeps its ledger in PostgreSQL is asked with --from its own address.
+
+    \b
+    Examples:
+      storenode log export /srv/www/log
+      storenode log export /srv/www/log --from https://node.hospital-02.example:9700/log
+    """
+    from storenode.config import Config
+    from storenode.genesis import load_genesis
+    from storenode.logtool.export import export
+    from storenode.logtool.source import Database
+    from storenode.membership import Membership
+
+    genesis = load_genesis(session.home)
+    data = Config.load(session.home).data
+    membership = Membership(data, genesis, sync=False)
+    source: Source = Database(data) if url is None else _web(url, session, membership.roster)
+    done = export(source, target, genesis, membership.links(0), _progress(session, "copied"))
+    document = {"size": done.size, "files": done.files_new, "both_kinds": done.full, "folder": str(target)}
+    kinds = "both kinds of cosignature" if done.full else "Ed25519 cosignatures only; ask again when all nodes answer"
+    session.tell(document, f"{done.size} entries in {target}, {done.files_new} files new; the checkpoint carries {kinds}")
+
+
+@log.command("verify")
+@click.argument("place", metavar="DIR|URL")
+@click.option("--genesis", "genesis_file", type=document, help="The genesis file to trust; else that of this home.")
+@click.option("--processes", type=click.IntRange(1, 256), help="How many processes check signatures; one for each core if not given.")
+@shared
+def verify_command(session: Session, place: str, genesis_file: Path | None, processes: int | None) -> None:
+    """Check a whole log: every entry, every hash of every tile, every author's signature, and the quorum under its root.
+
+    Needs no node. A log at a URL is fetched into a temporary folder first. Without a genesis file of your own it says which one it
+    went by: compare that SHA-256 with what an institution tells you.
+
+    \b
+    Examples:
+      storenode log verify /srv/www/log --genesis genesis.medshard
+      storenode log verify https://log.hospital-02.example/ --genesis genesis.medshard --json
+    """
+    from storenode.logtool.audit import audit
+    from storenode.logtool.export import documents, export, read_rosters
+
+    with ExitStack() as stack:
+        if "://" in place:
+            where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medshard-log-")))
+            genesis, links, pinned = _trusted_from(session, place, genesis_file)
+            export(_web(place, session, genesis), where, genesis, links, _progress(session, "fetched"))
+        else:
+            where = Path(place)
+            genesis, links = read_rosters(where)
+            trusted = _trusted(session, genesis_file)
+            pinned = trusted is not None
+            genesis = trusted or genesis
+        began = time.monotonic()
+        report = audit(where, genesis, documents(links), processes=processes, progress=_progress(session, "checked"))
+    took = time.monotonic() - began
+    shown: dict[str, Any] = {
+        "origin": report.origin,
+        "size": report.size,
+        "root": report.root.hex(),
+        "genesis_sha256": report.genesis_sha256.hex(),
+        "genesis_pinned": pinned,
+        "entries": dict(report.counts),
+        "without_effect": report.void,
+        "unsigned": report.unsigned,
+        "first_without_effect": [index for index, _ in report.void_named],
+        "rosters": [{"number": number, "decided_by": index} for index, number in report.rosters],
+        "cosigned": {name: _moment(at) for name, at in report.cosigned.items()},
+        "cosigned_ml_dsa": {name: _moment(at) for name, at in report.cosigned_pq.items()},
+        "both_kinds": report.pq_quorum,
+        "frozen_by": report.frozen[0] if report.frozen else None,
+        "seconds": round(took, 1),
+    }
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(report.counts.items()))
+    changes = "; ".join(f"roster {number} from entry {index + 1}" for index, number in report.rosters) or "none"
+    lines = [
+        f"log          {report.origin}: {report.size} entries, whole",
+        f"root         {report.root.hex()}",
+        f"entries      {counts}",
+        f"no effect    {report.void}, of which {report.unsigned} are malformed or not signed by their authors",
+        f"rosters      genesis {report.genesis_sha256.hex()}{'' if pinned else ' (taken from the log itself: NOT PINNED)'}",
+        f"             changes: {changes}",
+        f"cosigned     {', '.join(report.cosigned)}; with ML-DSA keys {', '.join(report.cosigned_pq) or 'nobody'}",
+    ]
+    if report.frozen:
+        lines.append(f"ended        with entry {report.frozen[0]}; successor {report.frozen[1].hex()}")
+    session.tell(shown, *lines)
+    session.note(f"checked in {took:.1f} s")
+
+
+def _trusted(session: Session, genesis_file: Path | None) -> Roster | None:
+    """The genesis file that the user trusts, if any."""
+    from medshard_protocol.roster import Roster
+    from storenode.genesis import load_genesis
+
+    if genesis_file is not None:
+        return Roster.from_bytes(genesis_file.read_bytes())
+    try:
+        return load_genesis(session.home)
+    except (Absent, Malformed):
+        return None
+
+
+def _trusted_from(session: Session, url: str, genesis_file: Path | None) -> tuple[Roster, Sequence[Link], bool]:
+    """Genesis file and chain for a log on the web: the user's own file, with what lies beside the log there."""
+    from medshard_protocol.roster import Roster
+    from medshard_protocol.rosters import unpack_links
+    from storenode.logtool.export import genesis_name, rosters_name
+
+    source, trusted = _web(url, session, _trusted(session, None)), _trusted(session, genesis_file)
+    try:
+        links = unpack_links(source.read(rosters_name))
+    except Absent:
+        links = ()
+    if trusted is not None:
+        return trusted, links, True
+    return Roster.from_bytes(source.read(genesis_name)), links, False
+
+
+def _web(url: str, session: Session, roster: Roster | None) -> Source:
+    """A log on the web. A node of the roster is asked as this home's node, over the consortium's own TLS."""
+    from storenode.asking import connect
+    from storenode.identity import NodeKeys
+    from storenode.logtool.source import Web
+
+    node = next((each for each in roster.nodes if url.startswith(each.url + "/")), None) if roster else None
+    if node is None or roster is None:
+        return Web(url)
+    try:
+        keys = NodeKeys.load(session.home)
+    except Absent:
+        raise Refused(f"{node.name} answers only members", hint="run this with a node's --home, or export the log there first") from None
+
+    def open_connection(host: str, port: int) -> http.client.HTTPConnection:
+        return connect(node, roster, keys)
+
+    return Web(url, open_connection)
+
+
+def _progress(session: Session, verb: str) -> Callable[[int, int], None]:
+    shown = 0.0
+
+    def tell(done: int, of: int) -> None:
+        nonlocal shown
+        if session.json or not sys.stderr.isatty() or (time.monotonic() - shown < 0.2 and done < of):
+            return
+        shown = time.monotonic()
+        sys.stderr.write(f"\r{verb} {done} of {of}" + ("\n" if done == of else ""))
+
+    return tell
+
+
+def _moment(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,160 @@
+"""Where a log's files are read: a folder, a node's database, or anywhere on the web.
+
+Law: a source hands out bytes by their C2SP paths (``checkpoint``, ``tile/0/000``, ``tile/entries/000``) and vouches for none of them.
+Whoever reads checks. A folder and a database answer at once; the web answers within a time limit, with a limited number of bytes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import sqlite3
+import ssl
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+from urllib.parse import urlsplit
+
+from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Checkpoint, Note, note_bytes_max
+from medshard_protocol.entries import entry_bytes_max
+from medshard_protocol.errors import Absent, Damaged, Malformed, Unavailable
+from medshard_protocol.merkle import sha256
+from medshard_protocol.rosters import chain_bytes_max
+from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_bytes, tile_width
+
+wait_s: Final = 30.0
+full_age_s_max: Final = 3600
+cosignature_bytes: Final = 72
+file_bytes_max: Final = max(note_bytes_max, chain_bytes_max, tile_width * (entry_bytes_max + 2))
+
+
+class Source(Protocol):
+    """Something that has a log's files."""
+
+    def read(self, path: str) -> bytes:
+        """The file at this path. Raises Absent, Unavailable, or Malformed for one that is too large."""
+
+
+class Folder:
+    """A log in static files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, path: str) -> bytes:
+        """The file at this path."""
+        try:
+            with open(self.folder / path, "rb") as file:
+                data = file.read(file_bytes_max + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            raise Absent(f"{self.folder / path} does not exist") from None
+        return _limited(data, path)
+
+
+class Web:
+    """A log below a URL. ``connect`` opens a connection to a given host and port: how it is secured is its business."""
+
+    def __init__(self, url: str, connect: Callable[[str, int], http.client.HTTPConnection] | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("the address of a log begins with https://")
+        self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._connect = connect or (_https if parts.scheme == "https" else _http)
+        self._own = threading.local()  # a connection for each thread
+
+    def read(self, path: str) -> bytes:
+        """The file at this path."""
+        where = f"{self._prefix}/{path}"
+        for fresh in (False, True):  # an idle connection may have been closed meanwhile
+            connection = getattr(self._own, "connection", None)
+            if connection is None or fresh:
+                connection = self._own.connection = self._connect(self._host, self._port)
+            try:
+                connection.request("GET", where, headers={"Accept-Encoding": "identity"})
+                response = connection.getresponse()
+                data = response.read(file_bytes_max + 1)
+                if response.status == 404:
+                    raise Absent(f"{self._host} has no {path}")
+                if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise Unavailable(f"{self._host} answers {response.status} for {path}")
+                return _limited(data, path)
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                why = error
+        raise Unavailable(f"{self._host} does not answer ({why or type(why).__name__})")
+
+
+class Database:
+    """The log in a node's SQLite file, read beside the running node. Shows the log as of the newest published checkpoint it has."""
+
+    def __init__(self, data: Path) -> None:
+        path = data / "ledger.sqlite"
+        if not path.exists():
+            raise Absent(f"{path} does not exist", hint="name the node's address instead: --from https://…/log")
+        self._data = data
+        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+        self._checkpoint = self._newest()
+        size = Checkpoint.from_text(Note.from_bytes(self._checkpoint).text).size
+        last = self._entries(size - size % tile_width, size)
+        self._tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], self._tile)
+
+    def read(self, path: str) -> bytes:
+        """The file at this path."""
+        if path == "checkpoint":
+            return self._checkpoint
+        if not path.startswith("tile/"):
+            raise Absent(f"a node's database has no {path}")
+        name = TileName.from_path(path.removeprefix("tile/"))
+        if not name.within(self._tree.size):
+            raise Absent(f"the log has no {path}")
+        if name.level is not None:
+            return self._tree.tile(name)
+        return pack_bundle(self._entries(name.index * tile_width, name.index * tile_width + name.width))
+
+    def _newest(self) -> bytes:
+        full = self._data / "full-checkpoint"
+        row = self._connection.execute("SELECT published FROM memory").fetchone()
+        notes = [note for note in ((full.read_bytes() if full.exists() else b""), row[0] if row else b"") if note]
+        if not notes:
+            raise Absent("this node knows of no published checkpoint yet")
+        newest = max(map(_time_of, notes))  # the first carries both kinds of cosignature, and may be a little older
+        return next(note for note in notes if _time_of(note) >= newest - full_age_s_max)
+
+    def _entries(self, start: int, end: int) -> list[bytes]:
+        rows = self._connection.execute("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end)).fetchall()
+        if len(rows) != end - start:
+            raise Damaged(f"the ledger lacks entries between {start} and {end}")
+        return [row[0] for row in rows]
+
+    def _tile(self, level: int, number: int) -> bytes:
+        row = self._connection.execute("SELECT hashes FROM tile WHERE key = ?", (level << 56 | number,)).fetchone()
+        if row is None:
+            raise Damaged(f"the ledger lacks tile {number} of level {level}")
+        return bytes(row[0])
+
+
+def size_of(name: TileName) -> int | None:
+    """How many bytes a hash tile has; None for a bundle, whose entries differ."""
+    return None if name.level is None else name.width * tile_bytes // tile_width
+
+
+def _time_of(note: bytes) -> int:
+    """When a published note was cosigned; taken from this node's own disk, so it is not checked again."""
+    times = [int.from_bytes(line.value[:8], "big") for line in Note.from_bytes(note).signatures if len(line.value) == cosignature_bytes]
+    return max(times, default=0)
+
+
+def _limited(data: bytes, path: str) -> bytes:
+    if len(data) > file_bytes_max:
+        raise Malformed(f"{path}: more than {file_bytes_max} bytes, which no file of a log has")
+    return data
+
+
+def _https(host: str, port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPSConnection(host, port, timeout=wait_s, context=ssl.create_default_context())
+
+
+def _http(host: str, port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(host, port, timeout=wait_s)
