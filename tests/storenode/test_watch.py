@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,9 @@ from medshard_protocol.entries import Register
 from medshard_protocol.errors import Absent, Damaged, Malformed, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
-from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_width
+from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_names, tile_width
 from storenode import evidence
+from storenode.cli.main import main
 from storenode.evidence import Evidence, Exhibit
 from storenode.watching import Verdict, Watch, judge
 from storenode.watching.watch import Trust
@@ -279,6 +282,7 @@ async def test_a_signature_that_does_not_hold_or_another_log_is_found(watched: R
 
 async def test_a_mirror_that_serves_a_head_without_its_own_cosignature_is_found(watched: Round) -> None:
     watched.mirrors[3].cosigners = (0, 1, 2)
+    assert await watched.found() == []  # a node that restarts has it again in a moment
     assert await watched.found() == [("not-cosigned", "node3")]
 
 
@@ -331,11 +335,12 @@ async def test_a_cosigner_whose_clock_is_an_hour_off_is_named(watched: Round) ->
 
 
 async def test_a_finding_is_counted_when_it_begins_and_its_evidence_kept_once(watched: Round) -> None:
-    watched.mirrors[3].cosigners = (0, 1, 2)
-    for _ in range(3):
-        assert await watched.found() == [("not-cosigned", "node3")]
-    assert watched.watch.found == {"not-cosigned": 1}
-    assert watched.evidence.counts() == {"not-cosigned": 1}
+    watched.mirrors[3].cosigners = (0, 3)
+    for later in range(3):
+        watched.mirrors[3].at = now + later
+        assert await watched.found() == [("few-cosigners", "node3")]
+    assert watched.watch.found == {"few-cosigners": 1}
+    assert watched.evidence.counts() == {"few-cosigners": 1}
     watched.mirrors[3].cosigners = (0, 1, 2, 3)
     assert await watched.found() == []
     assert watched.watch.active() == {}
@@ -364,10 +369,8 @@ async def test_a_damaged_memory_is_refused_rather_than_forgotten(watched: Round,
 async def test_a_file_without_the_documents_of_its_kind_is_malformed_and_honest_documents_prove_nothing(watched: Round) -> None:
     note, roster = watched.mirrors[0].note, watched.consortium.roster
     for kind in evidence.kinds:
-        if kind not in ("bad-signature", "abandoned"):
-            with pytest.raises((Malformed, Refused)):
-                await judge(Exhibit(kind, {}, {}), roster)
-    assert not (await judge(Exhibit("abandoned", {}, {}), roster)).proven
+        with pytest.raises((Malformed, Refused)):
+            await judge(Exhibit(kind, {}, {}), roster)
     for kind in ("fork", "rollback", "stale", "few-cosigners", "bad-signature", "not-cosigned", "clock"):
         verdict = await judge(Exhibit(kind, {}, {"note 1": note, "note 2": note}), roster)
         assert not verdict.proven, kind
@@ -384,8 +387,74 @@ async def test_a_forged_proof_is_shown_and_a_true_one_is_not_called_forged(watch
 
 async def test_an_entry_that_was_left_out_is_told_in_the_words_of_its_keeper(watched: Round) -> None:
     entry = watched.consortium.entry("vault", Register(bytes(32), bytes(32), bytes(16)))
-    exhibit = Exhibit("left-out", {"seconds": 12}, {"entry": entry.to_bytes(), "note 1": watched.mirrors[0].note})
+    note = watched.mirrors[0].note
+    exhibit = Exhibit("left-out", {"seconds": 12}, {"entry": entry.to_bytes(), "before": note, "after": note})
     verdict = await judge(exhibit, watched.consortium.roster)
     assert not verdict.proven
     assert verdict.lines[1] == "Its keeper says: seconds 12."
     assert "of type REGISTER" in verdict.lines[2]
+
+
+async def test_a_dropped_head_of_one_size_with_the_published_one_is_shown_to_exclude_it(watched: Round) -> None:
+    published, roster = watched.mirrors[0].note, watched.consortium.roster
+    for change, proven in ((b"another", True), (b"entry 699", False)):
+        watched.mirrors[1].entries[699] = change
+        watched.mirrors[1].cosigners = (1,)
+        dropped = watched.mirrors[1].note
+        exhibit = Exhibit("abandoned", {"from": 699}, {"published": published, "signed": dropped, "entry 699": change})
+        verdict = await judge(exhibit, roster)
+        assert verdict.proven is proven
+        assert ("The log key of node0 signed both." in verdict.lines) is proven
+
+
+# -- the commands
+
+
+def exported(watched: Round, folder: Path) -> str:
+    """A static copy of the first mirror's log."""
+    mirror = watched.mirrors[0]
+    for name in tile_names(len(mirror.entries)):
+        path = folder / "tile" / name.path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(mirror._get(f"tile/{name.path()}"))
+    (folder / "checkpoint").write_bytes(mirror.note)
+    return str(folder)
+
+
+def test_an_auditor_needs_the_genesis_file_and_a_static_copy(watched: Round, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    genesis, copy = tmp_path / "genesis.medshard", tmp_path / "copy"
+    genesis.write_bytes(watched.consortium.roster.to_bytes())
+    for mirror in watched.mirrors:
+        mirror.at = int(time.time())
+    command = ["watch", "--once", "--genesis", str(genesis), "--log", exported(watched, copy), "--folder", str(tmp_path / "auditor")]
+    assert main(command) == 0
+    assert "700 entries" in capsys.readouterr().out
+    tile = copy / "tile" / "0" / "002.p" / "188"
+    tile.write_bytes(bytes(32) + tile.read_bytes()[32:])
+    assert main([*command, "--json"]) == 6
+    told = json.loads(capsys.readouterr().out)
+    assert [(each["kind"], each["source"]) for each in told["findings"]] == [("damaged-tile", str(copy))]
+    (path,) = told["evidence"]
+    assert main(["evidence", "verify", path, "--genesis", str(genesis)]) == 0
+    out = capsys.readouterr().out
+    assert "the tiles of the right edge do not give the root of 700 entries" in out
+    assert "PROVEN" in out
+    assert main(["evidence", "list", "--folder", str(tmp_path / "auditor" / "evidence"), "--json"]) == 0
+    assert [each["kind"] for each in json.loads(capsys.readouterr().out)["evidence"]] == ["damaged-tile"]
+    assert main(["evidence", "show", path]) == 0
+    assert "consortium.example/log\n700\n" in capsys.readouterr().out
+
+
+def test_what_nobody_shows_is_no_answer_and_what_proves_nothing_is_said_so(
+    watched: Round, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genesis = tmp_path / "genesis.medshard"
+    genesis.write_bytes(watched.consortium.roster.to_bytes())
+    assert main(["watch", "--once", "--genesis", str(genesis), "--log", str(tmp_path / "no"), "--folder", str(tmp_path / "auditor")]) == 5
+    assert "nobody showed a head" in capsys.readouterr().err
+    path = watched.evidence.keep("stale", {"seconds": 90}, {"note 1": watched.mirrors[0].note})
+    assert main(["evidence", "verify", str(path), "--genesis", str(genesis)]) == 6
+    assert "NOT PROVEN by the documents alone." in capsys.readouterr().out
+    path.write_bytes(b"no evidence")
+    assert main(["evidence", "verify", str(path), "--genesis", str(genesis)]) == 6
+    assert "not canonical msgpack" in capsys.readouterr().err

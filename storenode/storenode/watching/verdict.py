@@ -31,7 +31,7 @@ rosters_name: Final = "rosters"  # document: the answer to GET /v1/rosters, wher
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome. ``proven`` is about what the documents show by themselves."""
+    """The outcome. ``proven``: the documents by themselves show what the kind says. Whom they convict, if anybody, the lines tell."""
 
     proven: bool
     lines: tuple[str, ...]
@@ -162,8 +162,9 @@ async def _few_cosigners(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict
 
 
 async def _bad_signature(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
+    data = _document(exhibit, "note 1")
     try:
-        note = read_note(_document(exhibit, "note 1"), rosters)
+        note = read_note(data, rosters)
     except (Malformed, Refused) as error:
         return Verdict(
             True, (f"The document is no checkpoint of {rosters[0].origin}: {error}.", "That a node served it is the keeper's word.")
@@ -180,22 +181,28 @@ async def _left_out(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
     entry = Entry.from_bytes(_document(exhibit, "entry"))
     entry.verify(rosters[0].origin)
     lines = [f"The entry is of type {entry.body.type.name}, signed by {entry.author.hex()[:16]}… for this log."]
-    for name in sorted(name for name in exhibit.documents if name.startswith("note")):
-        lines += _words(f"The head in {name!r}", read_note(exhibit.documents[name], rosters))
+    lines += _words("The head when it was handed in", read_note(_document(exhibit, "before"), rosters))
+    lines += _words("The head later", read_note(_document(exhibit, "after"), rosters))
     lines.append("When it was handed in is the keeper's word. Whoever denies leaving it out can show where it stands: an inclusion proof.")
     return Verdict(False, tuple(lines))
 
 
 async def _abandoned(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
-    lines, held = [], True
-    for name in sorted(name for name in exhibit.documents if name.startswith("note")):
-        note = read_note(exhibit.documents[name], rosters)
-        lines += _words(f"The head in {name!r}", note)
-        held = held and bool(note.loggers)
+    published = read_note(_document(exhibit, "published"), rosters)
+    lines = _words("The head that a quorum published", published)
+    entries = sorted(name for name in exhibit.documents if name.startswith("entry "))
+    lines.append(f"{len(entries)} entries were dropped for it, or more; they are in the file.")
+    if "signed" not in exhibit.documents:
+        return Verdict(False, (*lines, "No head over them was signed, or none was kept."))
+    dropped = read_note(exhibit.documents["signed"], rosters)
+    lines += _words("The head that was dropped", dropped)
     lines.append(
-        "A head without a quorum binds nobody: a sequencer that was lost in the middle leaves one, and so does one that tries a fork."
+        "A head without a quorum binds nobody: a sequencer that is lost in the middle leaves one, and so does one that tries a fork."
     )
-    return Verdict(held and bool(lines[:-1]), tuple(lines))
+    if (dropped.checkpoint.size == published.checkpoint.size) and dropped.checkpoint.root != published.checkpoint.root:
+        lines += ["Both are of one size and exclude each other.", *_double_signers(dropped, published)]
+        return Verdict(True, tuple(lines))
+    return Verdict(False, (*lines, "That the two exclude each other is the keeper's word, as they are of different sizes."))
 
 
 async def _forged_proof(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:

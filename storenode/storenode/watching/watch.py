@@ -85,6 +85,7 @@ class Watch:
         self._clock = clock
         self._known: dict[str, Head] | None = None  # the memory, read: the last head of each source, and the anchor
         self._shrunk: set[str] = set()  # sources that showed a smaller head than before in the last round
+        self._bare: set[str] = set()  # sources that showed a head without their own cosignature in the last round
         self._advanced = (0.0, 0.0)  # the newest time of a head, and when (monotonic) it was first seen
         self._active: set[tuple[str, str]] = set()  # kind and source of what was found in the last round
         self.found: Counter[str] = Counter()  # by kind: how often something was found that was not there in the round before
@@ -103,6 +104,7 @@ class Watch:
         """Ask everybody once."""
         trust, sources = self._trust(), list(self._sources())
         heads, silent, findings = await self._ask(sources, trust)
+        findings = self._without_first_slips(findings)
         if self._known is None:
             self._known = self._read_memory(trust)
         before = dict(self._known)
@@ -113,6 +115,7 @@ class Watch:
         best, more = await self._prove(published, {source.name: source for source in sources}, anchor, silent)
         findings += more
         findings += laggards(heads, self._stale_s) + self._freshness(published)
+        findings = list({(finding.kind, finding.source): finding for finding in reversed(findings)}.values())[::-1]  # the first of each
         kept = self._keep(findings, trust)
         self._remember(heads, best, {source.name for source in sources})
         self.last = Report(tuple(heads), tuple(silent), tuple(findings), tuple(kept))
@@ -152,6 +155,13 @@ class Watch:
         return found
 
     # -- judging
+
+    def _without_first_slips(self, findings: Sequence[Finding]) -> list[Finding]:
+        """A node that has just started does not yet know its own cosignature of the head it shows: that counts the second time."""
+        bare = {finding.source for finding in findings if finding.kind == "not-cosigned"}
+        kept = [finding for finding in findings if finding.kind != "not-cosigned" or finding.source in self._bare]
+        self._bare = bare
+        return kept
 
     def _rollbacks(self, heads: Sequence[Head], before: dict[str, Head]) -> list[Finding]:
         findings, shrunk = [], set()
@@ -234,9 +244,10 @@ class Watch:
     def _keep(self, findings: Sequence[Finding], trust: Trust) -> list[Path]:
         kept = []
         for finding in findings:
-            if (finding.kind, finding.source) not in self._active:
-                self.found[finding.kind] += 1
-                _log.error("the watch found: %s %s", finding.source, finding.text, extra={"reason": finding.kind})
+            if (finding.kind, finding.source) in self._active:
+                continue  # what goes on is not told again
+            self.found[finding.kind] += 1
+            _log.error("the watch found: %s %s", finding.source, finding.text, extra={"reason": finding.kind})
             if finding.documents:
                 documents = dict(finding.documents) | ({rosters_name: trust.links} if trust.links else {})
                 details = {"source": finding.source, "text": finding.text, "by": "watch"} | dict(finding.details)
