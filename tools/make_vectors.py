@@ -384,6 +384,12 @@ def messages() -> list[dict[str, Any]]:
         "span with paths": [1, 1, 1, b"", [path]],
         "stored": [1, root, 1],
         "check": [1, [3, 5]],
+        "access shown": [1, inclusion],
+        "seen": [1, 7],
+        "grant": [1, root, b"sealed"],
+        "shared": [1, b"note", [[file_id, inclusion[:3], [3, b"entry", path], b"manifest", b"sealed"]], 1],
+        "history": [1, b"note", [[3, b"entry", path, 1], [7, b"entry", [path[0]], 0]], 0],
+        "identity": [1, "Klinikum Süd", 0, 7, 1],
     }
     return [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medshard_protocol import canonical, messages
+from medshard_protocol import canonical, messages, sharing
 from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError, Unavailable
-from medshard_protocol.ids import FileId, Tag
+from medshard_protocol.ids import FileId, Sha256, Tag
 from medshard_protocol.messages import (
     Found,
     SmallPut,
@@ -44,6 +44,7 @@ from medshard_protocol.messages import (
     unpack_small_reads,
     unpack_stored,
 )
+from medshard_protocol.proofs import Inclusion
 
 vectors = {
     vector["what"]: bytes.fromhex(vector["bytes"])
@@ -55,6 +56,8 @@ hashes = tuple(drawn["span with paths"][4][0])
 conflict = Conflict("another shard of this file is stored here already")
 found = [Found(b"manifest", [7, b"entry", [hashes[0]], b"note"]), Found(b"another", None)]
 two = (FileId(b"1" * 32), FileId(b"2" * 32))
+inclusion = Inclusion(7, b"entry", hashes[:1], b"note")
+earlier = Inclusion(3, b"entry", hashes, b"note")
 
 packed: dict[str, Callable[[], bytes]] = {
     "error": lambda: pack_error(conflict)[1],
@@ -68,7 +71,17 @@ packed: dict[str, Callable[[], bytes]] = {
     "span with paths": lambda: SpanHead(1, 1, b"", (hashes,)).to_bytes(),
     "stored": lambda: pack_stored(root, True),
     "check": lambda: pack_check([3, 5]),
+    "access shown": lambda: sharing.pack_shown(inclusion),
+    "seen": lambda: sharing.pack_seen(7),
+    "grant": lambda: sharing.SealedGrant(Sha256(root), b"sealed").to_bytes(),
+    "shared": lambda: sharing.Shared(b"note", (sharing.SharedFile(file_id, inclusion, earlier, b"manifest", b"sealed"),), True).to_bytes(),
+    "history": lambda: sharing.History(b"note", (told(earlier, True), told(inclusion, False)), False).to_bytes(),
+    "identity": lambda: sharing.Vouched("Klinikum Süd", 0, 7, True).to_bytes(),
 }
+
+
+def told(each: Inclusion, effective: bool) -> sharing.Told:
+    return sharing.Told(each.index, each.entry, each.path, effective)
 
 
 @pytest.mark.parametrize("what", vectors)
