@@ -2,25 +2,38 @@
 
 k streams run at once, data shards first (they need no decoding). A stream that fails, lies or stands still is replaced by a
 spare from the stripe in hand on. Memory is O(window), never O(file).
+
+All streams of a download live in one thread, which polls their sockets; each is a generator that is resumed when its socket has
+something. Cells are decrypted into the place where they are needed, and checked there while they are in the processor's cache. A second
+thread takes whole stripes, so that opening and hashing them goes on beside. The event loop only waits for both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
+import queue
+import select
+import socket
+import ssl
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
-from medshard.transport import Net, without_name
+from medshard.line import Address, BrokenOff, Line, Steps, read_bytes
+from medshard.transport import Net, connect_timeout_s, explain, without_name
 from medshard_protocol import merkle
 from medshard_protocol.errors import Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.manifest import Manifest
-from medshard_protocol.messages import SpanHead, shard_path, span_head_bytes_max
+from medshard_protocol.messages import SpanHead, error_bytes_max, shard_path, span_head_bytes_max, unpack_error
 from medshard_protocol.roster import Node
 from medshard_protocol.shards import digests, shard_root
 
-window_stripes: Final = 6
+window_stripes: Final = 8  # being received and being opened, together: at 10/16 and 128 KiB cells 10 MiB
 hedge_s: Final = 0.4  # a stream that stands still this long while others went on gets a spare beside it
 patience_s: Final = 30.0  # with no spare left, how long to wait for a slow one
 tries_max: Final = 3  # how often one holder is tried for one object
@@ -30,17 +43,31 @@ BadCell = tuple[str, int, int]  # node name, shard, cell
 Expected = Callable[[int, bytes], bool]
 
 
+@dataclass(slots=True)
+class Arrived:
+    """One stripe: k checked cells by shard. ``stripe`` has room for all k data cells, and those that came lie in their place in it."""
+
+    number: int
+    stripe: memoryview
+    cells: dict[int, memoryview]
+
+
 @dataclass(eq=False, slots=True)
 class _Stream:
     index: int
     node: Node
     at: int
     moved_at: float = field(default_factory=time.monotonic)
-    task: asyncio.Task[None] | None = None
+    steps: Generator[int, None, None] | None = None
+    line: Line | None = None
+    cell: memoryview = field(default_factory=lambda: memoryview(b""))
+    registered: tuple[int, int] | None = None  # file descriptor and events
+    waits_for_room: bool = False
+    is_done: bool = False
 
 
 class Download:
-    """Iterate ``stripes(range)`` once: (number, {shard index: checked cell}) in order, k cells each."""
+    """``run`` once: every stripe of a range, in order, k cells each."""
 
     def __init__(self, net: Net, manifest: Manifest, found_bad: Callable[[BadCell], None] = lambda cell: None) -> None:
         self._net = net
@@ -48,105 +75,170 @@ class Download:
         self._shape = manifest.layout
         self._digest = digests[manifest.digest]
         self._found_bad = found_bad
-        self._cells: dict[int, dict[int, memoryview]] = {}
-        self._changed = asyncio.Event()
-        self._room = asyncio.Event()
         self._now = 0
         self._end = 0
+        self._open: dict[int, Arrived] = {}
         self._tries: dict[int, int] = {}
         self._streams: dict[int, _Stream] = {}
         self._failures: dict[str, str] = {}
         self._expected: dict[int, Expected] = {}  # by shard: does this cell have this digest?
+        self._scratch = memoryview(bytearray(read_bytes))
+        self._poll = select.poll()
+        self._by_descriptor: dict[int, _Stream] = {}
+        # Between the threads: whole stripes one way, their buffers back, and a byte to wake the poll.
+        self._whole: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
+        self._free: deque[memoryview] = deque()
+        self._made = 0
+        self._hungry = False
+        self._stopping = False
+        self._bell, self._ear = socket.socketpair()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def stripes(self, wanted: range) -> AsyncGenerator[tuple[int, dict[int, memoryview]], None]:
-        """Yield every stripe in ``wanted``. Raises Unavailable when fewer than k holders give good cells."""
+    async def run(self, wanted: range, take: Callable[[Arrived], None]) -> None:
+        """Call ``take`` for every stripe in ``wanted``, in a thread, one after the other; its buffers are its own only so long.
+
+        Raises Unavailable when fewer than k holders give good cells, and what ``take`` raises. No thread is left when it returns.
+        """
         self._now, self._end = wanted.start, wanted.stop
+        self._loop = asyncio.get_running_loop()
+        pool = ThreadPoolExecutor(2, thread_name_prefix="medshard-get")
+        taking = self._loop.run_in_executor(pool, self._hand_on, take)
+        receiving = self._loop.run_in_executor(pool, self._receive)
+        try:
+            await asyncio.wait([taking, receiving])
+        finally:
+            self._stopping = True
+            self._ring()
+            while not (taking.done() and receiving.done()):
+                with contextlib.suppress(asyncio.CancelledError):  # a second Ctrl-C: the threads end by themselves, at once
+                    await asyncio.wait([taking, receiving])
+            pool.shutdown(wait=False)
+            self._bell.close()
+            self._ear.close()
+        for part in (taking, receiving):
+            part.result()
+
+    # -- the thread that takes whole stripes
+
+    def _hand_on(self, take: Callable[[Arrived], None]) -> None:
+        try:
+            while (arrived := self._whole.get()) is not None and not self._stopping:
+                take(arrived)
+                arrived.cells.clear()
+                self._free.append(arrived.stripe)
+                if self._hungry:
+                    self._ring()
+        finally:
+            self._stopping = True
+            self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # full of rings already, or closed
+            self._bell.send(b"!", socket.MSG_DONTWAIT)
+
+    # -- the thread that receives
+
+    def _receive(self) -> None:
+        self._poll.register(self._ear, select.POLLIN)
         try:
             for _ in range(self._shape.k):
                 self._start_spare()
-            for number in wanted:
-                self._now = number
-                self._room.set()
-                yield number, await self._stripe(number)
-                self._cells.pop(number, None)
+            looked = time.monotonic()
+            while self._now < self._end and not self._stopping:
+                for descriptor, _ in self._poll.poll(hedge_s * 1000 / 4):
+                    if descriptor == self._ear.fileno():
+                        self._answer_ring()
+                    elif stream := self._by_descriptor.get(descriptor):
+                        self._resume(stream)
+                if (now := time.monotonic()) - looked > hedge_s / 4:
+                    looked = now
+                    self._hedge(now)
+                self._top_up()
         finally:
-            tasks = [stream.task for stream in self._streams.values() if stream.task]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for stream in list(self._streams.values()):
+                self._end_stream(stream)
+            self._whole.put(None)
 
-    async def _stripe(self, number: int) -> dict[int, memoryview]:
-        good: dict[int, memoryview] = {}
-        while len(good) < self._shape.k:
-            arrived = self._cells.setdefault(number, {})
-            if len(good) + len(arrived) >= self._shape.k:
-                self._cells[number] = {}
-                bad = await asyncio.to_thread(self._bad_cells, number, arrived)
-                good.update((index, cell) for index, cell in arrived.items() if index not in bad)
-                for index in bad:
-                    self._give_up_on(index, number)
-                continue
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(hedge_s / 4):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._hedge(number)
-            self._replace_failed(number, set(good))
-        return good
+    def _answer_ring(self) -> None:
+        self._hungry = False
+        with contextlib.suppress(BlockingIOError):
+            self._ear.recv(64, socket.MSG_DONTWAIT)
+        for stream in [stream for stream in self._streams.values() if stream.registered is None and not stream.is_done]:
+            self._resume(stream)
 
-    def _bad_cells(self, number: int, cells: Mapping[int, memoryview]) -> list[int]:
-        """Which shards gave a cell that is not the one that was stored. CPU work: in a thread."""
-        return [index for index, cell in cells.items() if not self._expected[index](number, self._digest(cell))]
+    def _resume(self, stream: _Stream) -> None:
+        """Let a stream go on until it waits again."""
+        if stream.steps is None or self._streams.get(stream.index) is not stream:
+            return
+        try:
+            events = next(stream.steps)
+        except StopIteration:
+            self._retire(stream)
+        except MedshardError as error:
+            self._give_up(stream, without_name(stream.node, error))
+        except (OSError, ssl.SSLError, BrokenOff) as error:
+            self._net.health.suspect(stream.node.id)
+            self._give_up(stream, explain(error))
+        else:
+            self._watch(stream, events)
 
-    def _give_up_on(self, index: int, number: int) -> None:
-        """This holder's bytes are wrong: use nothing more of it."""
-        name = self._net.roster.node(self._manifest.shards[index].node).name
-        self._found_bad((name, index, number))
-        self._failures[name] = f"cell {number} of shard {index} has other bytes than were stored"
-        self._tries[index] = tries_max
-        stream = self._streams.pop(index, None)
-        if stream is not None and stream.task:
-            stream.task.cancel()
-        for cells in self._cells.values():
-            cells.pop(index, None)
-        self._start_spare()
+    def _watch(self, stream: _Stream, events: int) -> None:
+        line = stream.line.socket if stream.line else None
+        wanted = (line.fileno(), events) if line and events else None
+        if wanted == stream.registered:
+            return
+        if stream.registered:
+            self._poll.unregister(stream.registered[0])
+            del self._by_descriptor[stream.registered[0]]
+        if wanted:
+            self._poll.register(*wanted)
+            self._by_descriptor[wanted[0]] = stream
+        stream.registered = wanted
 
-    def _hedge(self, number: int) -> None:
-        """Start a spare for each stream that stands still and has not given this stripe."""
-        now = time.monotonic()
+    def _end_stream(self, stream: _Stream) -> None:
+        """Hang up."""
+        self._watch(stream, 0)
+        if stream.steps is not None:
+            stream.steps.close()
+            stream.steps = None
+        if stream.line is not None:
+            stream.line.close()
+            stream.line = None
+
+    def _retire(self, stream: _Stream) -> None:
+        """It gave all that was wanted."""
+        self._watch(stream, 0)
+        stream.is_done = True
+        stream.steps = None
+        if stream.line is not None:
+            self._net.lines.give(stream.line)
+            stream.line = None
+
+    def _give_up(self, stream: _Stream, why: str) -> None:
+        self._failures[stream.node.name] = why
+        self._streams.pop(stream.index, None)
+        self._end_stream(stream)
+
+    def _top_up(self) -> None:
+        """Replace what failed. Raises Unavailable when too few are left."""
+        while len(self._streams) < self._shape.k and self._start_spare():
+            pass
+        if len(self._streams) < self._shape.k and self._now < self._end:
+            here = self._open[self._now].cells if self._now in self._open else {}
+            if len(set(here) | set(self._streams)) < self._shape.k:
+                raise self._too_few()
+
+    def _hedge(self, now: float) -> None:
+        """Start a spare for each stream that stands still and has not given the stripe in hand."""
         for stream in list(self._streams.values()):
             allowed = hedge_s / 4 if self._net.health.is_suspect(stream.node.id) else hedge_s
             waiting = now - stream.moved_at
-            if stream.at > number or waiting < allowed:
+            if stream.at > self._now or waiting < allowed or stream.waits_for_room:
                 continue
             # The slow one is cut only when another can take its place: alone it is better than none.
-            if self._start_spare() or waiting > patience_s:
-                self._failures[stream.node.name] = f"stalled for {waiting:.1f} s"
+            if self._start_spare() or waiting > (patience_s if stream.line and stream.line.touched else connect_timeout_s):
                 self._net.health.suspect(stream.node.id)
-                if stream.task:
-                    stream.task.cancel()
-                self._streams.pop(stream.index, None)
-
-    def _replace_failed(self, number: int, good: set[int]) -> None:
-        for stream in [s for s in self._streams.values() if s.task and s.task.done()]:
-            error = None if stream.task is None or stream.task.cancelled() else stream.task.exception()
-            if error is None and stream.at >= self._end:
-                continue
-            del self._streams[stream.index]
-            if error is not None and not isinstance(error, MedshardError):
-                raise error
-            self._failures[stream.node.name] = without_name(stream.node, error or Unavailable("cut off"))
-        gone = self._shape.k - sum(1 for s in self._streams.values())
-        for _ in range(gone):
-            if not self._start_spare():
-                break
-        if not self._can_go_on(number, good):
-            raise self._too_few()
-
-    def _can_go_on(self, number: int, good: set[int]) -> bool:
-        have = good | set(self._cells.get(number, {}))
-        return len(have | set(self._streams)) >= self._shape.k
+                self._give_up(stream, f"stalled for {waiting:.1f} s")
 
     def _start_spare(self) -> bool:
         choice = self._next_holder()
@@ -154,8 +246,9 @@ class Download:
             return False
         self._tries[choice] = self._tries.get(choice, 0) + 1
         stream = _Stream(choice, self._net.roster.node(self._manifest.shards[choice].node), self._now)
-        stream.task = asyncio.create_task(self._run(stream))
+        stream.steps = self._run(stream)
         self._streams[choice] = stream
+        self._resume(stream)
         return True
 
     def _next_holder(self) -> int | None:
@@ -169,32 +262,94 @@ class Download:
         # Fewest tries first, then nodes that answered lately, then data shards.
         return min(free, key=lambda i: (self._tries.get(i, 0), suspect(self._manifest.shards[i].node), i), default=None)
 
-    async def _run(self, stream: _Stream) -> None:
+    # -- one stream
+
+    def _run(self, stream: _Stream) -> Steps[None]:
+        first, last = stream.at, self._end - 1
+        proof = "paths" if last - first < paths_cells_max < self._shape.stripes else "digests"
+        line = yield from self._asked(stream, f"{shard_path(self._manifest.file_id, stream.index)}?cells={first}-{last}&proof={proof}")
+        size = int.from_bytes((yield from line.read(4)), "big")
+        if size > min(span_head_bytes_max, 40 * self._shape.stripes + 40 * 64 * (last - first + 1) + 4096):
+            raise Malformed(f"{stream.node.name}: a longer proof than there can be")
+        head = SpanHead.from_bytes((yield from line.read(size)))
+        if line.left != sum(self._shape.cell_length(number) for number in (*[first] * (last - first), last)):
+            raise Malformed(f"{stream.node.name}: not as many bytes as the cells have")
+        expected = self._expected[stream.index] = self._check_head(stream, head, first, last)
+        self._net.health.well(stream.node.id)
+        for number in range(first, last + 1):
+            while not self._has_room(number):
+                stream.waits_for_room = True
+                yield 0
+                stream.waits_for_room, stream.moved_at = False, time.monotonic()
+            stream.cell, at = self._place(stream.index, number), 0
+            while at < len(stream.cell):
+                if got := line.read_some(stream.cell[at:]):
+                    at += got
+                else:
+                    yield from line.fill()
+                    stream.moved_at = time.monotonic()
+            if number >= self._now and not expected(number, self._digest(stream.cell)):
+                raise self._lied(stream, number)
+            stream.at = number + 1
+            self._deliver(stream, number)
+
+    def _asked(self, stream: _Stream, path: str) -> Steps[Line]:
+        """A line on which the answer's body comes next."""
+        tries = 0
+        while True:
+            line, head = yield from self._answered(stream, path)
+            if head.status == 200:
+                return line
+            if head.length > error_bytes_max:
+                raise Unavailable(f"answered {head.status}")
+            error = unpack_error(head.status, (yield from line.read(head.length)), stream.node.name)
+            self._net.health.well(stream.node.id)
+            self._watch(stream, 0)
+            stream.line = None
+            self._net.lines.give(line)
+            tries += 1
+            if not (yield from self._waited(self._net.helped(stream.node, error, tries))):
+                raise error
+            stream.moved_at = time.monotonic()
+
+    def _answered(self, stream: _Stream, path: str) -> Steps[tuple[Line, Any]]:
+        place, headers = self._net.place(stream.node), self._net.shard_headers()
+        stream.line = self._net.lines.take(place, self._scratch)
+        if stream.line is not None:
+            try:
+                return stream.line, (yield from stream.line.get(path, headers))
+            except (OSError, BrokenOff):
+                # The node closed an idle line just as we took it: it has not failed yet.
+                touched = stream.line.touched
+                self._watch(stream, 0)
+                stream.line.close()
+                if touched:
+                    raise
+        addresses = yield from self._addresses(*place.host)
+        stream.line = Line(place, self._scratch)
+        yield from stream.line.connect(addresses)
+        return stream.line, (yield from stream.line.get(path, headers))
+
+    def _addresses(self, host: str, port: int) -> Steps[list[Address]]:
         try:
-            first, last = stream.at, self._end - 1
-            proof = "paths" if last - first < paths_cells_max < self._shape.stripes else "digests"
-            path = f"{shard_path(self._manifest.file_id, stream.index)}?cells={first}-{last}&proof={proof}"
-            async with self._net.receive(stream.node, path) as body:
-                size = int.from_bytes(await body.readexactly(4), "big")
-                if size > min(span_head_bytes_max, 40 * self._shape.stripes + 40 * 64 * (last - first + 1) + 4096):
-                    raise Malformed(f"{stream.node.name}: a longer proof than there can be")
-                head = SpanHead.from_bytes(await body.readexactly(size))
-                self._expected[stream.index] = self._check_head(stream, head, first, last)
-                for number in range(first, last + 1):
-                    cell = bytearray(self._shape.cell_length(number))
-                    at = 0
-                    while at < len(cell):
-                        chunk = await body.read(len(cell) - at)
-                        if not chunk:
-                            raise Unavailable(f"{stream.node.name}: the connection broke off")
-                        cell[at : at + len(chunk)] = chunk
-                        at += len(chunk)
-                        stream.moved_at = time.monotonic()
-                    await self._deliver(stream, number, memoryview(cell))
-        except asyncio.IncompleteReadError:
-            raise Unavailable(f"{stream.node.name}: the connection broke off") from None
+            number = ipaddress.ip_address(host)
+        except ValueError:
+            assert self._loop is not None
+            found = yield from self._waited(self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            return [(family, address) for family, _, _, _, address in found]
+        return [(socket.AF_INET if number.version == 4 else socket.AF_INET6, (host, port))]
+
+    def _waited(self, work: Any) -> Steps[Any]:
+        """What the event loop answers."""
+        assert self._loop is not None
+        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future.add_done_callback(lambda _: self._ring())
+        try:
+            while not future.done():
+                yield 0
         finally:
-            self._changed.set()
+            future.cancel()
+        return future.result()
 
     def _check_head(self, stream: _Stream, head: SpanHead, first: int, last: int) -> Expected:
         """A test for each cell's digest. Raises Damaged unless the digests belong to the shard's root."""
@@ -218,15 +373,46 @@ class Download:
         except Malformed:
             return False
 
-    async def _deliver(self, stream: _Stream, number: int, cell: memoryview) -> None:
+    def _lied(self, stream: _Stream, number: int) -> Damaged:
+        """This holder's bytes are wrong: use nothing more of it. What it gave before was good."""
+        self._found_bad((stream.node.name, stream.index, number))
+        self._tries[stream.index] = tries_max
+        return Damaged(f"cell {number} of shard {stream.index} has other bytes than were stored")
+
+    # -- stripes
+
+    def _has_room(self, number: int) -> bool:
+        if number < self._now or number in self._open:
+            return True
+        if not self._free and self._made >= window_stripes:
+            self._hungry = True  # said before the second look: the other thread may free one in between, and then rings
+            if not self._free:
+                return False
+        if self._free:
+            stripe = self._free.popleft()
+        else:
+            self._made += 1
+            stripe = memoryview(bytearray(self._shape.stripe_bytes))
+        self._open[number] = Arrived(number, stripe, {})
+        return True
+
+    def _place(self, index: int, number: int) -> memoryview:
+        """Where a cell goes: a data cell where it lies in its stripe, another one beside."""
+        length = self._shape.cell_length(number)
+        if number < self._now or index >= self._shape.k or index in self._open[number].cells:
+            return memoryview(bytearray(length))
+        return self._open[number].stripe[index * length : (index + 1) * length]
+
+    def _deliver(self, stream: _Stream, number: int) -> None:
         if number >= self._now:
-            self._cells.setdefault(number, {})[stream.index] = cell
-        stream.at = number + 1
-        self._changed.set()
-        while stream.at >= self._now + window_stripes and stream.at < self._end:
-            self._room.clear()
-            await self._room.wait()
-            stream.moved_at = time.monotonic()
+            self._open[number].cells.setdefault(stream.index, stream.cell)  # a holder that was tried again sends some anew
+        while (arrived := self._open.get(self._now)) and len(arrived.cells) >= self._shape.k:
+            del self._open[self._now]
+            for late in self._streams.values():
+                if late.at == self._now and late.index not in arrived.cells:
+                    late.cell = memoryview(bytearray(len(late.cell)))  # what it still sends of this stripe goes nowhere
+            self._now += 1
+            self._whole.put(arrived)
 
     def _too_few(self) -> Unavailable:
         listed = "; ".join(f"{name}: {why}" for name, why in sorted(self._failures.items()))

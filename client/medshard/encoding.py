@@ -71,25 +71,36 @@ class Encoder:
 
 
 class Decoder:
-    """Open stripes of a sealed file from any k cells that were checked. A wrong cell here would be found by the segment's tag."""
+    """Open stripes of a sealed file from any k cells that were checked. A wrong cell here would be found by the segment's tag.
+
+    One thread at a time: the plaintext of a stripe stands until the next one is opened.
+    """
 
     def __init__(self, seal: FileSeal, layout: Layout) -> None:
         self.layout = layout
         self._seal = seal
         self._code = code(layout.k, layout.n)
+        self._plain = memoryview(bytearray(min(layout.segment_plain, layout.plain_size)))
 
     def open(self, number: int, cells: Mapping[int, memoryview]) -> bytes:
         """The padded plaintext of stripe ``number``. Raises Damaged."""
-        shape = self.layout
-        sealed, cell, k = shape.segment_length(number), shape.cell_length(number), shape.k
+        cell, k = self.layout.cell_length(number), self.layout.k
         if any(len(part) != cell for part in cells.values()):
             raise Damaged(f"stripe {number}: a cell of a wrong length")
         stripe = memoryview(bytearray(k * cell))
-        missing = [i for i in range(k) if i not in cells]
         for i in range(k):
             if i in cells:
                 stripe[i * cell : (i + 1) * cell] = cells[i]
+        return bytes(self.open_in_place(number, stripe, cells))
+
+    def open_in_place(self, number: int, stripe: memoryview, cells: Mapping[int, memoryview]) -> memoryview:
+        """As ``open``. Those data ``cells`` that are here lie in their places in ``stripe`` already; the others are put there."""
+        shape = self.layout
+        sealed, cell, k = shape.segment_length(number), shape.cell_length(number), shape.k
+        missing = [i for i in range(k) if i not in cells]
         if missing:
             have = sorted(cells, key=lambda i: (i >= k, i))[:k]
             self._code.rebuild(have, [cells[i] for i in have], missing, [stripe[i * cell : (i + 1) * cell] for i in missing])
-        return self._seal.open_segment(number, number == shape.stripes - 1, stripe[:sealed])
+        plain = self._plain[: sealed - tag_bytes]
+        self._seal.open_segment_into(number, number == shape.stripes - 1, stripe[:sealed], plain)
+        return plain

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from medshard.download import BadCell, Download
+from medshard.download import Arrived, BadCell, Download
 from medshard.encoding import Decoder
 from medshard.lookup import Lookup
 from medshard.model import Progress
@@ -58,7 +58,7 @@ class Getter:
                 if _is_small(group[0].target.manifest):
                     small.append(group)
                 else:
-                    await self._restore_large(group, advance)
+                    await self._restore_large(group, advance if progress else None)
             for batch in _batches(small):
                 await self._restore_small(batch, advance)
             # Nothing gets its final name before the read is on the ledger, or the ledger is known to be out of reach.
@@ -87,10 +87,11 @@ class Getter:
         try:
             decoder = Decoder(target.seal, layout)
             parts: list[bytes] = []
-            stripes = Download(self._net, target.manifest, self.bad_cells.append).stripes(wanted)
-            async with contextlib.aclosing(stripes):
-                async for number, cells in stripes:
-                    parts.append(decoder.open(number, cells))
+
+            def take(arrived: Arrived) -> None:
+                parts.append(bytes(decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)))
+
+            await Download(self._net, target.manifest, self.bad_cells.append).run(wanted, take)
             await access
         except BaseException:
             access.cancel()
@@ -98,29 +99,20 @@ class Getter:
         skip = start - wanted.start * layout.segment_plain
         return b"".join(parts)[skip : skip + length]
 
-    async def _restore_large(self, group: Sequence[Restore], advance: Callable[[int], None]) -> None:
+    async def _restore_large(self, group: Sequence[Restore], advance: Callable[[int], None] | None) -> None:
         manifest = group[0].target.manifest
         group = sorted(group, key=lambda restore: restore.target.offset)
         decoder = Decoder(group[0].target.seal, manifest.layout)
-        for run in stripes_needed(manifest.layout, [restore.target for restore in group]):
-            stripes = Download(self._net, manifest, self.bad_cells.append).stripes(run)
-            pouring: asyncio.Task[None] | None = None
-            try:
-                async with contextlib.aclosing(stripes):
-                    async for number, cells in stripes:
-                        if pouring is not None:
-                            await pouring
-                        pouring = asyncio.create_task(self._pour(decoder, number, cells, group, advance))
-            finally:
-                if pouring is not None:
-                    await pouring
+        loop = asyncio.get_running_loop()
 
-    @staticmethod
-    async def _pour(
-        decoder: Decoder, number: int, cells: dict[int, memoryview], group: Sequence[Restore], advance: Callable[[int], None]
-    ) -> None:
-        # One stripe is opened, hashed and written in a thread while the next one is received.
-        advance(await asyncio.to_thread(pour, decoder, number, dict(cells), group))
+        def take(arrived: Arrived) -> None:
+            plain = decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)
+            poured = pour(manifest.layout, arrived.number, plain, group)
+            if advance:
+                loop.call_soon_threadsafe(advance, poured)
+
+        for run in stripes_needed(manifest.layout, [restore.target for restore in group]):
+            await Download(self._net, manifest, self.bad_cells.append).run(run, take)
 
     async def _restore_small(self, groups: Sequence[Sequence[Restore]], advance: Callable[[int], None]) -> None:
         manifests = [group[0].target.manifest for group in groups]
@@ -140,7 +132,8 @@ def _pour_small(target: Target, shards: dict[int, bytes], group: Sequence[Restor
     decoder = Decoder(target.seal, layout)
     cells = {index: list(split(shard, layout.cell_size)) for index, shard in shards.items()}
     for number in range(layout.stripes):
-        pour(decoder, number, {index: parts[number] for index, parts in cells.items()}, group)
+        plain = decoder.open(number, {index: parts[number] for index, parts in cells.items()})
+        pour(layout, number, memoryview(plain), group)
 
 
 def _is_small(manifest: Manifest) -> bool:

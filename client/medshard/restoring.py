@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from medshard.durable import fsync_folder
-from medshard.encoding import Decoder
 from medshard.model import Header
 from medshard.sealing import FileSeal
 from medshard_protocol.errors import Damaged
@@ -92,13 +91,11 @@ def publish(restores: Sequence[Restore]) -> None:
         fsync_folder(folder)
 
 
-def pour(decoder: Decoder, number: int, cells: dict[int, memoryview], restores: Sequence[Restore]) -> int:
-    """Open one stripe and give each restore its part of it; how many bytes. CPU and disk: call it from a thread.
+def pour(layout: Layout, number: int, plain: memoryview, restores: Sequence[Restore]) -> int:
+    """Give each restore its part of one opened stripe; how many bytes. CPU and disk: call it from a thread.
 
     ``restores`` are sorted by offset.
     """
-    layout = decoder.layout
-    plain = memoryview(decoder.open(number, cells))
     start = number * layout.segment_plain
     end, poured = start + len(plain), 0
     for restore in restores:

@@ -89,6 +89,15 @@ class FileSeal:
         except InvalidTag:
             raise Damaged(f"segment {number} does not open: its bytes were changed, moved or cut") from None
 
+    def open_segment_into(self, number: int, last: bool, sealed: memoryview, out: memoryview) -> None:
+        """Write the plaintext of one segment to ``out``, ``tag_bytes`` shorter than ``sealed``. Raises as ``open_segment``."""
+        if len(out) != len(sealed) - tag_bytes:
+            raise ValueError("out must have room for the segment without its tag, no more")
+        try:
+            self._content.decrypt_into(segment_nonce(number, last), sealed, None, out)
+        except InvalidTag:
+            raise Damaged(f"segment {number} does not open: its bytes were changed, moved or cut") from None
+
     def seal_header(self, header: bytes) -> bytes:
         """Random nonce, ciphertext, tag."""
         nonce = os.urandom(_nonce_bytes)

@@ -1,25 +1,30 @@
 """Talking to nodes: TLS connections, requests, answers turned into values or errors, and a memory of who was slow.
 
+Large bodies do not come this way: download.py reads shards over lines of its own (line.py), which are kept here between downloads.
+
 It knows who a node is (the roster, and its certificate under its institution's CA), and nothing of keys, files or codes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
 
+from medshard.line import BrokenOff, Lines, Place
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
-from medshard_protocol.roster import Node, Roster
+from medshard_protocol.roster import Node, Roster, no_key
+from medshard_protocol.rosters import roster_header
 
 answer_bytes_max: Final = 96 * 1024 * 1024  # no answer that is read whole is larger; a hostile node must not fill our memory
 suspect_s: Final = 30.0  # how long a node that stalled is tried last
@@ -50,10 +55,40 @@ class Net:
     """Connections to the nodes of one roster. Use as an async context manager."""
 
     def __init__(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
-        self.roster = roster
         self.health = Health()
-        self._contexts = contexts
+        self.lines = Lines()
+        self.follower: Callable[[], Awaitable[bool]] | None = None
+        self._following: set[asyncio.Future[bool]] = set()
         self._session: aiohttp.ClientSession | None = None
+        self.adopt(roster, contexts)
+
+    def adopt(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
+        """Go by this roster from the next request on; ``contexts`` by place of the institution in it."""
+        self.roster = roster
+        self._contexts = contexts
+        self._nodes = {node.id: node for node in roster.nodes}
+
+    async def follow(self) -> bool:
+        """Ask whether there is a newer roster, and go by it; say whether there was. For answers that make no sense under this one."""
+        return self.follower is not None and await self.follower()
+
+    def _hear(self, number: str) -> None:
+        """A node says which roster it goes by. Only a reason to ask: what it is, quorums say."""
+        if self.follower is not None and number.isascii() and number.isdigit() and len(number) < 11 and int(number) > self.roster.number:
+            task = asyncio.ensure_future(self.follower())
+            self._following.add(task)
+            task.add_done_callback(self._following.discard)
+
+    def holder(self, node: NodeId) -> Node:
+        """The node with this id; for one that has left the roster, a stand-in that never answers."""
+        known = self._nodes.get(node)
+        if known is None:
+            known = Node(node, f"{node.hex()[:8]} (has left)", len(self.roster.institutions), "", 0, no_key, no_key)
+        return known
+
+    def institution_of(self, node: Node) -> str:
+        """The name of a holder's institution; empty for a node that has left."""
+        return self.roster.institutions[node.institution].name if node.institution < len(self.roster.institutions) else ""
 
     async def __aenter__(self) -> Self:
         # No total timeout here: each call sets its own, and a long upload has only stall limits.
@@ -64,6 +99,7 @@ class Net:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.lines.close()
         if self._session is not None:
             await self._session.close()
 
@@ -102,13 +138,25 @@ class Net:
                 raise unpack_error(response.status, data, node.name)
             return data
 
-    @asynccontextmanager
-    async def receive(self, node: Node, path: str) -> AsyncIterator[aiohttp.StreamReader]:
-        """GET a body to be read piece by piece."""
-        async with self._open(node, "GET", path, None, {}, None) as response:
-            if response.status != 200:
-                raise unpack_error(response.status, await _read_all(response), node.name)
-            yield response.content
+    def place(self, node: Node) -> Place:
+        """Where a line to this node leads. Raises Unavailable for a node that has left."""
+        node = self._present(node)
+        return Place(node, self._contexts[node.institution])
+
+    def shard_headers(self) -> Mapping[str, str]:
+        """What goes with each request for cells of a shard. Called from any thread."""
+        return {}
+
+    async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
+        """Whether it is worth while to ask again for the cells that this holder refused for the ``tries``th time."""
+        return False
+
+    def _present(self, node: Node) -> Node:
+        """A node under the roster of now: url and institution may be others than a moment ago. Raises Unavailable if it has left."""
+        known = self._nodes.get(node.id)
+        if known is None:
+            raise Unavailable(f"{node.name}: no longer in the roster")
+        return known
 
     @asynccontextmanager
     async def _open(
@@ -122,6 +170,7 @@ class Net:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise RuntimeError("use Net as an async context manager")
+        node = self._present(node)
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -135,6 +184,7 @@ class Net:
                     allow_redirects=False,
                 ) as response,
             ):
+                self._hear(response.headers.get(roster_header, ""))
                 yield response
         except MedshardError:
             raise
@@ -143,7 +193,7 @@ class Net:
             raise Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             self.health.suspect(node.id)
-            raise Unavailable(f"{node.name}: {_reason(error)}") from None
+            raise Unavailable(f"{node.name}: {explain(error)}") from None
         self.health.well(node.id)
 
 
@@ -169,9 +219,12 @@ def without_name(node: Node, error: Exception) -> str:
     return str(error).removeprefix(f"{node.name}: ")
 
 
-def _reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
+    """Why a connection failed, for its user."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError | ssl.SSLError):
         return f"TLS refused ({error})"
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ClientConnectorError | socket.gaierror):
         return "cannot connect"
+    if isinstance(error, BrokenOff):
+        return "the connection broke off"
     return str(error) or type(error).__name__

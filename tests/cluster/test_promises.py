@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import pytest
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
+from medshard.http1 import Head
+from medshard.line import Line, Steps
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path
@@ -281,20 +283,19 @@ async def test_a_folder_becomes_packs_and_each_member_comes_back_alone(vault: Va
 async def test_a_member_of_a_pack_is_read_by_only_the_stripes_it_lies_in(
     vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medshard.transport import Net
 
     folder = tmp_path / "series"
     folder.mkdir()
     files = [make(folder, 900_000, f"{i:02d}") for i in range(12)]
     report = await vault.put([folder])
     asked: list[str] = []
-    receive = Net.receive
+    get = Line.get
 
-    def noting(self: Net, node: object, path: str) -> object:
+    def noting(self: Line, path: str, headers: Mapping[str, str]) -> Steps[Head]:
         asked.append(path)
-        return receive(self, node, path)  # type: ignore[arg-type]
+        return get(self, path, headers)
 
-    monkeypatch.setattr(Net, "receive", noting)
+    monkeypatch.setattr(Line, "get", noting)
     await vault.get(report.stored[6].sha256, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == files[6].read_bytes()
     first, last = (int(part) for part in asked[0].split("cells=")[1].split("&")[0].split("-"))
