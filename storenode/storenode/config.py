@@ -59,6 +59,20 @@ class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     format: LogFormat = "auto"
 
 
+class LedgerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who may read the ledger here."""
+
+    public: bool = False
+
+
+class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which outside authority (RFC 3161) is asked for timestamps over the ledger; an empty url is none."""
+
+    url: str = ""
+    every_h: float = 24.0
+    digest: Literal["sha256", "sha512"] = "sha256"
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: str
     listen: str = listen_default
@@ -67,6 +81,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     limits: Limits = Limits()
     metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
+    ledger: LedgerSection = LedgerSection()
+    timestamp: TimestampSection = TimestampSection()
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ class Config:
     metrics_address: Address | None
     log_level: LogLevel
     log_format: LogFormat
+    public_log: bool = False
+    timestamp: TimestampSection = TimestampSection()
 
     @classmethod
     def load(cls, home: Path) -> Config:
@@ -136,6 +154,8 @@ class Config:
             metrics_address=metrics,
             log_level=file.log.level,
             log_format=file.log.format,
+            public_log=file.ledger.public,
+            timestamp=file.timestamp,
         )
 
 
@@ -149,7 +169,14 @@ def write_config(
 
 
 def _refuse_unknown(path: Path, values: dict[str, Any]) -> None:
-    sections: dict[str, type[msgspec.Struct]] = {"": _File, "limits": Limits, "metrics": MetricsSection, "log": LogSection}
+    sections: dict[str, type[msgspec.Struct]] = {
+        "": _File,
+        "limits": Limits,
+        "metrics": MetricsSection,
+        "log": LogSection,
+        "ledger": LedgerSection,
+        "timestamp": TimestampSection,
+    }
     for section, kind in sections.items():
         known = kind.__struct_fields__
         table = values.get(section, {}) if section else values
@@ -200,10 +227,13 @@ def _check_numbers(path: Path, file: _File) -> None:
         ("limits.body_stall_s", limits.body_stall_s, 0.1, 3600),
         ("limits.sweep_after_s", limits.sweep_after_s, 0.1, 10 * 365 * 86400),
         ("limits.watch_every_s", limits.watch_every_s, 0.1, 3600),
+        ("timestamp.every_h", file.timestamp.every_h, 0.0001, 24 * 366),
     )
     for key, value, least, most in checks:
         if not least <= value <= most:
             raise _wrong(path, key, f"a number from {least:,} to {most:,}".replace(",", "_"), value, "choose a number in that range")
+    if file.timestamp.url and not file.timestamp.url.startswith(("https://", "http://")):
+        raise _wrong(path, "timestamp.url", "a web address", file.timestamp.url, 'write for example url = "http://tsa.example/tsr"')
     if not file.data:
         raise _wrong(path, "data", "a folder", file.data, 'write data = "data"')
 
@@ -254,6 +284,18 @@ listen = "{metrics}"
 level = "info"
 # "json" is one object a line, "text" is for eyes; "auto" is text on a terminal and JSON elsewhere.
 format = "auto"
+
+[ledger]
+# The ledger is served below {url}/log in a form that other programs read (C2SP tlog-tiles). It holds no names, but it does show
+# which key announced a read of which file id, and when. Set true to let anybody read it without a certificate.
+# public = false
+
+[timestamp]
+# The address of an outside authority (RFC 3161), such as http://tsa.example/tsr, whose signed time goes onto the ledger every so many
+# hours. One node of the consortium is enough. Empty: none is asked.
+# url = ""
+# every_h = 24.0
+# digest = "sha256"
 
 [limits]
 # Largest shard taken. A shard is the file's size over k.
