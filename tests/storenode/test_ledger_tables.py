@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from medshard_protocol.entries import Access, Enrol, Erase, Genesis, Grant, Hold, Register, Release, Revoke, Withdraw
-from medshard_protocol.errors import Unavailable
+from medshard_protocol.errors import Damaged, Unavailable
 from medshard_protocol.identity import public_key
 from medshard_protocol.state import State
 from medshard_protocol.tables import MemoryTables, Table
@@ -194,6 +194,26 @@ def test_a_file_of_another_format_is_made_anew(tmp_path, monkeypatch):
     assert tables.get(Table.META, b"k") is None
     assert tables.root() == (0, b"")
     tables.close()
+
+
+def test_a_flipped_bit_is_found_and_the_next_start_makes_the_tables_anew(tmp_path):
+    path = tmp_path / "state.sqlite"
+    tables = SqliteTables(path)
+    tables.put(Table.META, b"key", (b"a value to be found in the file",))
+    save(tables)
+    tables.close()
+    data = path.read_bytes()
+    at = data.index(b"a value to be found")
+    path.write_bytes(data[:at] + b"A" + data[at + 1 :])
+    for ask in (lambda t: t.get(Table.META, b"key"), lambda t: t.scan(Table.META, b"", b"\xff")):
+        path.write_bytes(data[:at] + b"A" + data[at + 1 :])
+        tables = SqliteTables(path)
+        with pytest.raises(Damaged):
+            ask(tables)
+        tables.close()
+        tables = SqliteTables(path)
+        assert tables.get(Table.META, b"key") is None
+        tables.close()
 
 
 def test_a_save_that_fails_loses_nothing(tmp_path):

@@ -2,7 +2,8 @@
 
 Law: the file is a cache of the log. What was written stands in memory until a save puts it all into one transaction, so that the file
 always holds the state after some whole number of entries; after a crash it is a little old and the fold goes on from there. It may be
-deleted while the node stands still. A file that cannot be read, or is of another format, is thrown away.
+deleted while the node stands still. A file that cannot be read, or is of another format, is thrown away; a row that a disk has changed is
+found by its checksum, and costs the file and a restart.
 
 Two connections: reads never wait for a save, which may run in a thread. Everything else belongs to one event loop.
 """
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import zlib
 from pathlib import Path
+from typing import Any
 
 import msgpack
 
-from medshard_protocol.errors import Unavailable
+from medshard_protocol.errors import Damaged, Unavailable
 from medshard_protocol.tables import Row, Table
 
 format_version = 1
+checksum_size = 4
 cached_rows_max = 8192  # identities and the like, asked for with every entry; some 200 bytes each
 save_rows_max = 50_000  # more than this unsaved is some 20 MB of memory
 
@@ -86,7 +90,7 @@ class SqliteTables:
         found: dict[bytes, Row | None] = {}
         if not layers[0].alone:
             query = f"SELECT key, data FROM t{int(table)} WHERE key >= ? AND key < ? ORDER BY key LIMIT ?"  # noqa: S608 - a number
-            found = {key: _row(data) for key, data in self._reader.execute(query, (first, end, most + gone))}
+            found = {key: self._row(key, data) for key, data in self._execute(query, (first, end, most + gone))}
         found |= pending
         return [(key, row) for key, row in sorted(found.items()) if row is not None][:most]
 
@@ -157,23 +161,41 @@ class SqliteTables:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
     def _read(self, table: Table, key: bytes) -> Row | None:
-        found = self._reader.execute(f"SELECT data FROM t{int(table)} WHERE key = ?", (key,)).fetchone()  # noqa: S608 - a number
-        return None if found is None else _row(found[0])
+        found = self._execute(f"SELECT data FROM t{int(table)} WHERE key = ?", (key,))  # noqa: S608 - a number
+        return self._row(key, found[0][0]) if found else None
+
+    def _execute(self, query: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.OperationalError as error:
+            raise Unavailable(f"the state's tables cannot be read ({error})") from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged() from error
+
+    def _row(self, key: bytes, data: bytes) -> Row:
+        if not isinstance(key, bytes) or not isinstance(data, bytes) or data[:checksum_size] != _checksum(key, data[checksum_size:]):
+            raise self._damaged()
+        row: Row = msgpack.unpackb(data[checksum_size:], use_list=False)
+        return row
+
+    def _damaged(self) -> Damaged:
+        self._discard()  # the open connections go on; the next start finds nothing
+        return Damaged("the state's tables are damaged on this node's disk", hint="restart this node: it makes them anew from the ledger")
 
     def _write_rows(self) -> None:
         saving = self._saving
         for table, rows in saving.rows.items():
             if saving.alone:
                 self._writer.execute(f"DELETE FROM t{int(table)}")  # noqa: S608 - a number
-            kept = sorted((key, msgpack.packb(row)) for key, row in rows.items() if row is not None)
+            packed = ((key, msgpack.packb(row)) for key, row in rows.items() if row is not None)
+            kept = sorted((key, _checksum(key, data) + data) for key, data in packed)
             gone = [(key,) for key, row in rows.items() if row is None]
             self._writer.executemany(f"INSERT OR REPLACE INTO t{int(table)} VALUES (?, ?)", kept)  # noqa: S608 - a number
             self._writer.executemany(f"DELETE FROM t{int(table)} WHERE key = ?", gone)  # noqa: S608 - a number
 
 
-def _row(data: bytes) -> Row:
-    row: Row = msgpack.unpackb(data, use_list=False)
-    return row
+def _checksum(key: bytes, data: bytes) -> bytes:
+    return zlib.crc32(data, zlib.crc32(key)).to_bytes(checksum_size, "big")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
