@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -273,7 +274,7 @@ def _load_private(path: Path) -> PrivateKeyTypes:
         raise Refused(f"{path} can be read by others", hint=f"chmod 600 {path}, and think about who may have read it")
     try:
         return load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise Malformed(f"{path}: not an unencrypted private key in PEM", hint="restore it from the backup of the keys") from None
 
 

@@ -1,7 +1,7 @@
 """Nodes and clients that are killed or stopped at any moment while files are put and got: everything acknowledged comes back.
 
-Law: SIGKILL ends a node without a word and it starts again on what it left; SIGSTOP lets it hold its connections and say nothing. One node is
-hurt at a time, so that a quorum of six institutions is left unless it is the sequencer.
+Law: SIGKILL ends a node without a word and it starts again on what it left; SIGSTOP lets it hold its connections and say nothing. One node
+is hurt at a time, so that a quorum of six institutions is left unless it is the sequencer.
 """
 
 from __future__ import annotations

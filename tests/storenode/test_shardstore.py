@@ -65,7 +65,7 @@ async def test_after_a_failed_fsync_nothing_is_acknowledged(store: ShardStore, t
 
         return fsync
 
-    for after in (0, 1, 2):  # the file's, the new folder's, the name's in it
+    for after in (0, 1):  # the file's, and that of its name in the folder
         file_id = FileId(bytes([after]) * 32)
         calls.clear()
         with monkeypatch.context() as broken:

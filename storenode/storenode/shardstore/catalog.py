@@ -10,9 +10,12 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from medshard_protocol.errors import Damaged
 
 Result = TypeVar("Result")
 Write = Callable[[sqlite3.Connection], Any]
@@ -40,8 +43,9 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reader = _connect(path)
-        self._reader.executescript(_schema)
+        with _whole(path):
+            self._reader = _connect(path)
+            self._reader.executescript(_schema)
         self._queue: queue.SimpleQueue[tuple[Write, asyncio.Future[Any], asyncio.AbstractEventLoop] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
@@ -49,22 +53,25 @@ class Catalog:
     async def write(self, change: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run ``change`` in a transaction shared with its neighbours; return its result once that is durable.
 
-        An exception from ``change`` undoes that change alone and is raised here.
+        An exception from ``change`` undoes that change alone and is raised here. Raises Damaged for a file that is not whole.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._queue.put((change, future, loop))
         # Shielded: a reader that hangs up must not cancel a future that the writer thread is about to resolve.
-        return await asyncio.shield(future)
+        with _whole(self._path):
+            return await asyncio.shield(future)
 
     def one(self, sql: str, *args: object) -> tuple[Any, ...] | None:
-        """The first row, or None. Small point reads only: this runs on the caller's thread."""
-        row: tuple[Any, ...] | None = self._reader.execute(sql, args).fetchone()
+        """The first row, or None. Small point reads only: this runs on the caller's thread. Raises Damaged."""
+        with _whole(self._path):
+            row: tuple[Any, ...] | None = self._reader.execute(sql, args).fetchone()
         return row
 
     def all(self, sql: str, *args: object) -> list[tuple[Any, ...]]:
-        """All rows of a small result."""
-        return self._reader.execute(sql, args).fetchall()
+        """All rows of a small result. Raises Damaged."""
+        with _whole(self._path):
+            return self._reader.execute(sql, args).fetchall()
 
     def close(self) -> None:
         """Finish what is queued, then close."""
@@ -109,6 +116,18 @@ class Catalog:
                 loop.call_soon_threadsafe(_resolve, future, result, failure)
             except RuntimeError:  # the loop is closed: the waiter is gone, the write stands
                 continue
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say in our words that the file is not what SQLite wrote. What fails in operation, such as a full disk, stays what it is."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        hint = "its shards are on other nodes too: move the node's data folder away and start it, and they are made again"
+        raise Damaged(f"{path} is damaged ({error})", hint=hint) from error
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, failure: Exception | None) -> None:

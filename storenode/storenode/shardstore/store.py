@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
+from typing import Any
 
-from medshard_protocol.errors import Absent, Conflict, Damaged, Full, TooLarge
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, TooLarge
 from medshard_protocol.ids import FileId, Key, Tag
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.shards import digests, shard_root, split
@@ -76,6 +77,9 @@ class ShardStore:
         self._clock = clock
         self._on_fsync = on_fsync
         self._shards.mkdir(parents=True, exist_ok=True)
+        for prefix in range(256):  # all of them now: of two uploads that need a new one, the second could not know that it is durable yet
+            (self._shards / f"{prefix:02x}").mkdir(exist_ok=True)
+        _fsync_folder(self._shards)
         shutil.rmtree(self._tmp, ignore_errors=True)  # uploads that a crash cut off: nobody was told they were stored
         self._tmp.mkdir()
         self.catalog = Catalog(folder / "store.sqlite")
@@ -147,9 +151,6 @@ class ShardStore:
         self._on_fsync(time.monotonic() - started)
         if incoming.temporary is not None:
             final = self._path(file_id, shard_root(incoming.digests, digests["blake3"]))
-            if not final.parent.exists():
-                final.parent.mkdir(exist_ok=True)
-                _fsync_folder(self._shards)
             os.replace(incoming.temporary, final)
             _fsync_folder(final.parent)  # the name must survive a power cut before anyone is told
         return data
@@ -157,10 +158,13 @@ class ShardStore:
     def _insert(
         self, connection: Connection, incoming: Incoming, root: bytes, data: bytes | None, file_id: FileId, index: int, owner: Key
     ) -> Put:
-        row = connection.execute("SELECT idx, root, owner FROM shards WHERE file_id = ?", (file_id,)).fetchone()
+        row = connection.execute("SELECT idx, root, owner, digests, data FROM shards WHERE file_id = ?", (file_id,)).fetchone()
         if row is not None:
-            if row != (index, root, owner):
+            if row[:3] != (index, root, owner):
                 raise Conflict("another shard of this file is stored here already")
+            if row[3:] != (b"".join(incoming.digests), data):  # damaged since: what is acknowledged now must be whole
+                values = (incoming.size, incoming.cell_size, b"".join(incoming.digests), data, file_id)
+                connection.execute("UPDATE shards SET size = ?, cell_size = ?, digests = ?, data = ? WHERE file_id = ?", values)
             return Put(root, created=False)
         connection.execute(
             "INSERT INTO shards(file_id, idx, size, cell_size, root, digest, digests, owner, stored_at, data) VALUES (?,?,?,?,?,?,?,?,?,?)",
@@ -187,11 +191,11 @@ class ShardStore:
         return bool(created)
 
     def _insert_manifest(self, connection: Connection, manifest: Manifest) -> bool:
-        row = connection.execute("SELECT sha256 FROM manifests WHERE file_id = ?", (manifest.file_id,)).fetchone()
+        row = connection.execute("SELECT bytes FROM manifests WHERE file_id = ?", (manifest.file_id,)).fetchone()
         if row is not None:
-            if row[0] != manifest.sha256:
-                raise Conflict("another manifest of this file is stored here already")
-            return False
+            if row[0] == manifest.to_bytes():
+                return False
+            self._make_room(connection, manifest.file_id)
         connection.execute(
             "INSERT INTO manifests VALUES (?, ?, ?, ?, ?)",
             (manifest.file_id, manifest.sha256, manifest.owner, int(self._clock()), manifest.to_bytes()),
@@ -199,11 +203,20 @@ class ShardStore:
         connection.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?)", ((tag, manifest.file_id) for tag in manifest.tags))
         return True
 
+    def _make_room(self, connection: Connection, file_id: FileId) -> None:
+        """Take away a damaged manifest. Raises Conflict for one that is whole."""
+        data, expected = connection.execute("SELECT bytes, sha256 FROM manifests WHERE file_id = ?", (file_id,)).fetchone()
+        if _is_manifest(data, expected):
+            raise Conflict("another manifest of this file is stored here already")
+        connection.execute("DELETE FROM manifests WHERE file_id = ?", (file_id,))
+
     def manifest(self, file_id: FileId) -> bytes:
-        """The manifest's bytes. Raises Absent."""
-        row = self.catalog.one("SELECT bytes FROM manifests WHERE file_id = ?", file_id)
+        """The manifest's bytes. Raises Absent, or Damaged when they are not those that were stored."""
+        row = self.catalog.one("SELECT bytes, sha256 FROM manifests WHERE file_id = ?", file_id)
         if row is None:
             raise Absent("no manifest of this file here")
+        if not _is_manifest(*row):
+            raise Damaged("the manifest is damaged on this node's disk")
         return bytes(row[0])
 
     def files_of(self, tag: Tag) -> list[FileId]:
@@ -211,18 +224,19 @@ class ShardStore:
         rows = self.catalog.all(
             "SELECT t.file_id FROM tags t JOIN manifests m USING(file_id) WHERE tag = ? ORDER BY stored_at DESC LIMIT 16", tag
         )
-        return [FileId(row[0]) for row in rows]
+        return [FileId(row[0]) for row in rows if isinstance(row[0], bytes)]
 
     # -- out
 
     def shard(self, file_id: FileId) -> Shard | None:
-        """The shard of this file that is stored here, if any."""
+        """The shard of this file that is stored here, if any. Raises Damaged when its row makes no sense."""
         row = self.catalog.one("SELECT idx, size, cell_size, root, digests, owner, data FROM shards WHERE file_id = ?", file_id)
         if row is None:
             return None
-        index, size, cell_size, root, joined, owner, data = row
-        cells = tuple(joined[at : at + 32] for at in range(0, len(joined), 32))
-        return Shard(file_id, index, size, cell_size, root, cells, Key(owner), data)
+        shard = _shard_of(file_id, row)
+        if shard is None:
+            raise Damaged("what the catalog says about this shard is damaged on this node's disk")
+        return shard
 
     def shard_at(self, file_id: FileId, index: int) -> Shard:
         """Shard ``index`` of this file. Raises Absent."""
@@ -317,6 +331,27 @@ class ShardStore:
     def _path(self, file_id: FileId, root: bytes) -> Path:
         name = file_id.hex()
         return self._shards / name[:2] / f"{name}-{root[:8].hex()}"
+
+
+def _shard_of(file_id: FileId, row: tuple[Any, ...]) -> Shard | None:
+    """A row as a shard; None where a disk has changed it so that it cannot be one. What it says is not checked here."""
+    index, size, cell_size, root, joined, owner, data = row
+    if not (isinstance(index, int) and isinstance(size, int) and isinstance(cell_size, int) and size > 0 < cell_size):
+        return None
+    if not all(isinstance(each, bytes) and len(each) == 32 for each in (root, owner)) or not isinstance(joined, bytes):
+        return None
+    if len(joined) != -(-size // cell_size) * 32 or not (data is None or (isinstance(data, bytes) and len(data) == size)):
+        return None
+    cells = tuple(joined[at : at + 32] for at in range(0, len(joined), 32))
+    return Shard(file_id, index, size, cell_size, root, cells, Key(owner), data)
+
+
+def _is_manifest(data: object, expected: object) -> bool:
+    """Whether a disk gave back the manifest that it was given."""
+    try:
+        return isinstance(data, bytes) and Manifest.from_bytes(data).sha256 == expected
+    except Malformed:
+        return False
 
 
 def check_size(size: int, allowed: int, what: str) -> None:
