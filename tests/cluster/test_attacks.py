@@ -315,6 +315,19 @@ async def test_a_flipped_bit_in_a_tile_or_bundle_is_found_and_shown(vault: Vault
     await assert_the_honest_rest_goes_on(vault, tmp_path)
 
 
+async def test_tiles_and_entries_that_fit_each_other_and_not_the_head_are_found(vault: Vault, trial: Attacked, tmp_path: Path) -> None:
+    async with auditor(trial, tmp_path / "auditor") as look:
+        await until_level(look, liar)
+        entries = await entries_of(vault, trial)
+        folder = forged_log(trial, tmp_path / "fork", [entries[1], entries[0], *entries[2:]], [], 0)
+        trial.misbehave(liar, answers=[{"path": "^/log/tile/", "do": "folder", "folder": str(folder)}])
+        report = await look()
+    assert ("damaged-tile", liar) in found(report)
+    code, said = verify(trial, next(path for path in report.kept if path.name.startswith("damaged-tile")))
+    assert (code, "do not give the root" in said) == (0, True), said
+    await assert_the_honest_rest_goes_on(vault, tmp_path)
+
+
 async def test_a_mirror_that_shows_a_head_and_keeps_its_entries_back_is_found(vault: Vault, trial: Attacked, tmp_path: Path) -> None:
     entries = await entries_of(vault, trial)
     assert entries
