@@ -15,7 +15,7 @@ from typing import Final, Self
 from aiohttp import web
 
 from medshard_protocol import merkle
-from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
+from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused
 from medshard_protocol.ids import FileId, NodeId, file_id_from_hex
 from medshard_protocol.manifest import Manifest, manifest_bytes_max
 from medshard_protocol.messages import (
@@ -183,15 +183,13 @@ async def read_files(request: web.Request) -> web.Response:
     wanted = unpack_small_reads(await read_body(request, bundle_bytes_max))
     await request.app[gate_key].admit(caller(request).key, request.headers, [file_id for file_id, _ in wanted])
     for file_id, index in wanted:
-        shard = node.store.shard(file_id)
-        if shard is None or shard.index != index or shard.size > room:
-            answers.append(None)
-            continue
-        room -= shard.size
         try:
-            answers.append(await _read(node, shard, 0, shard.size))
-        except MedshardError:
-            answers.append(None)
+            shard = node.store.shard_at(file_id, index)
+            data = await _read(node, shard, 0, shard.size) if shard.size <= room else None
+        except MedshardError:  # absent or damaged: the others of this answer are neither
+            data = None
+        room -= len(data or b"")
+        answers.append(data)
     return web.Response(body=pack_shards(answers), content_type=body_type)
 
 
@@ -205,7 +203,10 @@ async def lookup(request: web.Request) -> web.Response:
         answers.append([])
         for file_id in node.store.files_of(tag)[:lookup_files_max]:
             if file_id not in files:
-                manifest = node.store.manifest(file_id)
+                try:
+                    manifest = node.store.manifest(file_id)
+                except (Absent, Damaged):  # a disk's fault here costs this file alone, and others hold its manifest too
+                    continue
                 room -= len(manifest)
                 if room < 0:  # the client asks again for what is not in this answer
                     break

@@ -14,7 +14,7 @@ from typing import Final
 
 from aiohttp import web
 
-from medshard_protocol.errors import Absent, Malformed, Refused
+from medshard_protocol.errors import Absent, Damaged, Malformed, Refused
 from medshard_protocol.facts import Facts, Granted
 from medshard_protocol.ids import FileId, Key, Sha256, file_id_from_hex, key_from_hex, sha256_from_hex
 from medshard_protocol.messages import body_type
@@ -186,7 +186,7 @@ def _shared_file(
         return None
     try:
         manifest = node.store.manifest(file_id)
-    except Absent:
+    except (Absent, Damaged):
         return None
     grant, registration = journal.inclusion(granted.index, published), journal.inclusion(known.index, published)
     return SharedFile(file_id, grant, registration, manifest if len(manifest) <= room else b"", data)
