@@ -14,7 +14,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -140,12 +140,12 @@ class Pass:
 
     def explained(self, error: MedshardError) -> MedshardError:
         """A failed read in the holders' words, if it was they who refused it."""
-        refused = [self._net.roster.node(node).institution for node in self.refusals]
+        refused = [self._net.holder(node).institution for node in self.refusals]
         if not isinstance(error, Unavailable) or len(set(refused)) < min(2, len(self._net.roster.institutions)):
             return error
-        said = [without_name(self._net.roster.node(node), why) for node, why in self.refusals.items()]
+        said = [without_name(self._net.holder(node), why) for node, why in self.refusals.items()]
         reason = max(set(said), key=said.count)
-        hint = next(why.hint for node, why in self.refusals.items() if without_name(self._net.roster.node(node), why) == reason)
+        hint = next(why.hint for node, why in self.refusals.items() if without_name(self._net.holder(node), why) == reason)
         return Refused(f"{len(said)} nodes refuse this read: {reason}", hint=hint)
 
     def _note(self, node: Node, error: MedshardError) -> None:
@@ -198,7 +198,7 @@ class Admitted(Net):
         return self._shown.headers()
 
     async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
-        """Whether it is worth while to ask again what a holder objected to for the ``tries``th time."""
+        """Whether it is worth while to ask again what a holder refused for the ``tries``th time."""
         return await self._shown.helped(node, error, tries)
 
     async def call(
@@ -213,21 +213,6 @@ class Admitted(Net):
                 if not await self.helped(node, error, tries):
                     raise
             tries += 1
-
-    @asynccontextmanager
-    async def receive(self, node: Node, path: str) -> AsyncIterator[aiohttp.StreamReader]:
-        """As a net's, asking again where an objection could be met."""
-        async with AsyncExitStack() as stack:
-            tries = 1
-            while True:
-                try:
-                    body = await stack.enter_async_context(super().receive(node, path))
-                    break
-                except MedshardError as error:
-                    if not await self.helped(node, error, tries):
-                        raise
-                tries += 1
-            yield body
 
     @asynccontextmanager
     async def _open(

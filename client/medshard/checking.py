@@ -62,7 +62,7 @@ async def describe_target(net: Net, target: Target, row: Row) -> Info:
 
 
 async def _verify_holder(net: Net, manifest: Manifest, index: int, *, cells: bool) -> HolderReport:
-    node = net.roster.node(manifest.shards[index].node)
+    node = net.holder(manifest.shards[index].node)
     checked = 0
     bad: list[int] = []
     state: HolderState
@@ -80,7 +80,7 @@ async def _verify_holder(net: Net, manifest: Manifest, index: int, *, cells: boo
         state, detail = ("slow" if "no answer within" in str(error) else "unreachable"), str(error)
     except MedshardError as error:
         state, detail = "damaged", str(error)
-    institution = net.roster.institutions[node.institution].name
+    institution = net.institution_of(node)
     return HolderReport(node.name, institution, index, state, checked, tuple(bad), detail)
 
 
@@ -99,8 +99,8 @@ async def _prove_cell(net: Net, node: Node, manifest: Manifest, index: int, cell
 
 
 async def _ping(net: Net, manifest: Manifest, index: int) -> NodeInfo:
-    node = net.roster.node(manifest.shards[index].node)
-    institution = net.roster.institutions[node.institution].name
+    node = net.holder(manifest.shards[index].node)
+    institution = net.institution_of(node)
     try:
         await net.call(node, "GET", "/healthz", timeout_s=ping_timeout_s)
     except MedshardError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import time
 from datetime import UTC, datetime, timedelta
@@ -19,16 +20,19 @@ from medshard.transport import Net
 from medshard_protocol.checkpoint import Checkpoint, open_published
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.roster import Node
+from medshard_protocol.rosters import differences
 
 ping_timeout_s: Final = 3.0
 slow_s: Final = 1.0
 low_disk_bytes: Final = 256 * 1024 * 1024
 renew_before: Final = timedelta(days=60)
+changes_shown: Final = 5
 
 
 async def diagnose(home: Home, keys: VaultKeys, net: Net, index: Index, ledger: LedgerClient) -> list[Finding]:
     """All findings, good ones included."""
     findings = [*_files(home), _certificate(home), _disk(home), _index(index)]
+    findings += await _roster(home, net)
     answers = await asyncio.gather(*(_ask(net, node) for node in net.roster.nodes))
     findings += [finding for finding, _ in answers]
     alive = [node for node, (_, checkpoint) in zip(net.roster.nodes, answers, strict=True) if checkpoint is not None]
@@ -71,6 +75,19 @@ def _disk(home: Home) -> Finding:
 
 def _index(index: Index) -> Finding:
     return Finding("ok", f"local index: {index.count()} files")
+
+
+async def _roster(home: Home, net: Net) -> list[Finding]:
+    """Which roster this vault goes by, and what the changes since the genesis file were."""
+    await net.follow()
+    rosters = home.rosters()
+    found = [
+        Finding("ok", f"roster {net.roster.number}", "the genesis file" if len(rosters) == 1 else f"{len(rosters) - 1} changes so far")
+    ]
+    for old, new in itertools.pairwise(rosters[-changes_shown - 1 :]):
+        texts = "; ".join(f"{each.what}: {each.text}" for each in differences(old, new))
+        found.append(Finding("ok", f"roster {new.number} changed: {texts}"))
+    return found
 
 
 async def _ask(net: Net, node: Node) -> tuple[Finding, Checkpoint | None]:

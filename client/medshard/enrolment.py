@@ -1,7 +1,7 @@
 """Joining: from an invitation to a certificate and a pinned roster.
 
-The code names the genesis file by its hash, so the first, unverified connection can bring nothing but that file; the second one
-is checked against the institution's CA in it before the secret is sent.
+The code names the genesis file by its hash, so the first, unverified connection can bring nothing but that file and changes that quorums
+have signed since; the second one is checked against the institution's CA in the newest roster before the secret is sent.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from medshard_protocol.identity import certificate_key, client_csr, is_issued_by
 from medshard_protocol.invite import Invite, pack_join, unpack_joined
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
+from medshard_protocol.rosters import Link, follow, unpack_links
 
 timeout_s: Final = 30.0
-answer_bytes_max: Final = 4 * 1024 * 1024
+answer_bytes_max: Final = 6 * 1024 * 1024
 
 
 async def join(home: Home, keys: VaultKeys, code: str) -> None:
@@ -36,18 +37,33 @@ async def join(home: Home, keys: VaultKeys, code: str) -> None:
             f"{invite.url} serves another genesis file than the invitation names",
             hint="do not join: somebody may be between you and the institution; ask it for a new invitation",
         )
-    roster = Roster.from_bytes(genesis)
     _same_consortium(home, genesis)
+    roster, links = await _newest(Roster.from_bytes(genesis), invite.url)
     node = _node(roster, invite)
-    context = context_for(roster.institutions[invite.institution].ca)
+    institution = roster.institutions[invite.institution]
+    context = context_for(institution.ca, former=institution.former)
     answer = await _request("POST", invite.url + "/v1/join", pack_join(invite.secret, client_csr(keys.signing)), context, node)
     certificate = unpack_joined(answer)
     if certificate_key(certificate) != keys.public:
         raise Damaged("the institution certified another key than this vault's")
-    if not is_issued_by(certificate, roster.institutions[invite.institution].ca):
+    if not is_issued_by(certificate, institution.ca):
         raise Damaged("the certificate is not signed by the institution that the invitation names")
     write_durably(home.genesis, genesis)
+    home.keep_links(0, links)
     write_durably(home.certificate, certificate)
+
+
+async def _newest(roster: Roster, url: str) -> tuple[Roster, list[Link]]:
+    """Follow the rosters from the genesis file on, as the inviting node tells of them. Raises Damaged for a change that does not hold."""
+    links: list[Link] = []
+    while more := unpack_links(await _request("GET", f"{url}/v1/rosters?after={roster.number}", None, unverified_context(), None)):
+        try:
+            roster = follow(roster, more)
+        except MedshardError as error:
+            hint = "do not join: somebody may be between you and the institution; ask it for a new invitation"
+            raise Damaged(f"{url} tells of a change of the roster that does not hold ({error})", hint=hint) from None
+        links += more
+    return roster, links
 
 
 def _same_consortium(home: Home, genesis: bytes) -> None:
@@ -61,7 +77,7 @@ def _node(roster: Roster, invite: Invite) -> Node:
     for node in roster.nodes:
         if node.url == invite.url and node.institution == invite.institution:
             return node
-    raise Damaged("the invitation names a node that is not in the genesis file", hint="ask the institution for a new one")
+    raise Damaged("the invitation names a node that is not in the newest roster", hint="ask the institution for a new one")
 
 
 async def _request(method: str, url: str, body: bytes | None, context: ssl.SSLContext, node: Node | None) -> bytes:

@@ -1,7 +1,8 @@
 """The client's folder: where each thing of a vault lies.
 
 vault.key            the root key under a passphrase: the one thing that must be backed up
-genesis.medshard     the roster that this vault trusts
+genesis.medshard     the roster that this vault began with, and trusts
+rosters/             the changes since, each as the nodes told of it: NUMBER.link (docs/formats/roster.md)
 certificate.der      the institution's word for the vault's key
 index.sqlite         a cache: search, manifests, unfinished puts
 contacts.sealed      names for other vaults' keys, which stand nowhere else
@@ -11,11 +12,15 @@ break-glass          likewise: why files are read when the ledger is out of reac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from medshard.durable import write_durably
+from medshard_protocol.canonical import decode, encode
 from medshard_protocol.errors import Absent
 from medshard_protocol.roster import Roster
+from medshard_protocol.rosters import Link, link_bytes_max
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ class Home:
 
     @property
     def genesis(self) -> Path:
-        """The pinned roster."""
+        """The pinned roster, from which all others are followed."""
         return self.folder / "genesis.medshard"
 
     @property
@@ -57,8 +62,32 @@ class Home:
             return None
 
     def roster(self) -> Roster:
-        """Read the roster. Raises Absent or Malformed."""
-        return Roster.from_bytes(self._read(self.genesis))
+        """Read the newest roster. Raises Absent or Malformed. What lies here was checked before it was written."""
+        links = self.links()
+        return Roster.from_bytes(links[-1].roster if links else self._read(self.genesis))
+
+    def rosters(self) -> list[Roster]:
+        """Read all rosters by number, the genesis file first. Raises as ``roster`` does."""
+        return [Roster.from_bytes(self._read(self.genesis)), *(Roster.from_bytes(link.roster) for link in self.links())]
+
+    def links(self) -> list[Link]:
+        """Read the changes since the genesis file, as far as they were followed. Raises Malformed."""
+        found = []
+        for number, path in enumerate(sorted(self._rosters.glob("*.link")), 1):
+            if path.name != f"{number:08}.link":
+                break  # one is missing: from there on it is followed again
+            found.append(Link.from_value(decode(path.read_bytes(), bytes_max=link_bytes_max, what="roster link")))
+        return found
+
+    def keep_links(self, after: int, links: Sequence[Link]) -> None:
+        """Write changes that follow the roster with the number ``after``, durably and in order. The caller has followed them."""
+        self._rosters.mkdir(exist_ok=True)
+        for number, link in enumerate(links, after + 1):
+            write_durably(self._rosters / f"{number:08}.link", encode(link.to_value()))
+
+    @property
+    def _rosters(self) -> Path:
+        return self.folder / "rosters"
 
     def certificate_bytes(self) -> bytes:
         """Read the certificate. Raises Absent."""

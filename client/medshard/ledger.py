@@ -32,7 +32,9 @@ class LedgerClient:
         self._net = net
         self._keys = keys
         self.newest = b""  # the newest cosigned checkpoint that was verified
+        self.reached = 0  # the size of the log as this vault has made it grow: an answer of less is out of date
         self._seen: dict[bytes, Checkpoint] = {}  # checkpoints whose signatures were verified: one serves many files
+        self._seen_under = net.roster
 
     async def register(self, manifests: Sequence[Manifest]) -> list[Inclusion]:
         """Put these files on the ledger; returns when each is in a quorum-cosigned checkpoint, with the proofs, verified."""
@@ -62,7 +64,7 @@ class LedgerClient:
 
     def published(self, note: bytes) -> Checkpoint:
         """The checkpoint in a note, if a quorum cosigned it. Raises Malformed or Refused."""
-        known = self._seen.get(note)
+        known = self._seen_now().get(note)
         return known if known is not None else open_published(note, self._net.roster)
 
     async def registration(self, file_id: FileId) -> Inclusion | None:
@@ -71,7 +73,7 @@ class LedgerClient:
             try:
                 answer = await self._net.call(node, "GET", f"/v1/ledger/registrations/{file_id.hex()}", timeout_s=3.0, ok=(200,))
                 inclusion = unpack_registration(answer)
-                self._remember(inclusion)
+                await self._remember(inclusion)
                 return inclusion
             except MedshardError:
                 continue
@@ -93,6 +95,7 @@ class LedgerClient:
         proofs: list[Inclusion] = []
         for at in range(0, len(entries), entries_max):
             proofs += await self._submit(entries[at : at + entries_max])
+            self.reached = max(self.reached, self.published(proofs[-1].checkpoint).size)
         return proofs
 
     async def _submit(self, entries: list[bytes]) -> list[Inclusion]:
@@ -102,7 +105,7 @@ class LedgerClient:
         for node in self._by_preference()[:2]:
             try:
                 answer = await self._net.call(node, "POST", "/v1/ledger/append", pack_append(entries), timeout_s=append_timeout_s)
-                return self._proved(entries, answer)
+                return await self._proved(entries, answer)
             except Unavailable as error:
                 failures.append(str(error))
         raise Unavailable(
@@ -110,20 +113,31 @@ class LedgerClient:
             hint=f"the sequencer {sequencer} and a quorum of the institutions' nodes must be up; see `medshard doctor`",
         )
 
-    def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
+    async def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
         proofs = list(unpack_appended(answer, entries))
         for inclusion in proofs:
-            self._remember(inclusion)
+            await self._remember(inclusion)
         return proofs
 
-    def _remember(self, inclusion: Inclusion) -> None:
-        self._verify(inclusion)
+    async def _remember(self, inclusion: Inclusion) -> None:
+        """Verify a proof from a node; where it does not hold, the quorum may be one of a roster that this vault has not followed yet."""
+        try:
+            self._verify(inclusion)
+        except Refused:
+            if not await self._net.follow():
+                raise
+            self._verify(inclusion)
         self.newest = inclusion.checkpoint
 
     def _verify(self, inclusion: Inclusion) -> Entry:
-        if len(self._seen) >= seen_max:
+        return inclusion.verify(self._net.roster, self._seen_now())[1]
+
+    def _seen_now(self) -> dict[bytes, Checkpoint]:
+        """What was verified under the present roster: a checkpoint of an earlier quorum proves nothing any more."""
+        if len(self._seen) >= seen_max or self._seen_under is not self._net.roster:
             self._seen.clear()
-        return inclusion.verify(self._net.roster, self._seen)[1]
+            self._seen_under = self._net.roster
+        return self._seen
 
     def _by_preference(self) -> list[Node]:
         roster = self._net.roster

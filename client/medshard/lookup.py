@@ -179,6 +179,8 @@ class Lookup:
                     if wanted not in found and (target := await self._first_good(files, wanted, opened)):
                         found[wanted] = target
         if not found:
+            if await self._net.follow():
+                return await self._from_nodes(hashes)
             raise _not_found(hashes[0], failures, len(nodes))
         return found
 

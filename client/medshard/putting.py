@@ -206,7 +206,7 @@ class Putter:
         source = Source(unit.parts)
         encoder = Encoder(source, seal, layout)
         there = await self._shards_there(earlier) if earlier else set()
-        holders = [self._net.roster.node(ref.node) for ref in earlier.shards] if earlier else self._holders(seal.file_id)
+        holders = [self._net.holder(ref.node) for ref in earlier.shards] if earlier else self._holders(seal.file_id)
         upload = Upload(self._net, seal.file_id, layout, holders, self._code.w, frozenset(there))
         coming: asyncio.Task[list[Stripe]] | None = None
         try:
@@ -239,7 +239,7 @@ class Putter:
         good: set[int] = set()
 
         async def one(index: int) -> None:
-            node = self._net.roster.node(manifest.shards[index].node)
+            node = self._net.holder(manifest.shards[index].node)
             try:
                 await self._net.call(node, "PUT", manifest_path(manifest.file_id), manifest.to_bytes(), timeout_s=manifest_timeout_s)
                 good.add(index)
@@ -287,9 +287,7 @@ class Putter:
         async def held(index: int) -> bool:
             ref = manifest.shards[index]
             try:
-                root = await self._net.head(
-                    self._net.roster.node(ref.node), shard_path(manifest.file_id, index), root_header, timeout_s=2.0
-                )
+                root = await self._net.head(self._net.holder(ref.node), shard_path(manifest.file_id, index), root_header, timeout_s=2.0)
             except MedshardError:
                 return False
             return root == ref.root.hex()
@@ -303,7 +301,7 @@ class Putter:
         return Layout.for_plain(padme(size), self._code.k, self._code.n)
 
     def _holders(self, file_id: FileId) -> list[Node]:
-        return [self._net.roster.node(node) for node in place(file_id, self._net.roster, self._code.k, self._code.n)]
+        return [self._net.holder(node) for node in place(file_id, self._net.roster, self._code.k, self._code.n)]
 
     def _describe(
         self, unit: Unit, seal: FileSeal, encoder: Encoder, hashes: Sequence[bytes], earlier: Manifest | None

@@ -74,7 +74,7 @@ async def send_all(net: Net, objects: Sequence[Encoded], w: int, stored: Mapping
                 outcomes[number].failures[node.name] = without_name(node, error)
 
     tasks = {
-        asyncio.create_task(one(net.roster.node(node), items[at : at + request_items_max])): node
+        asyncio.create_task(one(net.holder(node), items[at : at + request_items_max])): node
         for node, items in by_node.items()
         for at in range(0, len(items), request_items_max)
     }
@@ -88,7 +88,7 @@ async def send_all(net: Net, objects: Sequence[Encoded], w: int, stored: Mapping
                 task.cancel()
                 net.health.suspect(node)
                 for sent in outcomes:
-                    sent.failures.setdefault(net.roster.node(node).name, "slower than the others")
+                    sent.failures.setdefault(net.holder(node).name, "slower than the others")
         await asyncio.gather(*tasks, return_exceptions=True)
     return outcomes
 
@@ -109,7 +109,7 @@ def _enough(net: Net, item: Encoded, sent: Sent, w: int) -> bool:
 
 def institutions(net: Net, manifest: Manifest, shards: set[int]) -> int:
     """How many distinct institutions hold these shards."""
-    return len({net.roster.node(manifest.shards[i].node).institution for i in shards})
+    return len({net.holder(manifest.shards[i].node).institution for i in shards})
 
 
 class SmallReads:
@@ -159,7 +159,7 @@ class SmallReads:
                 self._asked[file_id].add(index)
         for node, items in by_node.items():
             for chunk in self._chunks(items):
-                self._running[asyncio.create_task(self._read(self._net.roster.node(node), chunk))] = set(chunk)
+                self._running[asyncio.create_task(self._read(self._net.holder(node), chunk))] = set(chunk)
 
     def _choose(self, manifest: Manifest, count: int) -> list[int]:
         if count <= 0:

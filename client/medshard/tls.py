@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,8 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from medshard_protocol.identity import to_pem
 
 
-def context_for(ca: bytes, certificate: bytes | None = None, key: Ed25519PrivateKey | None = None) -> ssl.SSLContext:
-    """Trust the institution whose CA certificate (DER) is ``ca``, and show ``certificate`` (DER) to its nodes.
+def context_for(
+    ca: bytes, certificate: bytes | None = None, key: Ed25519PrivateKey | None = None, *, former: Iterable[bytes] = ()
+) -> ssl.SSLContext:
+    """Trust the institution whose CA certificate (DER) is ``ca``, or was one of ``former``, and show ``certificate`` (DER) to its nodes.
 
     Without certificate and key the connection is anonymous, which is what ``join`` needs. Raises Malformed for bytes that are no
     certificate, ssl.SSLError where key and certificate do not belong together.
@@ -29,7 +31,7 @@ def context_for(ca: bytes, certificate: bytes | None = None, key: Ed25519Private
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.hostname_checks_common_name = False
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.load_verify_locations(cadata=to_pem(ca))
+    context.load_verify_locations(cadata="".join(map(to_pem, (ca, *former))))
     if certificate is not None and key is not None:
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         with _as_file(secret + to_pem(certificate).encode()) as path:

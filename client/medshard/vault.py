@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
@@ -29,6 +30,7 @@ from medshard.index import Index
 from medshard.keys import VaultKeys, create_key_file, open_key_file
 from medshard.ledger import LedgerClient
 from medshard.lookup import Lookup
+from medshard.membership import following
 from medshard.model import Finding, GetReport, Info, Progress, PutReport, Row, VerifyReport
 from medshard.packs import plan
 from medshard.putting import Code, Putter
@@ -104,10 +106,14 @@ class Vault:
     @asynccontextmanager
     async def _opened(cls, files: Home, keys: VaultKeys) -> AsyncIterator[Vault]:
         roster, certificate = files.roster(), files.certificate_bytes()
-        contexts = {number: context_for(each.ca, certificate, keys.signing) for number, each in enumerate(roster.institutions)}
+
+        def contexts(roster: Roster) -> dict[int, ssl.SSLContext]:
+            own = {number: (each.ca, each.former) for number, each in enumerate(roster.institutions)}
+            return {number: context_for(ca, certificate, keys.signing, former=former) for number, (ca, former) in own.items()}
+
         index = Index(files.index, keys.index)
         try:
-            async with Net(roster, contexts) as net:
+            async with Net(roster, contexts(roster)) as net, following(files, net, contexts):
                 yield cls(files, keys, net, index)
         finally:
             index.close()

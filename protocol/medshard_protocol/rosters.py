@@ -22,6 +22,7 @@ from medshard_protocol.ids import Key, NodeId
 from medshard_protocol.roster import Institution, Node, Roster, institutions_max, roster_bytes_max
 
 message_version = 1
+roster_header = "Medshard-Roster"  # in every answer of a node: the number of the roster it goes by
 links_max = 256  # in one answer
 page_bytes = 1 << 20  # an answer ends with the link that passes this; a roster of sixteen institutions has 40 KB
 link_bytes_max = roster_bytes_max + institutions_max * (entry_bytes_max + 3) + 16

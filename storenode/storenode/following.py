@@ -8,6 +8,7 @@ the chain is what brings back a node that slept through a change of every key it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from typing import Final
@@ -22,12 +23,13 @@ from medshard_protocol.roster import Roster, roster_bytes_max
 from medshard_protocol.rosters import Link, pack_links, unpack_links
 from medshard_protocol.state import State
 from storenode.callers import caller
-from storenode.ledger import Ledger
+from storenode.ledger import Ledger, Published
 from storenode.ledger.channel import PeerCaller
 from storenode.membership import Membership
 
 ask_every_s: Final = 15.0  # one node, drawn anew each time: at sixteen nodes each is asked once in a quarter of a minute
-look_every_s: Final = 0.1
+look_every_s: Final = 1.0
+fold_s: Final = 0.05
 ask_wait_s: Final = 3.0
 body_wait_s: Final = 30.0
 
@@ -47,6 +49,7 @@ class Following:
     async def start(self) -> None:
         """Ask the others once what this node has missed, then keep up."""
         self._membership.settle()
+        self._ledger.journal.on_published.append(self._published)
         self._spawn(self._ask_forever())
         self._spawn(self._look_forever())
 
@@ -89,25 +92,37 @@ class Following:
             log.debug("no news of rosters", extra={"peer": node.hex(), "why": str(error)})
 
     async def _look_forever(self) -> None:
-        """Take over what the ledger has decided, and fetch what it waits for."""
+        """Take over what the ledger has decided, and fetch what it names."""
         while True:
-            await asyncio.sleep(look_every_s)
-            try:
-                await self._look()
-            except MedshardError as error:
-                log.error("a roster that the ledger decided was not taken: %s", error)
+            self._take_over()
+            await self._fetch_missing()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ledger.journal.news.wait(), look_every_s)
+            await asyncio.sleep(fold_s)  # the state follows a moment after the entries
 
-    async def _look(self) -> None:
+    def _published(self, published: Published, heard_at: float) -> None:
+        """Who orders entries must begin no checkpoint under a roster that is no more."""
+        if self._ledger.leads and self._ledger.journal.state.roster.number > self._membership.roster.number:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Go by the rosters that published entries have decided."""
         state, published = self._ledger.journal.folded, self._ledger.published
+        for index, roster in state.decided[self._membership.roster.number :]:
+            if published is None or published.checkpoint.size <= index:
+                return
+            try:
+                self._membership.follow([self._link(state, index, roster)])
+            except MedshardError as error:  # the ledger's rules are those of the chain: this never happens
+                log.error("a roster that the ledger decided was not taken: %s", error)
+                return
+
+    async def _fetch_missing(self) -> None:
+        state = self._ledger.journal.folded
         for document in state.ballots(Type.ROSTER, state.roster.number):
             self._membership.approved(document)
             if self._membership.document(document) is None:
                 await self._fetch(document)
-        number = self._membership.roster.number
-        for index, roster in state.decided[number:]:
-            if published is None or published.checkpoint.size <= index:
-                return
-            self._membership.follow([self._link(state, index, roster)])
 
     def _link(self, state: State, index: int, roster: Roster) -> Link:
         """The change that this entry decided, with the approvals up to it."""

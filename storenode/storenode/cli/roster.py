@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -217,12 +218,13 @@ def _auditors(text: str) -> bytes:
 
     if text == "none":
         return b""
-    data = Path(text).read_bytes() if Path(text).is_file() else text.encode()
-    if len(data) != auditors_key_size:
-        try:
-            data = bytes.fromhex(data.decode("ascii", errors="replace").strip())
-        except ValueError:
-            data = b""
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = Path(text).read_bytes()
+        if len(data) != auditors_key_size:
+            with contextlib.suppress(ValueError):
+                data = bytes.fromhex(data.decode("ascii", errors="replace").strip())
     if len(data) != auditors_key_size:
         hint = "the auditors' public key, as the auditors' program wrote it"
         raise Malformed(f"--auditors: expected {auditors_key_size} bytes or as many pairs of hex digits", hint=hint)
