@@ -37,6 +37,8 @@ timeout_s: Final = 3.0
 long_timeout_s: Final = 15.0
 put_tries: Final = 12  # a node takes a sealed key only when it has folded its GRANT entry, some 100 ms later
 put_pause_s: Final = 0.25
+fresh_tries: Final = 20  # a mirror hears some 100 ms later what was published
+fresh_pause_s: Final = 0.1
 pages_max: Final = 100_000
 
 T = TypeVar("T")
@@ -165,6 +167,15 @@ class Rights:
         return Ledgered(_about(file_id, entries), frozenset(effective), size, time, names)
 
     async def _history(self, node: Node, file_id: FileId) -> list[History]:
+        """All that a node tells, proved. Raises Unavailable for a log that is older than what this vault has seen of it."""
+        for _ in range(fresh_tries):
+            pages = await self._pages(node, file_id)
+            if pages[-1].checkpoint and self._ledger.published(pages[-1].checkpoint).size >= self._ledger.reached:
+                return pages
+            await asyncio.sleep(fresh_pause_s)
+        raise Unavailable(f"{node.name}: its log is out of date")
+
+    async def _pages(self, node: Node, file_id: FileId) -> list[History]:
         pages: list[History] = []
         after: int | None = None
         for _ in range(pages_max):

@@ -32,7 +32,7 @@ from storenode.emergency import Emergencies
 from storenode.ledger import Ledger, Published
 from storenode.metrics import Metrics
 
-enforced = False  # whether reads without a ticket are refused
+enforced = True  # whether reads without a ticket are refused
 ticket_s: Final = 600.0  # how long one ACCESS entry opens its files
 wait_s: Final = 1.0  # for an entry or a checkpoint that is on its way to this node
 out_of_reach_s: Final = 10.0  # a quorum publishes a fresh head every 5 s
