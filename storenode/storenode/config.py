@@ -60,9 +60,11 @@ class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class LedgerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Who may read the ledger here."""
+    """Who may read the ledger here, where it is kept, and whether this node stands by to order its entries."""
 
     public: bool = False
+    engine: str = "sqlite"
+    sequencer: bool = False
 
 
 class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -100,6 +102,8 @@ class Config:
     log_level: LogLevel
     log_format: LogFormat
     public_log: bool = False
+    ledger_engine: str = "sqlite"
+    sequencer: bool = False  # stands by to order the ledger's entries
     timestamp: TimestampSection = TimestampSection()
 
     @classmethod
@@ -155,15 +159,26 @@ class Config:
             log_level=file.log.level,
             log_format=file.log.format,
             public_log=file.ledger.public,
+            ledger_engine=file.ledger.engine,
+            sequencer=file.ledger.sequencer,
             timestamp=file.timestamp,
         )
 
 
 def write_config(
-    home: Path, *, url: str, listen: str = listen_default, capacity_bytes: int = capacity_default, metrics: str = "", durable: bool = True
+    home: Path,
+    *,
+    url: str,
+    listen: str = listen_default,
+    capacity_bytes: int = capacity_default,
+    metrics: str = "",
+    sequencer: bool = False,
+    durable: bool = True,
 ) -> None:
     """Write a commented HOME/config.toml that ``Config.load`` accepts. Raises Conflict where one exists, Malformed for wrong values."""
-    text = _template.format(url=url, listen=listen, capacity=f"{capacity_bytes:_}", metrics=metrics, limits=Limits())
+    text = _template.format(
+        url=url, listen=listen, capacity=f"{capacity_bytes:_}", metrics=metrics, limits=Limits(), sequencer=str(sequencer).lower()
+    )
     Config.parse(home, text)
     create(home / config_name, text.encode(), mode=0o644, durable=durable)
 
@@ -234,6 +249,8 @@ def _check_numbers(path: Path, file: _File) -> None:
             raise _wrong(path, key, f"a number from {least:,} to {most:,}".replace(",", "_"), value, "choose a number in that range")
     if file.timestamp.url and not file.timestamp.url.startswith(("https://", "http://")):
         raise _wrong(path, "timestamp.url", "a web address", file.timestamp.url, 'write for example url = "http://tsa.example/tsr"')
+    if file.ledger.engine != "sqlite" and not file.ledger.engine.startswith(("postgresql://", "postgres://")):
+        raise _wrong(path, "ledger.engine", "sqlite or a DSN", file.ledger.engine, 'write engine = "postgresql://USER@HOST/DATABASE"')
     if not file.data:
         raise _wrong(path, "data", "a folder", file.data, 'write data = "data"')
 
@@ -289,6 +306,11 @@ format = "auto"
 # The ledger is served below {url}/log in a form that other programs read (C2SP tlog-tiles). It holds no names, but it does show
 # which key announced a read of which file id, and when. Set true to let anybody read it without a certificate.
 # public = false
+# Where this node keeps the ledger: "sqlite" is a file below data; "postgresql://USER@HOST/DATABASE" is for when one machine is outgrown.
+# Several hosts may be named, HOST1,HOST2, where one takes over for the other. Needs pip install 'medshard[postgres]'.
+# engine = "sqlite"
+# Order the ledger's entries when the node that the roster names for it is gone. Two or three nodes of different institutions should.
+sequencer = {sequencer}
 
 [timestamp]
 # The address of an outside authority (RFC 3161), such as http://tsa.example/tsr, whose signed time goes onto the ledger every so many

@@ -10,6 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from tests.conftest import pq_key_named
 
 from medshard_protocol.entries import Enrol, Entry, Register
 from medshard_protocol.errors import MedshardError, Unavailable
@@ -55,6 +56,7 @@ class Net:
     folder: Path
     ledgers: dict[int, Ledger] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)  # takes connections and never answers
+    standbys: set[int] = field(default_factory=set)  # who takes over when node 0 is gone
     pushes: list[tuple[int, Push]] = field(default_factory=list)  # what came to which mirror
     _runners: dict[int, web.AppRunner] = field(default_factory=dict)
     _ports: dict[NodeId, int] = field(default_factory=dict)
@@ -96,7 +98,9 @@ class Net:
 
     def open(self, number: int, **keywords: object) -> Ledger:
         node, key = self.roster.nodes[number], self.consortium.key
-        log_key = key("log") if number == 0 else None
+        log_key = key(f"log {number}" if number else "log")
+        pq_key = pq_key_named(f"pq {number}") if node.pq_key else None
+        keywords = {"standby": number in self.standbys, "pq_key": pq_key} | keywords
         folder = self.folder / node.name
         return Ledger.open(folder, self.roster, node.id, key(f"cosigner {number}"), log_key, Caller(self, number), **keywords)
 
@@ -134,10 +138,12 @@ class Net:
     def register(self, manifest: int = 0, author: str = "vault") -> Entry:
         """A REGISTER entry of a new file."""
         self._count += 1
-        return self.consortium.entry(author, Register(self._count.to_bytes(32, "big"), bytes([manifest]) * 32, bytes(16)))
+        file_id, nonce = self._count.to_bytes(32, "big"), self._count.to_bytes(16, "big")
+        return self.consortium.entry(author, Register(file_id, bytes([manifest]) * 32, nonce))
 
     async def enrol(self, who: str = "vault") -> None:
-        await self.ledgers[0].append([self.consortium.entry("ca 0", Enrol(public_key(self.consortium.key(who)), 0, bytes(16)))])
+        enrol = Enrol(public_key(self.consortium.key(who)), 0, bytes(16))
+        await self.ledgers[0].append([self.consortium.entry("ca 0", enrol)])
 
     def published(self, number: int) -> int:
         """How many entries a node knows to be published."""
@@ -152,11 +158,11 @@ class Net:
     def _watch(self, number: int, mirror: Mirror) -> None:
         take = mirror.take
 
-        async def watched(push: Push) -> str:
+        async def watched(push: Push, node: NodeId) -> str:
             self.pushes.append((number, push))
             if number in self.frozen:
                 await self._thawed.wait()
-            return await take(push)
+            return await take(push, node)
 
         mirror.take = watched
 

@@ -20,7 +20,7 @@ from medshard_protocol.merkle import sha256
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.proofs import pack_append, unpack_appended, unpack_registration
 from medshard_protocol.tiles import TileName, tile_names, unpack_bundle
-from storenode.ledger import Ledger, journal, sequencer, wire
+from storenode.ledger import Ledger, forwarding, journal, sequencer, wire
 
 pytestmark = pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
 
@@ -100,7 +100,7 @@ refused = {
     "not signed by its author": (lambda net: replace(net.register(), signature=bytes(64)).to_bytes(), Refused),
     "signed for another log": (lambda net: replace(net.register(), author=public_key(net.consortium.key("other"))).to_bytes(), Refused),
     "by a key that nobody enrolled": (lambda net: net.register(author="stranger").to_bytes(), Refused),
-    "an enrolment by a vault": (lambda net: net.consortium.entry("vault", Enrol(bytes(32), 0, nonce)).to_bytes(), Refused),
+    "an enrolment by a vault": (lambda net: net.consortium.entry("vault", Enrol(bytes(32), 0, b"\x02" * 16)).to_bytes(), Refused),
     "a second genesis": (lambda net: net.consortium.entry("log", Genesis(net.roster.sha256, b"\x01" * 16)).to_bytes(), Refused),
     "a taken file id": (lambda net: net.consortium.entry("vault", Register(b"f" * 32, b"x" * 32, nonce)).to_bytes(), Conflict),
 }
@@ -167,9 +167,9 @@ async def test_after_a_restart_of_everybody_nothing_is_lost_and_no_signature_che
     await net.enrol()
     entries = [net.register() for _ in range(5)]
     await net.ledgers[1].append(entries)
-    state, root = net.ledgers[0].state, net.ledgers[0].journal.head.root
+    state, root = net.ledgers[0].state.rows(), net.ledgers[0].journal.head.root
     await net.until(lambda: all(net.published(number) == 7 for number in range(4)))
-    assert all(net.ledgers[number].state == state for number in range(4))
+    assert all(net.ledgers[number].state.rows() == state for number in range(4))
     await net.stop(0, 1, 2, 3)
 
     def never(self, origin):
@@ -178,10 +178,10 @@ async def test_after_a_restart_of_everybody_nothing_is_lost_and_no_signature_che
     monkeypatch.setattr(Entry, "verify", never)
     await net.start(1, 2, 3)  # the sequencer stays away
     for number in (1, 2, 3):
-        assert (net.ledgers[number].state, net.ledgers[number].journal.head.root) == (state, root)
+        assert (net.ledgers[number].state.rows(), net.ledgers[number].journal.head.root) == (state, root)
         assert net.ledgers[number].inclusion_of(entries[4].body.file_id).index == 6
     await net.start(0)
-    assert net.ledgers[0].state == state
+    assert net.ledgers[0].state.rows() == state
     monkeypatch.undo()
     assert (await net.ledgers[2].append([net.register()]))[0].index == 7
 
@@ -194,6 +194,8 @@ async def test_after_a_crash_what_was_not_yet_noted_as_checked_is_checked_again(
     net.ledgers[0].journal.store.remember(2, (), b"")
     monkeypatch.setattr(net.ledgers[0].journal.store, "remember", lambda *values: None)
     await net.stop(0)
+    for file in net.folder.glob("node0/state.sqlite*"):  # it was saved at the stop, and a crash comes without one
+        file.unlink()
     checked = []
     verify = Entry.verify
     monkeypatch.setattr(Entry, "verify", lambda self, origin: (checked.append(self), verify(self, origin))[1])
@@ -207,7 +209,7 @@ async def test_a_sequencer_without_room_says_so_and_goes_on_when_there_is_some(n
     await net.enrol()
     store, real = net.ledgers[0].journal.store, net.ledgers[0].journal.store.extend
 
-    def full(*values):
+    def full(*values, **more):
         raise Full("no room on the disk for the ledger")
 
     monkeypatch.setattr(store, "extend", full)
@@ -225,7 +227,7 @@ async def test_a_mirror_without_room_does_not_cosign_and_recovers(net, monkeypat
     await net.enrol()
     store, real = net.ledgers[3].journal.store, net.ledgers[3].journal.store.extend
 
-    def full(*values):
+    def full(*values, **more):
         raise Full("no room on the disk for the ledger")
 
     monkeypatch.setattr(store, "extend", full)
@@ -255,8 +257,9 @@ async def test_lone_entries_go_at_once_and_crowds_share_checkpoints(net):
 
 async def test_a_bug_that_stops_the_sequencer_is_not_silent(net, monkeypatch, caplog):
     await net.start(0, 1, 2, 3)
+    await net.until(lambda: net.ledgers[0].leads)
     monkeypatch.setattr(net.ledgers[0]._sequencer, "_begin", lambda: 1 / 0)
-    monkeypatch.setattr(sequencer, "append_wait_s", 0.1)
+    monkeypatch.setattr(forwarding, "append_wait_s", 0.1)
     with pytest.raises(Unavailable):
         await net.enrol()
     await net.until(lambda: "ZeroDivisionError" in caplog.text)
@@ -306,7 +309,7 @@ async def test_the_log_is_served_as_tiles_from_which_the_root_follows(net):
         ("0/002.p/91", 404),
         ("0/003", 404),
         ("2/000.p/1", 404),
-        ("0/0", 400),
+        ("0/0", 404),
         ("entries/002.p/91", 404),
         ("0/002.p/1", 200),
     ):
@@ -322,13 +325,14 @@ async def test_an_access_entry_of_many_files_is_taken(net):
     assert net.ledgers[0].status()["entries"] == {"ROSTER": 2, "ACCESS": 1}
 
 
-async def test_when_the_sequencer_is_gone_the_others_say_so_and_still_prove(net):
+async def test_when_the_sequencer_is_gone_the_others_say_so_and_still_prove(net, monkeypatch):
     await net.start(0, 1, 2, 3)
     await net.enrol()
     entry = net.register()
     await net.ledgers[0].append([entry])
     await net.until(lambda: net.ledgers[1].inclusion_of(entry.body.file_id))
     await net.stop(0)
+    monkeypatch.setattr(forwarding, "leaderless_wait_s", 0.2)
     with pytest.raises(Unavailable):
         await net.ledgers[1].append([net.register()])
     assert net.ledgers[1].inclusion_of(entry.body.file_id).verify(net.roster)
@@ -371,7 +375,7 @@ asyncio.run(main())
 def test_a_process_killed_at_any_time_has_what_it_acknowledged(consortium, tmp_path, request):
     """One institution is its own quorum, so each acknowledged entry is one commit, one signature, one cosignature."""
     c = consortium(1)
-    entries = [c.entry("ca 0", Enrol(bytes([n]) * 32, 0, nonce)) for n in range(250)]
+    entries = [c.entry("ca 0", Enrol(bytes([n]) * 32, 0, bytes([n]) * 16)) for n in range(250)]
     (tmp_path / "test_ledger_part.py").write_text(
         "from medshard_protocol.roster import Roster\nfrom medshard_protocol.entries import Entry\n"
         "from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey\nimport hashlib\n"
@@ -394,6 +398,9 @@ def test_a_process_killed_at_any_time_has_what_it_acknowledged(consortium, tmp_p
     async def look():
         ledger = Ledger.open(tmp_path / "ledger", c.roster, c.roster.nodes[0].id, c.key("cosigner 0"), c.key("log"), None)
         await ledger.start()
+        async with asyncio.timeout(5):
+            while ledger.published is None or ledger.published.checkpoint.size < ledger.journal.head.size:
+                await asyncio.sleep(0.01)
         size, stored = ledger.journal.head.size, ledger.journal.entries(1, ledger.journal.head.size)
         published = ledger.published.checkpoint.size
         await ledger.close()

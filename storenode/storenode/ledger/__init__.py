@@ -1,7 +1,7 @@
-"""The ledger of a node: a mirror of the log on every node, and the sequencer on one.
+"""The ledger of a node: a mirror of the log on every node, the sequencer on one, and some that stand by.
 
 Law: this file only puts the parts together. ``journal`` keeps what there is, ``mirror`` decides what is cosigned, ``sequencer`` what comes
-next, ``pushing`` brings it to the others, ``routes`` is the way in.
+next, ``pushing`` brings it to the others, ``standby`` when to take over and ``takeover`` how; ``routes`` and ``peering`` are the ways in.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ import asyncio
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
-from medshard_protocol.checkpoint import Note, cosigners, note_bytes_max
+from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigners, log_verifier, note_bytes_max
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
+from medshard_protocol.facts import Documents
 from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.proofs import Inclusion, pack_append, pack_appended, unpack_append, unpack_appended
@@ -27,78 +31,153 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
 from storenode.ledger import wire
 from storenode.ledger.channel import Channels, PeerCaller
+from storenode.ledger.engine import open_engine
+from storenode.ledger.forwarding import Forwarding, Unreachable
+from storenode.ledger.fullhead import FullHeads
 from storenode.ledger.journal import Journal, Published
-from storenode.ledger.mirror import Behind, Mirror
+from storenode.ledger.mirror import Behind, Fenced, Mirror, marker_name
+from storenode.ledger.peering import PeerRoutes
+from storenode.ledger.pushing import report_end
 from storenode.ledger.routes import Routes
-from storenode.ledger.sequencer import Sequencer, append_wait_s
-from storenode.ledger.wire import Push
+from storenode.ledger.sequencer import Deposed, Sequencer
+from storenode.ledger.standby import Standby
+from storenode.ledger.takeover import Takeover
+from storenode.ledger.wire import Push, Report
 
-forward_wait_s = append_wait_s + 2.0  # the sequencer gives up first, and says why
 ask_wait_s = 1.0
+silence_s = 60.0
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Ledger", "PeerCaller", "Published"]
+__all__ = ["Ledger", "PeerCaller", "Published", "marker_name"]
 
 
 class Ledger:
     """One node's part in the ledger. ``open``, then ``start`` and ``close`` in the node's event loop."""
 
-    def __init__(self, journal: Journal, mirror: Mirror, sequencer: Sequencer | None, call: PeerCaller) -> None:
-        self.roster = journal.roster
+    def __init__(
+        self,
+        journal: Journal,
+        mirror: Mirror,
+        roster: Roster,
+        node: NodeId,
+        log_key: Ed25519PrivateKey | None,
+        call: PeerCaller,
+        pq_key: MLDSA44PrivateKey | None = None,
+    ) -> None:
+        self.roster = roster
         self.journal = journal
         self.mirror = mirror
-        self._sequencer = sequencer
-        self._call = call
         self.channels = Channels(self._take)
-        self._catching_up: asyncio.Task[None] | None = None
+        self._node = node
+        self._log_key = log_key
+        self._call = call
+        self._sequencer: Sequencer | None = None
+        self._takeover: Takeover | None = None
+        self._standby: Standby | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.forwarding = Forwarding(self)
+        self.full = FullHeads(journal.folder, node, pq_key, call, lambda: self.roster, lambda: self.published)
+        mirror.signed = self.full.remember
 
     @classmethod
     def open(
         cls,
         folder: Path,
-        roster: Roster,
+        genesis: Roster,
         node: NodeId,
         cosigner_key: Ed25519PrivateKey,
         log_key: Ed25519PrivateKey | None,
         call: PeerCaller,
         *,
+        roster: Roster | None = None,
+        documents: Documents | None = None,
+        engine: str = "sqlite",
+        standby: bool = False,
+        marker: Path | None = None,
+        pq_key: MLDSA44PrivateKey | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Ledger:
-        """Open the ledger's files in ``folder``. The roster's sequencer needs the log key; other nodes ignore one.
+        """Open the ledger's database and files in ``folder``, under the present roster if that is not genesis any more.
 
-        Raises ValueError for keys that are not the roster's, Damaged for files that are not of this log or not whole, and
-        Unavailable if another process has them open.
+        The roster's sequencer always stands by to order entries, another node if ``standby`` says so; both need the log key. ``marker``
+        is a file that outlives the folder and says that the cosigner key has been used. Raises ValueError for keys that are not the
+        roster's, Damaged for files that are not of this log or not whole, and Unavailable if another process has them open.
         """
-        if node == roster.sequencer and log_key is None:
-            raise ValueError("this node is the roster's sequencer and needs the log key")
-        journal = Journal(folder, roster)
-        try:
-            mirror = Mirror(journal, roster, node, cosigner_key, clock)
-            sequencer = None
-            if log_key is not None and node == roster.sequencer:
-                sequencer = Sequencer(journal, mirror, roster, node, log_key, call)
-        except ValueError:
-            journal.store.close()
-            raise
-        return cls(journal, mirror, sequencer, call)
+        roster = roster or genesis
+        leads = standby or node == roster.sequencer
+        _check_keys(roster, node, cosigner_key, log_key if leads else None, leads=leads)
+        journal = Journal(folder, genesis, open_engine(engine, folder, genesis.origin, merkle.sha256(b"")))
+        journal.roster = roster
+        if documents is not None:
+            journal.folding.documents = documents
+        mirror = Mirror(journal, roster, node, cosigner_key, clock, marker)
+        ledger = cls(journal, mirror, roster, node, log_key, call, pq_key)
+        if leads and log_key is not None:
+            ledger._stand_by(log_key)
+        return ledger
+
+    def _stand_by(self, log_key: Ed25519PrivateKey) -> Standby:
+        self._takeover = Takeover(self.journal, self.mirror, self.roster, self._node, log_key, self._call)
+        self._standby = Standby(self.mirror, self.roster, self._node, self._call, self._takeover, self._lead)
+        return self._standby
 
     async def start(self) -> None:
         """Read the log that is on disk, and take part."""
         await self.journal.start()
-        if self._sequencer is not None:
-            await self._sequencer.start()
-        else:
-            self._catching_up = asyncio.create_task(self._ask_what_is_published())
+        await self.mirror.start()
+        self._spawn(self._ask_what_is_published())
+        if self._standby is not None:
+            self._spawn(self._standby.run())
+        self._spawn(self.forwarding.watch())
+        await self.full.start()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(report_end)
+        self._tasks.append(task)
 
     async def close(self) -> None:
         """Finish what is being written and close the files."""
-        if self._catching_up is not None:
-            self._catching_up.cancel()
-            await asyncio.gather(self._catching_up, return_exceptions=True)
-        if self._sequencer is not None:
-            await self._sequencer.close()
+        await self.full.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.journal.close()
+
+    def adopt(self, roster: Roster) -> None:
+        """Go by this roster from now on: the entry that decided it is published."""
+        self.roster = self.journal.roster = roster
+        for part in (self.mirror, self._takeover, self._standby, self._sequencer):
+            if part is not None:
+                part.adopt(roster)
+        if self._standby is None and self._log_key is not None and self._node == roster.sequencer:
+            standby = self._stand_by(self._log_key)  # it is the first choice from now on
+            if self._tasks:
+                self._spawn(standby.run())
+
+    async def _lead(self, epoch: int) -> None:
+        """Order entries until another node does."""
+        assert self._log_key is not None, "asked only of nodes that may"
+        assert self._takeover is not None, "made with it"
+        sequencer = Sequencer(self.journal, self.mirror, self.roster, self._node, self._log_key, self._call, epoch)
+        deposed = asyncio.create_task(sequencer.deposed())
+        try:
+            await sequencer.start()
+            self._sequencer = sequencer
+            self.mirror.tell()
+            while (self.mirror.epoch, self.mirror.leader) == (epoch, self._node) and not deposed.done():
+                following = asyncio.create_task(self.mirror.change(silence_s))
+                await asyncio.wait({deposed, following}, return_when=asyncio.FIRST_COMPLETED)
+                following.cancel()
+            sequencer.depose()
+        except MedshardError as error:
+            _log.error("this node took over and could not begin: %s", error)
+        finally:
+            self._sequencer = None
+            deposed.cancel()
+            self._takeover.heard_of(sequencer.heard_epoch)
+            await sequencer.close()
 
     async def hang_up(self) -> None:
         """Close the connections on which the sequencer pushes, which never end by themselves. For a node that is about to stop."""
@@ -106,7 +185,7 @@ class Ledger:
 
     def routes(self) -> list[web.RouteDef]:
         """The HTTP routes of the ledger."""
-        return Routes(self).table()
+        return Routes(self).table() + PeerRoutes(self).table()
 
     @property
     def state(self) -> State:
@@ -142,9 +221,7 @@ class Ledger:
         The inclusions that another node's sequencer answered with are verified before they are returned.
         """
         packed = [entry.to_bytes() for entry in entries]
-        if self._sequencer is not None:
-            return await self._sequencer.append(packed)
-        status, answer = await self._forward(pack_append(packed))
+        status, answer = await self.append_packed(pack_append(packed))
         if status != 200:
             raise unpack_error(status, answer, "sequencer")
         inclusions = unpack_appended(answer, packed)
@@ -153,10 +230,50 @@ class Ledger:
         return inclusions
 
     async def append_packed(self, body: bytes) -> tuple[int, bytes]:
-        """Answer the body of an append request with status and body, as the sequencer does."""
-        if self._sequencer is None:
-            return await self._forward(body)
-        return 200, pack_appended(await self._sequencer.append(unpack_append(body)))
+        """Answer the body of an append request with status and body, as the sequencer does, whichever node that is by then."""
+        return await self.forwarding.append(body)
+
+    async def append_here(self, body: bytes) -> tuple[int, bytes]:
+        """Answer the body of an append request if this node orders entries; else with the one that does."""
+        sequencer = self._sequencer
+        if sequencer is not None:
+            try:
+                return 200, pack_appended(await sequencer.append(unpack_append(body)))
+            except Deposed:
+                pass
+        return wire.not_leading, wire.pack_fence(self.mirror.epoch, self.mirror.leader or b"")
+
+    async def send(self, node: NodeId, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """Hand entries to the node that orders them. Raises Unreachable."""
+        if node == self._node:
+            return await self.append_here(body)
+        try:
+            return await self._call(node, "POST", wire.forward_path, body, timeout_s)
+        except (Unavailable, OSError, TimeoutError, aiohttp.ClientError) as error:
+            raise Unreachable(f"the sequencer does not answer ({error or type(error).__name__})") from None
+
+    def suspect(self, why: str) -> None:
+        """The sequencer does its work badly: take over, if this node may."""
+        if self._standby is not None and self._sequencer is None:
+            self._standby.suspect(why)
+
+    def report(self, *, signed: bool) -> Report:
+        """How this node stands to the log, for another node."""
+        head, published, sequencer = self.journal.head, self.journal.published, self._sequencer
+        note = head.note if signed else b""
+        if signed and not note and head.size and self._log_key is not None:
+            text = Checkpoint(self.roster.origin, head.size, head.root).text()
+            note = Note(text, (log_verifier(self.roster, self._node).sign(text, self._log_key.sign),)).to_bytes()
+        return Report(
+            epoch=self.mirror.epoch,
+            leader=self.mirror.leader,
+            leads=sequencer is not None,
+            stalled=sequencer is not None and sequencer.stalled,
+            accepted=head.accepted,
+            size=head.size,
+            signed=note,
+            published=published.note if published else b"",
+        )
 
     def status(self) -> dict[str, object]:
         """What an operator wants to know, as JSON values."""
@@ -167,27 +284,56 @@ class Ledger:
             "root": head.root.hex(),
             "published": published.checkpoint.size if published else 0,
             "entries": dict(self.state.counts),
-            "role": "mirror" if self._sequencer is None else "sequencer",
+            "role": "sequencer" if self._sequencer is not None else self._standby.role if self._standby is not None else "mirror",
+            "epoch": self.mirror.epoch,
+            "leader": self.leader_name,
+            "lost": self.mirror.lost,
+            "left_out": self.forwarding.left_out,
         }
         return status if self._sequencer is None else status | self._sequencer.status()
 
-    async def _take(self, body: bytes) -> tuple[int, bytes]:
-        try:
-            return 200, wire.pack_cosignature(await self.mirror.take(Push.from_bytes(body)))
-        except Behind as behind:
-            return 409, wire.pack_size(behind.size)
+    @property
+    def leads(self) -> bool:
+        """Whether this node orders entries."""
+        return self._sequencer is not None
 
-    async def _forward(self, body: bytes) -> tuple[int, bytes]:
+    @property
+    def leader_name(self) -> str:
+        """The node that orders entries, as far as this one knows."""
+        return self._name(self.mirror.leader) if self.mirror.leader else ""
+
+    def _name(self, node: NodeId) -> str:
+        return next((each.name for each in self.roster.nodes if each.id == node), node.hex())
+
+    async def _take(self, body: bytes, node: NodeId) -> tuple[int, bytes]:
         try:
-            return await self._call(self.roster.sequencer, "POST", "/v1/ledger/append", body, forward_wait_s)
-        except (OSError, TimeoutError, aiohttp.ClientError) as error:
-            raise Unavailable(f"the sequencer does not answer ({error or type(error).__name__})", hint="try again later") from None
+            return 200, wire.pack_cosignature(await self.mirror.take(Push.from_bytes(body), node))
+        except Behind as behind:
+            return 409, wire.pack_size(behind.size, behind.agreed)
+        except Fenced as fenced:
+            return wire.fenced, wire.pack_fence(fenced.epoch, fenced.leader)
 
     async def _ask_what_is_published(self) -> None:
+        leader = self.mirror.leader or self.roster.sequencer
+        if leader == self._node:
+            return
         try:
-            status, note = await self._call(self.roster.sequencer, "GET", "/log/checkpoint", b"", ask_wait_s)
+            status, note = await self._call(leader, "GET", "/log/checkpoint", b"", ask_wait_s)
         except (MedshardError, OSError, TimeoutError, aiohttp.ClientError) as error:
             _log.info("the sequencer does not say what is published: %s", error or type(error).__name__)
             return
         if status == 200 and len(note) <= note_bytes_max:
             self.journal.hear(note)
+
+
+def _check_keys(roster: Roster, node: NodeId, cosigner: Ed25519PrivateKey, log: Ed25519PrivateKey | None, *, leads: bool) -> None:
+    """Raise ValueError unless these are the keys that the roster lists for the node, if it lists it."""
+    member = next((each for each in roster.nodes if each.id == node), None)
+    if member is None:
+        return
+    if cosigner.public_key().public_bytes_raw() != member.cosigner_key:
+        raise ValueError("the roster lists another cosigner key for this node")
+    if leads and log is None:
+        raise ValueError("this node is to order entries and needs its log key")
+    if leads and log is not None and log.public_key().public_bytes_raw() != member.log_key:
+        raise ValueError("the roster lists another log key for this node, or none")

@@ -82,13 +82,13 @@ class Channel:
 class Channels:
     """The mirror's end: answers what comes, on as many connections as are opened, until told to hang up."""
 
-    def __init__(self, answer: Callable[[bytes], Awaitable[tuple[int, bytes]]]) -> None:
+    def __init__(self, answer: Callable[[bytes, NodeId], Awaitable[tuple[int, bytes]]]) -> None:
         self._answer = answer
         self._open: set[web.WebSocketResponse] = set()
         self._ended = False
 
-    async def serve(self, request: web.Request) -> web.WebSocketResponse:
-        """Handle one connection to its end."""
+    async def serve(self, request: web.Request, node: NodeId) -> web.WebSocketResponse:
+        """Handle one connection, from this node, to its end."""
         if self._ended:
             raise Unavailable("this node stops")
         socket = web.WebSocketResponse(compress=False, max_msg_size=wire.push_bytes_max, timeout=close_wait_s, receive_timeout=silence_s)
@@ -99,7 +99,7 @@ class Channels:
                 if message.type is not aiohttp.WSMsgType.BINARY:
                     break
                 try:
-                    status, body = await self._answer(message.data)
+                    status, body = await self._answer(message.data, node)
                 except MedshardError as error:
                     status, body = pack_error(error)
                 await socket.send_bytes(encode([status, body]))

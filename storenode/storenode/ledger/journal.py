@@ -1,8 +1,8 @@
 """What this node holds of the log: entries on disk, their Merkle tree, what they mean, and the newest published checkpoint it knows.
 
-Law: the journal only grows, and grows on disk before anybody hears of it. It folds entries into the state a moment after they are stored,
-or at once when somebody asks, because checking authors' signatures must not delay a cosignature. A note that claims to be published
-is checked when it is first needed, against the quorum and against this node's own tree.
+Law: the journal grows on disk before anybody hears of it, and only ``replace`` ever drops something. It folds entries into the state a
+moment after they are stored, or at once when somebody asks, because checking authors' signatures must not delay a cosignature. A note
+that claims to be published is checked when it is first needed, against the quorum and against this node's own tree.
 
 Decides nothing about who may append: ``mirror`` and ``sequencer`` do.
 """
@@ -14,27 +14,32 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, open_published
-from medshard_protocol.entries import Entry
-from medshard_protocol.errors import Damaged, MedshardError, Unavailable
+from medshard_protocol.entries import Entry, Type, entry_version
+from medshard_protocol.errors import Damaged, MedshardError
 from medshard_protocol.ids import FileId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
 from medshard_protocol.tiles import Tree, tile_width
-from storenode.ledger.store import Head, Store
+from storenode.ledger.engine import Engine, Head, name_of
+from storenode.ledger.folding import Folding
+from storenode.ledger.store import Store
 
 fold_after_s = 0.02  # other processes on the machine are still busy with the same checkpoint
 remember_after_s = 1.0  # after a crash at most this much is checked again
 fold_entries_max = 64  # checked in one go without letting requests wait: about 8 ms
 unfolded_entries_max = 4096  # a mirror that catches up lets its state fall no further behind: who asks for it waits half a second
-replay_entries_max = 512
+check_after_s = 1.0  # a published checkpoint is checked so soon even if nobody asks: the age of access entries is told by them
+fold_again_s = 0.5  # for a fold that waits for a roster
 quick_commit_s = 0.0005  # a disk this fast is not worth a hop to a thread, which costs 60 microseconds of processor
+freeze_prefix = bytes([0x95, entry_version, Type.FREEZE])  # how an entry of this type begins: an array of five, version, type
 recent_entries_max = 2048  # kept in memory for mirrors that are almost up to date
 
 _log = logging.getLogger(__name__)
@@ -51,42 +56,45 @@ class Published(NamedTuple):
 class Journal:
     """One node's copy of the log. Lives in one event loop; ``start`` and ``close`` it there."""
 
-    def __init__(self, folder: Path, roster: Roster) -> None:
+    def __init__(self, folder: Path, roster: Roster, engine: Engine | None = None) -> None:
         self.roster = roster
-        self.store = Store(folder, roster.origin, sha256(b""))
+        self.folder = folder
+        self.store: Engine = engine or Store(folder, roster.origin, sha256(b""))
         self._disk = asyncio.Lock()  # one write at a time
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._typical_commit_s = 1.0  # until measured, a disk is slow
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._state = State(roster)
-        self._unsigned: set[int] = set()  # found since the start
-        self._parsed: dict[int, Entry] = {}  # entries that somebody else has checked already, by place
+        self.folding = Folding(folder, roster, self.entries, lambda size: self._tree.root(size))
         self._published: Published | None = None
         self._heard = b""  # says to be published; unchecked
+        self._heard_at = 0.0  # by the monotonic clock
+        self.news = News()  # of entries and published checkpoints
+        self.on_published: list[Callable[[Published, float], None]] = []  # told of each, and when it was heard by the monotonic clock
         self._remembering: asyncio.Future[None] | None = None
         self._closed = False
+        self._freezing = False  # a FREEZE entry was stored and perhaps not yet folded
+        self._stale = True  # a write failed, and what it left has not been read back
         self._load()
 
     def _load(self) -> None:
-        self.head = self.store.head()
-        last = self.store.entries(self.head.size - self.head.size % tile_width, self.head.size)
-        self._tree = Tree.load(self.head.size, [merkle.leaf_hash(entry, sha256) for entry in last], self.store.tile)
+        self.head, self.standing = self.store.head(), self.store.standing()
+        self._tree, last = self._tree_of(self.head.size)
         self._recent_start, self._recent = self.head.size - len(last), last
         if self._tree.root(self.head.size) != self.head.root:
             raise Damaged("the ledger's entries do not match the root that was stored with them", hint="let this node mirror the log anew")
+        self._stale = False
+
+    def _tree_of(self, size: int) -> tuple[Tree, list[bytes]]:
+        """The tree of the first ``size`` entries on disk, and those after its last full tile."""
+        last = self.store.entries(size - size % tile_width, size)
+        return Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], self.store.tile), last
 
     async def start(self) -> None:
         """Fold the entries that are on disk. What was checked before the last stop is not checked again."""
         memory = self.store.memory()
-        for start in range(0, self.head.size, replay_entries_max):
-            end = min(start + replay_entries_max, self.head.size)
-            for place, data in enumerate(self.store.entries(start, end), start):
-                if place >= memory.checked:
-                    self._fold_one(place, data)
-                else:
-                    self._state.apply(None if place in memory.unsigned else _parse(data))
-            await asyncio.sleep(0)
         self._heard = memory.published
+        self.folding.begin(memory, self.head.size, _claimed_size(memory.published))
+        await self.folding.replay(self.head.size)
 
     async def close(self) -> None:
         """Finish the write that is under way and close the files."""
@@ -96,6 +104,7 @@ class Journal:
             self._closed = True
             try:
                 self.store.remember(*self._memory())
+                await self.folding.close()
             finally:
                 self._thread.shutdown()
                 self.store.close()
@@ -104,44 +113,89 @@ class Journal:
 
     def frontier(self) -> merkle.Frontier:
         """The right edge of the tree, to try out what appending would give. Not to be asked for during a write."""
-        if self._tree.size != self.head.size:
-            raise Unavailable("the ledger could not be read back after a failed write", hint="restart the node")
+        if self._stale:
+            self._load()
         return self._tree.frontier()
 
-    async def extend(self, entries: Sequence[bytes], leaves: Sequence[bytes], head: Head, *, parsed: Sequence[Entry] = ()) -> None:
-        """Append durably. ``parsed`` are the same entries where their authors' signatures were checked; such entries can be found again.
+    def frontier_at(self, size: int) -> merkle.Frontier:
+        """The right edge of an earlier tree."""
+        return self._tree_of(size)[0].frontier()
+
+    async def extend(
+        self, entries: Sequence[bytes], leaves: Sequence[bytes], head: Head, *, parsed: Sequence[Entry] = (), epoch: int | None = None
+    ) -> None:
+        """Append durably, in the epoch that this node promised or another. ``parsed`` are the same entries where this node orders them
+        and has checked their authors' signatures.
 
         The caller holds whatever lock makes its decision and this call one step. Raises Full, Unavailable, or Conflict, and then
         nothing has changed.
         """
         old_size = self.head.size
+        epoch, names = self.standing.epoch if epoch is None else epoch, [name_of(entry) for entry in entries]
         tiles = [tile for leaf in leaves for tile in self._tree.append(leaf)]
         try:
             async with self._disk:
-                await self._write(self.store.extend, old_size, entries, tiles, head, leaves if parsed else ())
+                write = partial(self.store.extend, own=bool(parsed))
+                await self._write(write, epoch, old_size, entries, tiles, head, names)
         except BaseException:
-            self._load()  # the tree ran ahead of the disk
+            self._reload()  # the tree ran ahead of the disk
             raise
         self.head = head
         self._recent += entries
         if len(self._recent) > 2 * recent_entries_max:
             self._recent_start += len(self._recent) - recent_entries_max
             self._recent = self._recent[-recent_entries_max:]
-        self._parsed.update(enumerate(parsed, old_size))
+        self.folding.believe(old_size, parsed)
+        self._freezing |= any(entry.startswith(freeze_prefix) for entry in entries)
         self._later("fold", fold_after_s, self._fold_some)
+        self.news.tell()
+
+    async def replace(self, start: int, entries: Sequence[bytes], leaves: Sequence[bytes], head: Head) -> None:
+        """Drop everything from ``start`` on and append, durably and in one transaction. Raises as ``extend`` does.
+
+        For suffixes that were never published, which is the caller's to know.
+        """
+        tree, _ = self._tree_of(start)
+        tiles = [tile for leaf in leaves for tile in tree.append(leaf)]
+        names = [name_of(entry) for entry in entries]
+        try:
+            async with self._disk:
+                await self._write(self.store.rewind, self.standing.epoch, self.head.size, start, entries, tiles, head, names)
+        finally:
+            self._reload()
+        self.folding.rewind(start)
+        self._freezing = True
+        await self.folding.replay(self.head.size)
+
+    async def promise(self, epoch: int, leader: bytes) -> None:
+        """Follow a sequencer from now on, durably. Raises Conflict if a later epoch was promised, or this one to another node."""
+        async with self._disk:
+            await self._write(self.store.promise, epoch, leader)
+        self.standing = self.standing._replace(epoch=epoch, leader=leader)
+
+    async def lose(self, key: bytes) -> None:
+        """Note durably that this key must not sign."""
+        async with self._disk:
+            await self._write(self.store.lose, key)
+        self.standing = self.standing._replace(lost=key)
+
+    async def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by the names that ``name_of`` gives."""
+        if self.store.remote:
+            return await asyncio.to_thread(self.store.find, names)
+        return self.store.find(names)
+
+    def _reload(self) -> None:
+        self._stale = True
+        try:
+            self._load()
+        except MedshardError as error:
+            _log.error("the ledger could not be read back after a failed write: %s", error)
 
     async def keep_up(self) -> None:
         """Fold until not too much is left, letting others have turns. For a caller that adds much."""
-        while self.head.size - self._state.size > unfolded_entries_max:
-            self._fold(fold_entries_max)
-            await asyncio.sleep(0)
-
-    async def index(self) -> None:
-        """Make all entries findable by their leaf hash, which a sequencer needs to recognise what it has."""
-        for start in range(self.store.indexed(), self.head.size, replay_entries_max):
-            entries = self.store.entries(start, min(start + replay_entries_max, self.head.size))
-            self.store.index(start, [merkle.leaf_hash(entry, sha256) for entry in entries])
-            await asyncio.sleep(0)
+        if self.head.size - self.folding.state.size > unfolded_entries_max:
+            await self.folding.replay(self.head.size - unfolded_entries_max)
 
     # -- reading
 
@@ -158,9 +212,22 @@ class Journal:
 
     @property
     def state(self) -> State:
-        """What all stored entries mean."""
-        self._fold(self.head.size - self._state.size)
-        return self._state
+        """What all stored entries mean; fewer of them while ``folding.missing`` names a roster that is not here."""
+        self.folding.fold(self.head.size - self.folding.state.size)
+        return self.folding.state
+
+    @property
+    def frozen(self) -> tuple[int, bytes] | None:
+        """After which entry the log has ended, and the SHA-256 of its successor's genesis file. Folds only if an entry may say so."""
+        if self._freezing:
+            self.folding.fold(self.head.size - self.folding.state.size)
+            self._freezing = self.folding.state.size < self.head.size
+        return self.folding.state.frozen
+
+    @property
+    def folded(self) -> State:
+        """What the entries mean that have been folded so far; for whoever can wait for the rest."""
+        return self.folding.state
 
     @property
     def published(self) -> Published | None:
@@ -176,21 +243,24 @@ class Journal:
 
     def inclusion_of(self, file_id: FileId) -> Inclusion | None:
         """Prove the registration of a file; None if there is none under the newest published checkpoint that is known here."""
-        registration, published = self.state.registrations.get(file_id), self.published
+        registration, published = self.state.registration(file_id), self.published
         if registration is None or published is None or registration.index >= published.checkpoint.size:
             return None
         return self.inclusion(registration.index, published)
 
     def publish(self, published: Published) -> None:
         """Take note of a checkpoint that was just found to have its quorum."""
-        self._published, self._heard = published, b""
+        self._heard, self._heard_at = b"", time.monotonic()
+        self._set_published(published)
         self._later("remember", remember_after_s, self._remember_soon)
 
     def hear(self, note: bytes) -> None:
         """Take note of a checkpoint that somebody says has its quorum. It is checked when it is needed."""
         if self._published is None or note != self._published.note:
-            self._heard = note
+            self._heard, self._heard_at = note, time.monotonic()
+            self._later("check", check_after_s, self._check_soon)
             self._later("remember", remember_after_s, self._remember_soon)
+            self.news.tell()
 
     # -- inside
 
@@ -200,7 +270,7 @@ class Journal:
             if claimed.size > self.head.size:
                 return  # cosigned by others before this node has the entries; kept until they come
             note, self._heard = self._heard, b""
-            checkpoint = open_published(note, self.roster)
+            checkpoint = open_published(note, self._roster_of(claimed.size))
             if self._tree.root(checkpoint.size) != checkpoint.root:
                 raise Damaged(f"a quorum cosigned another history of {checkpoint.size} entries than this node has")
         except MedshardError as error:
@@ -208,34 +278,31 @@ class Journal:
             _log.error("a checkpoint that was announced as published is not believed: %s", error)
             return
         if self._published is None or checkpoint.size >= self._published.checkpoint.size:
-            self._published = Published(checkpoint, note)
+            self._set_published(Published(checkpoint, note))
+
+    def _roster_of(self, size: int) -> Roster:
+        """Whose quorum publishes a checkpoint of this size: the roster in effect after all entries but the last."""
+        self.folding.fold(size - 1 - self.folding.state.size)
+        state = self.folding.state
+        return state.roster_at(size - 1) if 0 < size <= state.size + 1 else self.roster
+
+    def _set_published(self, published: Published) -> None:
+        self._published = published
+        self.folding.state.settle(published.checkpoint.size)
+        self.news.tell()
+        for listener in self.on_published:
+            listener(published, self._heard_at)
+
+    def _check_soon(self) -> None:
+        if self._heard and not self._closed:
+            self._check_heard()
 
     def _fold_some(self) -> None:
-        self._fold(min(fold_entries_max, self.head.size - self._state.size))
-        if self._state.size < self.head.size:
-            self._later("fold", 0, self._fold_some)
+        self.folding.fold(min(fold_entries_max, self.head.size - self.folding.state.size))
+        if self.folding.state.size < self.head.size:
+            self._later("fold", 0 if self.folding.missing is None else fold_again_s, self._fold_some)
         else:
             self._later("remember", remember_after_s, self._remember_soon)
-
-    def _fold(self, count: int) -> None:
-        if count > 0:
-            start = self._state.size
-            for place, data in enumerate(self.entries(start, start + count), start):
-                self._fold_one(place, data)
-
-    def _fold_one(self, place: int, data: bytes) -> None:
-        entry = self._parsed.pop(place, None)
-        if entry is None:
-            entry = _parse(data)
-            try:
-                if entry is not None:
-                    entry.verify(self.roster.origin)
-            except MedshardError:
-                entry = None
-            if entry is None:
-                self._unsigned.add(place)
-                _log.warning("ledger entry %d is malformed or not signed by its author; it has no effect", place)
-        self._state.apply(entry)
 
     def _remember_soon(self) -> None:
         self._remembering = asyncio.ensure_future(self._remember())
@@ -244,9 +311,10 @@ class Journal:
         async with self._disk:
             if not self._closed:
                 await self._write(self.store.remember, *self._memory())
+                await self.folding.save()
 
     def _memory(self) -> tuple[int, set[int], bytes]:
-        return self._state.size, self._unsigned, self._heard or (self._published.note if self._published else b"")
+        return self.folding.state.size, self.folding.unsigned, self._heard or (self._published.note if self._published else b"")
 
     async def _write(self, write: Callable[..., _T], *values: object) -> _T:
         def timed() -> _T:
@@ -256,7 +324,7 @@ class Journal:
             finally:
                 self._typical_commit_s += (time.perf_counter() - began - self._typical_commit_s) / 4
 
-        if self._typical_commit_s < quick_commit_s:
+        if self._typical_commit_s < quick_commit_s and not self.store.remote:
             return timed()
         writing = asyncio.get_running_loop().run_in_executor(self._thread, timed)
         try:
@@ -277,8 +345,27 @@ class Journal:
         self._timers[what] = asyncio.get_running_loop().call_later(delay_s, fire)
 
 
-def _parse(data: bytes) -> Entry | None:
+def _claimed_size(note: bytes) -> int:
     try:
-        return Entry.from_bytes(data)
+        return Checkpoint.from_text(Note.from_bytes(note).text).size
     except MedshardError:
-        return None
+        return 0
+
+
+class News:
+    """Wakes everybody who waits for something to be different from before."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Future[None] | None = None
+
+    def tell(self) -> None:
+        """Wake them."""
+        if self._next is not None:
+            self._next.set_result(None)
+            self._next = None
+
+    async def wait(self) -> None:
+        """Sleep until the next news."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._next)

@@ -1,7 +1,9 @@
 """Bringing the log to the mirrors: one task for each, so that none waits for another.
 
-Law: a task always sends from where its mirror stands to the newest checkpoint. It decides nothing; a cosignature that comes back is handed
-on unread. A mirror that is dead, frozen or wrong costs a time-out in its own task and is asked again after a growing pause.
+Law: a task always sends from where its mirror stands to the newest checkpoint. It decides nothing; a cosignature that comes back is
+handed on unread, and so is the news that a mirror follows a later epoch. A mirror whose last entries stand against this log is shown, as
+soon as there is one, a published checkpoint that rules them out. A mirror that is dead, frozen or wrong costs a time-out in its own task
+and is asked again after a growing pause.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
@@ -19,7 +22,7 @@ from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
 from storenode.ledger import wire
 from storenode.ledger.channel import Channel, PeerCaller
-from storenode.ledger.journal import Journal
+from storenode.ledger.journal import Journal, Published
 from storenode.ledger.wire import Push
 
 push_timeout_s = 3.0
@@ -42,11 +45,22 @@ class Round:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class Acts(NamedTuple):
+    """What a sequencer does for those who push."""
+
+    cosigned: Callable[[Round, NodeId, Signature], None]
+    sign_at: Callable[[int], Note]
+    fenced: Callable[[NodeId, int], None]
+
+
 @dataclass(eq=False, slots=True)
 class _Peer:
     node: Node
     channel: Channel
     size: int  # how many entries it has; a guess until it has answered
+    agreed: int | None = None  # where to begin to show what was published, because the mirror's last entries stand against this log
+    own: tuple[int, bytes] = (0, b"")  # the longest checkpoint that it has cosigned, with that signature
+    shown: bool = False  # it has less than it has cosigned, and is to be told
     round: Round | None = None  # the newest it has cosigned
     told: int = 0  # the newest edition of the published note that it has been told
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -63,16 +77,20 @@ class Pushers:
         roster: Roster,
         own: NodeId,
         call: PeerCaller,
+        epoch: int,
         first: Round,
-        cosigned: Callable[[Round, NodeId, Signature], None],
-        sign_at: Callable[[int], Note],
+        act: Acts,
     ) -> None:
         self._journal = journal
+        self._own = own
+        self._call = call
+        self._epoch = epoch
+        self._base = first.checkpoint.size
         self._round = first
-        self._cosigned = cosigned
-        self._sign_at = sign_at
-        self._peers = [_Peer(node, Channel(node.id, call), journal.head.size) for node in roster.nodes if node.id != own]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._act = act
+        self._peers: list[_Peer] = []
+        self._tasks: dict[NodeId, asyncio.Task[None]] = {}
+        self._nodes = [node for node in roster.nodes if node.id != own]
         self._telling: asyncio.TimerHandle | None = None
         self._edition = 0  # of the published note, counted up
         self._news = 0  # the edition that mirrors should hear of even without a new checkpoint
@@ -80,17 +98,35 @@ class Pushers:
 
     def start(self) -> None:
         """Begin to push."""
-        self._tasks = [asyncio.create_task(self._serve(peer)) for peer in self._peers]
-        for task in self._tasks:
-            task.add_done_callback(report_end)
+        for node in self._nodes:
+            self._add(node)
+
+    def _add(self, node: Node) -> None:
+        peer = _Peer(node, Channel(node.id, self._call), self._journal.head.size)
+        self._peers.append(peer)
+        task = self._tasks[node.id] = asyncio.create_task(self._serve(peer))
+        task.add_done_callback(report_end)
+        peer.wake.set()
+
+    def adopt(self, roster: Roster) -> None:
+        """Push to the nodes of this roster from now on. Those that are in it no longer get nothing more."""
+        nodes = {node.id: node for node in roster.nodes if node.id != self._own}
+        for peer in [peer for peer in self._peers if peer.node.id not in nodes]:
+            self._peers.remove(peer)
+            self._tasks.pop(peer.node.id).cancel()
+            peer.channel.drop()
+        for peer in self._peers:
+            peer.node = nodes.pop(peer.node.id)
+        for node in nodes.values():
+            self._add(node)
 
     async def close(self) -> None:
         """Stop in the middle of whatever is under way; mirrors keep what they have stored."""
         if self._telling is not None:
             self._telling.cancel()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await asyncio.gather(*(peer.channel.close() for peer in self._peers))
 
     def push(self, round_: Round) -> None:
@@ -142,43 +178,82 @@ class Pushers:
 
     async def _push(self, peer: _Peer, round_: Round | None) -> None:
         """Send one push and take in the answer. Without a round, only tell what is published."""
-        start, edition, published = peer.size, self._edition, self._journal.published
-        end = start if round_ is None else min(round_.checkpoint.size, start + wire.push_entries_max)
-        body = self._pack(start, end, round_, published.note if published else b"")
-        timeout_s = push_timeout_s if end - start < wire.push_entries_max // 4 else catch_up_timeout_s
-        status, answer = await peer.channel.ask(body, timeout_s)
-        if status == 409:
-            self._move(peer, wire.unpack_size(answer))
+        edition, published = self._edition, self._journal.published
+        if round_ is not None and peer.agreed is not None:
+            await self._show_published(peer, published)
             return
-        if status != 200:
-            raise unpack_error(status, answer, peer.node.name)
-        peer.told = edition
+        start = peer.size
+        end = start if round_ is None else min(round_.checkpoint.size, start + wire.push_entries_max)
+        body = self._pack(start, end, round_, published.note if published else b"", peer.own[1] if peer.shown else b"")
+        timeout_s = push_timeout_s if end - start < wire.push_entries_max // 4 else catch_up_timeout_s
+        answer = await self._ask(peer, body, timeout_s)
+        if answer is None:
+            return
+        peer.told, peer.shown = edition, False
         if round_ is not None:
             peer.size = end
             if end == round_.checkpoint.size:
-                self._cosigned(round_, peer.node.id, Signature.from_line(wire.unpack_cosignature(answer)))
+                signatures = [Signature.from_line(line) for line in wire.unpack_cosignature(answer).splitlines(keepends=True)]
+                for signature in signatures:
+                    self._act.cosigned(round_, peer.node.id, signature)
+                peer.own = (end, round_.note.signed_by(signatures).to_bytes())
                 peer.round = round_
 
-    def _pack(self, start: int, end: int, round_: Round | None, published: bytes) -> bytes:
+    async def _show_published(self, peer: _Peer, published: Published | None) -> None:
+        """Send what stands in place of the mirror's last entries, with the proof that a quorum published it."""
+        assert peer.agreed is not None, "the caller has seen to that"
+        start = peer.agreed
+        if published is None or published.checkpoint.size <= start:
+            raise Unavailable("its last entries are others than the sequencer's, and nothing published rules them out yet")
+        size = published.checkpoint.size
+        end = min(size, start + wire.push_entries_max)
+        proof = self._journal.tree.consistency_path(end, size) if end < size else []
+        entries, signed = tuple(self._journal.entries(start, end)), self._act.sign_at(end).to_bytes()
+        push = Push(self._epoch, self._base, start, entries, signed, published.note, tuple(proof))
+        if await self._ask(peer, push.to_bytes(), catch_up_timeout_s) is not None:
+            peer.size, peer.agreed = end, None
+
+    async def _ask(self, peer: _Peer, body: bytes, timeout_s: float) -> bytes | None:
+        """Send and give the answer; None where the mirror said where it stands instead."""
+        status, answer = await peer.channel.ask(body, timeout_s)
+        if status == wire.fenced:
+            self._act.fenced(peer.node.id, wire.unpack_fence(answer)[0])
+            raise Unavailable("it follows a later epoch")
+        if status == 409:
+            self._move(peer, *wire.unpack_size(answer))
+            return None
+        if status == 422 and peer.agreed is None:
+            peer.agreed = 0  # it answers with what it knows to be published
+        if status != 200:
+            raise unpack_error(status, answer, peer.node.name)
+        return answer
+
+    def _pack(self, start: int, end: int, round_: Round | None, published: bytes, yours: bytes) -> bytes:
         key = (start, end, round_ is None, published)
-        body = self._packed.get(key)
+        body = None if yours else self._packed.get(key)
         if body is None:
-            note = None if round_ is None else round_.note if end == round_.checkpoint.size else self._sign_at(end)
-            entries = tuple(self._journal.entries(start, end))
-            body = Push(start, entries, note.to_bytes() if note else b"", published).to_bytes()
-            self._packed[key] = body
+            note = None if round_ is None else round_.note if end == round_.checkpoint.size else self._act.sign_at(end)
+            entries, signed = tuple(self._journal.entries(start, end)), note.to_bytes() if note else b""
+            body = Push(self._epoch, self._base, start, entries, signed, published, (), yours).to_bytes()
+            if not yours:
+                self._packed[key] = body
         return body
 
-    def _move(self, peer: _Peer, size: int) -> None:
+    def _move(self, peer: _Peer, size: int, agreed: int) -> None:
         """The mirror says it stands elsewhere than was thought."""
-        if size > self._journal.head.size:
-            raise Unavailable(
-                f"it has {size} entries, more than the sequencer's own {self._journal.head.size}",
-                hint="the sequencer's database is older than its mirrors: do not use it; restore it from a mirror",
-            )
-        if size == peer.size:
+        if peer.agreed is not None:
+            if peer.agreed < agreed < size:
+                peer.agreed = agreed
+                return
+            if size > max(peer.agreed, agreed):
+                raise Refused("it refuses what was published at the very size it says it has")
+            peer.agreed = None  # what it has is the beginning of this log
+        elif size > self._journal.head.size:
+            peer.agreed = agreed
+        elif size == peer.size:
             raise Refused("it refuses entries at the very size it says it has")
-        peer.size = size
+        peer.shown = size < peer.own[0]
+        peer.size = min(size, self._journal.head.size)
 
 
 def report_end(task: asyncio.Task[None]) -> None:

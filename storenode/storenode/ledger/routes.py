@@ -1,6 +1,7 @@
 """The ledger over HTTP. A route parses, awaits one call, returns; errors of the one tree are translated by the node's middleware.
 
-Who may: anybody with a certificate of the roster reads and hands in entries, which speak for themselves; only the sequencer's node pushes.
+Who may: anybody with a certificate of the roster reads and hands in entries, which speak for themselves. What nodes ask each other is in
+``peering``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from medshard_protocol.errors import Absent, Refused, TooLarge, Unavailable
+from medshard_protocol.checkpoint import Note
+from medshard_protocol.errors import Absent, Malformed, TooLarge, Unavailable
 from medshard_protocol.ids import file_id_from_hex
 from medshard_protocol.messages import body_type
 from medshard_protocol.proofs import append_bytes_max, pack_registration
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width
-from storenode.callers import caller
-from storenode.ledger import wire
+from storenode.ledger.fullhead import with_line
 
 if TYPE_CHECKING:
     from storenode.ledger import Ledger
@@ -36,7 +37,6 @@ class Routes:
         """All routes of this file."""
         return [
             web.post("/v1/ledger/append", self.append),
-            web.get(wire.path, self.mirror, allow_head=False),
             web.get("/v1/ledger/registrations/{file}", self.registration),
             web.get("/log/checkpoint", self.checkpoint),
             web.get("/log/tile/{name:.+}", self.tile),
@@ -44,14 +44,8 @@ class Routes:
 
     async def append(self, request: web.Request) -> web.Response:
         """Put entries into the log, here or at the sequencer, and wait until they are published."""
-        status, answer = await self._ledger.append_packed(await _body(request, append_bytes_max))
+        status, answer = await self._ledger.append_packed(await read_body(request, append_bytes_max))
         return web.Response(status=status, body=answer, content_type=body_type)
-
-    async def mirror(self, request: web.Request) -> web.WebSocketResponse:
-        """Take the sequencer's pushes and answer each with this node's cosignature."""
-        if caller(request).node != self._ledger.roster.sequencer:
-            raise Refused("only the sequencer pushes to its mirrors")
-        return await self._ledger.channels.serve(request)
 
     async def registration(self, request: web.Request) -> web.Response:
         """Prove that a file is registered."""
@@ -61,15 +55,31 @@ class Routes:
         return web.Response(body=pack_registration(inclusion), content_type=body_type)
 
     async def checkpoint(self, request: web.Request) -> web.Response:
-        """The newest published checkpoint, as C2SP tlog-tiles has it."""
-        published = self._ledger.published
-        if published is None:
+        """The newest published checkpoint, as C2SP tlog-tiles has it, this node's own cosignature among the others.
+
+        ``full=1`` asks for one with both kinds of cosignature, ``roster=N`` for one that the cosigners of that earlier roster gave at its
+        end.
+        """
+        full, published = self._ledger.full, self._ledger.published
+        if "roster" in request.query:
+            number = request.query["roster"]
+            note = full.sealed(int(number)) if number.isascii() and number.isdigit() and len(number) < 10 else None
+            if note is None:
+                raise Absent("this node has no full head of that roster's end")
+        elif request.query.get("full") == "1":
+            note = (await full.full()).note
+        elif published is None:
             raise Absent("no checkpoint has been published yet")
-        return web.Response(body=published.note, content_type="text/plain", charset="utf-8", headers=fleeting)
+        else:
+            note = with_line(published.note, full.own_line(Note.from_bytes(published.note).text))
+        return web.Response(body=note, content_type="text/plain", charset="utf-8", headers=fleeting)
 
     async def tile(self, request: web.Request) -> web.Response:
         """A hash tile or an entry bundle of the published log, as C2SP tlog-tiles has them."""
-        name, published = TileName.from_path(request.match_info["name"]), self._ledger.published
+        try:
+            name, published = TileName.from_path(request.match_info["name"]), self._ledger.published
+        except Malformed as error:
+            raise Absent(str(error)) from None  # a folder of static files would say the same
         if published is None or not name.within(published.checkpoint.size):
             raise Absent("the published log has no such tile")
         journal, start = self._ledger.journal, name.index * tile_width
@@ -77,7 +87,7 @@ class Routes:
         return web.Response(body=data, content_type="application/octet-stream", headers=immutable)
 
 
-async def _body(request: web.Request, bytes_max: int) -> bytes:
+async def read_body(request: web.Request, bytes_max: int) -> bytes:
     """Read a whole small body, counted as it comes."""
     chunks: list[bytes] = []
     total = 0

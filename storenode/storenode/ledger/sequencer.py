@@ -1,10 +1,11 @@
-"""Putting entries in order: the one node that decides which entry comes next.
+"""Putting entries in order: the one node that decides which entry comes next, in one epoch.
 
 Law: durable here, then signed, then cosigned by a quorum, then published; nothing earlier is told to anybody. The next checkpoint is not
 begun before the last one with entries has its quorum, so mirrors of different speed never work on different checkpoints for ever.
-An entry is known by its bytes: handed in twice, it stands in the log once.
+An entry is known by its author and nonce: handed in twice, it stands in the log once. A checkpoint ends with an entry that may change
+who cosigns, so that those who decided it cosign it too. Once a later epoch is promised, here or at any mirror, this object is done.
 
-Who pushes the checkpoints to the mirrors is ``pushing``.
+Who pushes the checkpoints to the mirrors is ``pushing``; who may be sequencer, ``takeover``.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Entry, Genesis, nonce_size, sign_entry
-from medshard_protocol.errors import MedshardError, Refused, Unavailable
+from medshard_protocol.entries import Approve, Entry, Freeze, Genesis, nonce_size, sign_entry, signature_size
+from medshard_protocol.errors import Conflict, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Roster
 from storenode.ledger.channel import PeerCaller
+from storenode.ledger.engine import Head, name_of
 from storenode.ledger.journal import Journal, Published
 from storenode.ledger.mirror import Mirror
-from storenode.ledger.pushing import Pushers, Round, report_end
-from storenode.ledger.store import Head
+from storenode.ledger.pushing import Acts, Pushers, Round, report_end
 
 batch_entries_max = 1024
 queue_entries_max = 16 * batch_entries_max  # 32 MiB at worst
@@ -37,6 +38,9 @@ cadence_s = 0.1  # under load, at most one checkpoint in this time
 cadence_rounds = 2.0  # and no more of the machines than one round of work in this many
 fresh_after_s = 5.0  # an idle log is cosigned anew, so that readers can tell an old view from a new one
 append_wait_s = 10.0
+stalled_after_s = 5.0  # a quorum takes a few milliseconds
+minority_fence_s = 30.0  # after so long this node takes over again, with an epoch that they follow too
+lately_max = 4 * batch_entries_max
 checks_in_a_row_max = 32  # signatures checked before other requests get a turn: 3 ms
 
 _log = logging.getLogger(__name__)
@@ -45,24 +49,37 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Queued:
     data: bytes
-    leaf: bytes
+    name: bytes
     entry: Entry
 
 
-class Sequencer:
-    """The log's author. Lives in one event loop."""
+class Deposed(Unavailable):
+    """Another node orders the entries by now."""
 
-    def __init__(self, journal: Journal, mirror: Mirror, roster: Roster, node: NodeId, key: Ed25519PrivateKey, call: PeerCaller) -> None:
-        if key.public_key().public_bytes_raw() != roster.log_key:
-            raise ValueError("the roster lists another log key")
+    def __init__(self) -> None:
+        super().__init__("this node no longer orders the ledger's entries", hint="try again in a moment")
+
+
+class Sequencer:
+    """The log's author in one epoch. Lives in one event loop."""
+
+    def __init__(
+        self, journal: Journal, mirror: Mirror, roster: Roster, node: NodeId, key: Ed25519PrivateKey, call: PeerCaller, epoch: int
+    ) -> None:
         self._journal = journal
         self._mirror = mirror
         self._roster = roster
         self._node = node
         self._key = key
+        self._epoch = epoch
+        self._deposed = False
+        self._fences: dict[NodeId, float] = {}  # mirrors that follow a later epoch, and since when
+        self.heard_epoch = epoch  # the latest that anybody told of
+        self._changed = asyncio.Event()
         self._verifiers = {member.id: cosigner_verifier(roster, member.id) for member in roster.nodes}
         self._queue: list[_Queued] = []
-        self._places: dict[bytes, int] = {}  # by leaf hash, of entries accepted but not yet stored
+        self._coming: dict[bytes, tuple[int, bytes]] = {}  # place and what it says, by name, of entries accepted but not yet stored
+        self._lately: dict[bytes, tuple[int, bytes]] = {}  # the same of those just stored, which a search under way may have missed
         self._submissions = 0  # in the queue
         self._crowded = False  # the last round carried more than one submission
         self._round_s = 0.0  # how long the last one took
@@ -70,19 +87,21 @@ class Sequencer:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._round = self._sign()
-        self._pushers = Pushers(journal, roster, node, call, self._round, self._cosigned, self._sign_at)
+        self._pushers = Pushers(journal, roster, node, call, epoch, self._round, Acts(self._cosigned, self._sign_at, self._fenced))
 
     async def start(self) -> None:
-        """Write the genesis entry if this is a new log, have the present head cosigned, and take entries."""
-        await self._journal.index()
+        """Write the genesis entry if this is a new log, have the present head cosigned, and take entries. Raises Conflict if deposed."""
+        genesis: list[_Queued] = []
         if self._journal.head.size == 0:
             body = Genesis(self._roster.sha256, bytes(nonce_size))
             entry = sign_entry(self._roster.origin, body, self._roster.log_key, self._key.sign)
-            await self._store([_Queued(entry.to_bytes(), merkle.leaf_hash(entry.to_bytes(), sha256), entry)])
+            genesis = [_Queued(entry.to_bytes(), name_of(entry.to_bytes()), entry)]
+        await self._store(genesis)  # if only to note that this log is, in full, that of the new epoch
         self._begin()
         self._pushers.start()
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(report_end)
+        self._task.add_done_callback(lambda _: self.depose())
 
     async def close(self) -> None:
         """Stop. Entries that are stored are published after the next start; others are refused now."""
@@ -90,7 +109,30 @@ class Sequencer:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._pushers.close()
-        self._fail(Unavailable("the sequencer stops", hint="try again in a moment"))
+        self._fail(
+            Deposed() if self._deposed else Unavailable("the sequencer stops", hint="try again in a moment"), everybody=self._deposed
+        )
+
+    async def deposed(self) -> None:
+        """Wait until another node has taken over."""
+        await self._changed.wait()
+
+    def depose(self) -> None:
+        """Sign nothing more: a later epoch was promised."""
+        self._deposed = True
+        self._changed.set()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a checkpoint waits for its quorum for longer than it ever should."""
+        return not self._round.done.is_set() and time.monotonic() - self._round.began > stalled_after_s
+
+    def adopt(self, roster: Roster) -> None:
+        """Go by this roster from the next checkpoint on."""
+        self._roster = roster
+        self._verifiers = {member.id: cosigner_verifier(roster, member.id) for member in roster.nodes}
+        self._pushers.adopt(roster)
+        self._begin()
 
     async def append(self, entries: Sequence[bytes]) -> tuple[Inclusion, ...]:
         """Give each entry its place and wait until a quorum has cosigned it. Raises what is wrong with the first bad entry, and
@@ -108,23 +150,33 @@ class Sequencer:
     # -- taking entries in
 
     async def _accept(self, entries: Sequence[bytes]) -> list[int]:
-        hashed = [(data, merkle.leaf_hash(data, sha256)) for data in entries]
+        named: dict[bytes, bytes] = {}
+        for data in entries:
+            name = name_of(data) or Entry.from_bytes(data).id
+            if _said(named.setdefault(name, data)) != _said(data):
+                raise self._taken()
+        places = await self._places(named)
         fresh: dict[bytes, _Queued] = {}
-        for number, (data, leaf) in enumerate(hashed, 1):
-            if leaf not in fresh and self._place(leaf) is None:
-                fresh[leaf] = _Queued(data, leaf, self._check(data))
-            if number % checks_in_a_row_max == 0:
-                await asyncio.sleep(0)
-        new = [item for leaf, item in fresh.items() if self._place(leaf) is None]  # others may have come meanwhile
+        for name, data in named.items():
+            if name not in places:
+                fresh[name] = _Queued(data, name, self._check(data))
+                if len(fresh) % checks_in_a_row_max == 0:
+                    await asyncio.sleep(0)
+        if fresh:
+            places |= await self._places({name: item.data for name, item in fresh.items()})  # others may have come meanwhile
+        new = [item for name, item in fresh.items() if name not in places]
+        if self._deposed:
+            raise Deposed
         if len(self._queue) + len(new) > queue_entries_max:
             raise Unavailable("more entries are waiting than the ledger can take", hint="try again in a few seconds")
         for item in new:
-            self._places[item.leaf] = self._journal.head.size + len(self._places)
+            places[item.name] = self._journal.head.size + len(self._queue)
+            self._coming[item.name] = (places[item.name], _said(item.data))
+            self._queue.append(item)
         if new:
-            self._queue += new
             self._submissions += 1
             self._wake.set()
-        return [self._known_place(leaf) for _, leaf in hashed]
+        return [places[name_of(data)] for data in entries]
 
     def _check(self, data: bytes) -> Entry:
         entry = Entry.from_bytes(data)
@@ -133,15 +185,22 @@ class Sequencer:
             raise objection
         return entry
 
-    def _place(self, leaf: bytes) -> int | None:
-        place = self._places.get(leaf)
-        return self._journal.store.find(leaf) if place is None else place
+    async def _places(self, named: Mapping[bytes, bytes]) -> dict[bytes, int]:
+        """Where entries of these names stand already, or will. Raises Conflict if one says something else."""
+        stored = await self._journal.find([name for name in named if name not in self._coming and name not in self._lately])
+        places = {}
+        for name, data in named.items():  # nobody else gets a turn from here on
+            known = self._coming.get(name) or self._lately.get(name)
+            if known is None and (place := stored.get(name)) is not None:
+                known = (place, _said(self._journal.entries(place, place + 1)[0]))
+            if known is not None:
+                if known[1] != _said(data):
+                    raise self._taken()
+                places[name] = known[0]
+        return places
 
-    def _known_place(self, leaf: bytes) -> int:
-        place = self._place(leaf)
-        if place is None:
-            raise Refused("the entry is not in the ledger")
-        return place
+    def _taken(self) -> Conflict:
+        return Conflict("another entry of this author has the same nonce", hint="draw a new nonce for each entry")
 
     async def _await_published(self, place: int) -> Published:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -161,20 +220,32 @@ class Sequencer:
     # -- making checkpoints
 
     async def _run(self) -> None:
-        while True:
+        while not self._deposed:
             if not await self._due():
                 self._begin()  # the same head again, for a fresh date
                 continue
-            batch = self._queue[:batch_entries_max]
             try:
-                await self._store(batch)
+                await self._store(self._batch())
+            except Conflict as error:  # another node has this log, or another process this database
+                _log.error("this node stops ordering entries: %s", error)
+                self.depose()
+                return
             except MedshardError as error:
                 _log.error("entries could not be stored: %s", error)
                 self._fail(error)
+                await asyncio.sleep(cadence_s)
                 continue
             self._begin()
             await self._round.done.wait()
             self._round_s = time.monotonic() - self._round.began
+            if frozen := self._journal.frozen:
+                self._fail(Refused(f"this log has ended with entry {frozen[0]}; its successor's genesis file is {frozen[1].hex()}"))
+
+    def _batch(self) -> list[_Queued]:
+        """What goes under the next checkpoint: nothing after an entry by which those who cosign may change."""
+        batch = self._queue[:batch_entries_max]
+        ends = (number for number, item in enumerate(batch, 1) if isinstance(item.entry.body, Approve | Freeze))
+        return batch[: next(ends, len(batch))]
 
     async def _due(self) -> bool:
         """Wait for entries, and for a moment when they should go. False if the head has become stale instead."""
@@ -192,19 +263,26 @@ class Sequencer:
         return True
 
     async def _store(self, batch: Sequence[_Queued]) -> None:
-        frontier, leaves = self._journal.frontier(), [item.leaf for item in batch]
+        frontier, leaves = self._journal.frontier(), [merkle.leaf_hash(item.data, sha256) for item in batch]
         for leaf in leaves:
             frontier.append(leaf)
-        head = Head(frontier.size, frontier.root(), b"")
-        await self._journal.extend([item.data for item in batch], leaves, head, parsed=[item.entry for item in batch])
+        head = Head(frontier.size, frontier.root(), b"", self._epoch)
+        parsed = [item.entry for item in batch]
+        await self._journal.extend([item.data for item in batch], leaves, head, parsed=parsed, epoch=self._epoch)
         for item in batch:
-            self._places.pop(item.leaf, None)
+            if item.name in self._coming:
+                self._lately[item.name] = self._coming.pop(item.name)
+        for name in list(self._lately)[: max(0, len(self._lately) - lately_max)]:
+            del self._lately[name]
         del self._queue[: len(batch)]
         self._crowded, self._submissions = self._submissions > 1, 0 if not self._queue else 2
 
     def _begin(self) -> None:
+        if self._deposed:
+            return
         self._round = self._sign()
-        self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
+        if not self._mirror.lost:
+            self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
         self._pushers.push(self._round)
 
     def _sign(self) -> Round:
@@ -218,13 +296,13 @@ class Sequencer:
 
     def _signed(self, checkpoint: Checkpoint) -> Note:
         text = checkpoint.text()
-        return Note(text, (log_verifier(self._roster).sign(text, self._key.sign),))
+        return Note(text, (log_verifier(self._roster, self._node).sign(text, self._key.sign),))
 
     # -- publishing
 
     def _cosigned(self, round_: Round, node: NodeId, signature: Signature) -> None:
         """Count a cosignature. Raises Refused if it does not hold."""
-        if round_.done.is_set() or round_ is not self._round:
+        if round_.done.is_set() or round_ is not self._round or self._deposed:
             return
         self._verifiers[node].verify(round_.note.text, signature)
         round_.cosigned[node] = signature
@@ -244,12 +322,27 @@ class Sequencer:
                 future.set_result(None)
         self._pushers.tell(soon=grown)
 
-    def _fail(self, error: MedshardError) -> None:
-        """Turn away everybody whose entries are not stored."""
+    def _fail(self, error: MedshardError, *, everybody: bool = False) -> None:
+        """Turn away everybody whose entries are not stored, or everybody."""
         self._queue.clear()
-        self._places.clear()
+        self._coming.clear()
         self._submissions = 0
         for place, future in self._waiting:
-            if place >= self._journal.head.size and not future.done():
+            if (everybody or place >= self._journal.head.size) and not future.done():
                 future.set_exception(error)
         self._waiting = [item for item in self._waiting if not item[1].done()]
+
+    def _fenced(self, node: NodeId, epoch: int) -> None:
+        """A mirror follows a later epoch. One alone may lie, or follow somebody who came to nothing."""
+        self.heard_epoch = max(self.heard_epoch, epoch)
+        now = time.monotonic()
+        self._fences.setdefault(node, now)
+        voices = {self._roster.node(each).institution for each in self._fences}
+        if len(voices) > self._roster.quorum.f or now - min(self._fences.values()) > minority_fence_s:
+            _log.warning("mirrors follow epoch %d: this node, with %d, orders entries no more", epoch, self._epoch)
+            self.depose()
+
+
+def _said(data: bytes) -> bytes:
+    """An entry without its signature, which ends it."""
+    return data[:-signature_size]

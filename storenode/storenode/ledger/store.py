@@ -1,10 +1,9 @@
 """The ledger on one SQLite database: entries, full hash tiles, the head, and what this node need not check twice.
 
-Law: an append is one transaction, guarded by the size it builds on, and is on disk (WAL, synchronous=FULL) when ``extend`` returns. Nothing
-is ever updated or deleted but the one row of the head and the one row of ``memory``, which only saves work and may be old.
+Law: what ``engine`` says; durable means WAL with synchronous=FULL. The row of ``memory`` only saves work and may be old.
 
 Two connections: one for writes, which a thread may hold for as long as a disk takes, one for reads, which never wait for it. A lock file
-keeps a second process out, since two writers with one cosigner key could sign two histories. Knows bytes, not what they mean.
+keeps a second process out, since two writers with one cosigner key could sign two histories.
 """
 
 from __future__ import annotations
@@ -14,44 +13,31 @@ import os
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medshard_protocol.errors import Conflict, Damaged, Full, MedshardError, Unavailable
 from medshard_protocol.tiles import FullTile
+from storenode.ledger.engine import Head, Memory, Standing, first_tile_after, format_version, levels_max
 
-format_version = 1
 busy_timeout_s = 5.0  # another process may read the database: a backup, an operator
 
 _schema = """
-CREATE TABLE head(id INTEGER PRIMARY KEY CHECK (id = 0), format INTEGER NOT NULL, origin TEXT NOT NULL, size INTEGER NOT NULL,
-                  root BLOB NOT NULL, note BLOB NOT NULL);
+CREATE TABLE head(id INTEGER PRIMARY KEY CHECK (id = 0), format INTEGER NOT NULL, origin TEXT NOT NULL, epoch INTEGER NOT NULL,
+                  leader BLOB NOT NULL, lost BLOB NOT NULL, size INTEGER NOT NULL, root BLOB NOT NULL, note BLOB NOT NULL,
+                  accepted INTEGER NOT NULL);
 CREATE TABLE entry(place INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE tile(key INTEGER PRIMARY KEY, hashes BLOB NOT NULL);
-CREATE TABLE place(leaf BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE name(name BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE memory(id INTEGER PRIMARY KEY CHECK (id = 0), checked INTEGER NOT NULL, published BLOB NOT NULL);
 CREATE TABLE unsigned(place INTEGER PRIMARY KEY);
 INSERT INTO memory VALUES (0, 0, x'');
 """
 
 
-class Head(NamedTuple):
-    """How far the log goes on this disk. ``note`` is the checkpoint that the log signed for it; empty in the sequencer's own store."""
-
-    size: int
-    root: bytes
-    note: bytes
-
-
-class Memory(NamedTuple):
-    """What was found out about entries below ``checked``, and the newest published checkpoint."""
-
-    checked: int
-    unsigned: frozenset[int]  # places of entries that are malformed or that their author did not sign
-    published: bytes
-
-
 class Store:
-    """One log in one SQLite file. Not for two threads at once, save that reads and writes may overlap."""
+    """One log in one SQLite file: an ``Engine``."""
+
+    remote = False
 
     def __init__(self, folder: Path, origin: str, empty_root: bytes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,23 +62,53 @@ class Store:
 
     def head(self) -> Head:
         """Read how far the log goes."""
-        return Head(*self._row("SELECT size, root, note FROM head"))
+        return Head(*self._row("SELECT size, root, note, accepted FROM head"))
 
-    def extend(self, old_size: int, entries: Sequence[bytes], tiles: Iterable[FullTile], head: Head, leaves: Sequence[bytes] = ()) -> None:
-        """Append durably. ``leaves``, where given, are the entries' hashes, by which ``find`` finds them again.
+    def standing(self) -> Standing:
+        """Read whom this node follows."""
+        return Standing(*self._row("SELECT epoch, leader, lost FROM head"))
 
-        Raises Conflict if the log on disk does not have ``old_size`` entries, Full or Unavailable if it cannot be written; then
-        nothing has changed.
-        """
-        places = range(old_size, old_size + len(entries))
+    def promise(self, epoch: int, leader: bytes) -> None:
+        """Follow this sequencer from now on. Raises Conflict if a later epoch was promised, or this one to another node."""
         with _Transaction(self._writer) as write:
-            guarded = write.execute("UPDATE head SET size=?, root=?, note=? WHERE size=?", (*head, old_size))
-            if guarded.rowcount != 1:
-                raise Conflict(f"the ledger on disk does not have {old_size} entries")
-            write.executemany("INSERT INTO entry VALUES (?, ?)", zip(places, entries, strict=True))
-            if leaves:
-                write.executemany("INSERT INTO place VALUES (?, ?)", zip(leaves, places, strict=True))
-            write.executemany("INSERT INTO tile VALUES (?, ?)", ((_tile_key(t.level, t.number), t.hashes) for t in tiles))
+            changed = write.execute("UPDATE head SET epoch=?1, leader=?2 WHERE epoch < ?1 OR epoch = ?1 AND leader = ?2", (epoch, leader))
+            if changed.rowcount != 1:
+                raise Conflict(f"an epoch after {epoch} was promised, or this one to another node")
+
+    def lose(self, key: bytes) -> None:
+        """Note that this key must not sign."""
+        with _Transaction(self._writer) as write:
+            write.execute("UPDATE head SET lost=?", (key,))
+
+    def extend(
+        self,
+        epoch: int,
+        old_size: int,
+        entries: Sequence[bytes],
+        tiles: Iterable[FullTile],
+        head: Head,
+        names: Sequence[bytes],
+        *,
+        own: bool,
+    ) -> None:
+        """Append durably: see ``Engine``."""
+        with _Transaction(self._writer) as write:
+            _move(write, epoch, old_size, head)
+            _insert(write, old_size, entries, tiles, names, own=own)
+
+    def rewind(
+        self, epoch: int, old_size: int, start: int, entries: Sequence[bytes], tiles: Iterable[FullTile], head: Head, names: Sequence[bytes]
+    ) -> None:
+        """Drop everything from ``start`` on and append, in one transaction: see ``Engine``."""
+        with _Transaction(self._writer) as write:
+            _move(write, epoch, old_size, head)
+            for table in ("entry", "name", "unsigned"):
+                write.execute(f"DELETE FROM {table} WHERE place >= ?", (start,))  # noqa: S608 - a name from the line above
+            for level in range(levels_max):
+                keys = (_tile_key(level, first_tile_after(level, start)), _tile_key(level + 1, 0))
+                write.execute("DELETE FROM tile WHERE key >= ? AND key < ?", keys)
+            write.execute("UPDATE memory SET checked = min(checked, ?)", (start,))
+            _insert(write, start, entries, tiles, names, own=False)
 
     def entries(self, start: int, end: int) -> list[bytes]:
         """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
@@ -108,19 +124,10 @@ class Store:
             raise Damaged(f"the ledger lacks tile {number} of level {level}")
         return bytes(rows[0][0])
 
-    def find(self, leaf: bytes) -> int | None:
-        """Find where an entry stands by its leaf hash, if it was stored with that, or ``index`` has run."""
-        rows = self._read("SELECT place FROM place WHERE leaf = ?", (leaf,))
-        return int(rows[0][0]) if rows else None
-
-    def indexed(self) -> int:
-        """Count the entries that ``find`` knows: all below this place."""
-        return int(self._row("SELECT coalesce(max(place) + 1, 0) FROM place")[0])
-
-    def index(self, start: int, leaves: Sequence[bytes]) -> None:
-        """Let ``find`` find entries that were stored without their leaf hashes. The first of equal entries is the one that is found."""
-        with _Transaction(self._writer) as write:
-            write.executemany("INSERT OR IGNORE INTO place VALUES (?, ?)", ((leaf, start + n) for n, leaf in enumerate(leaves)))
+    def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by their names."""
+        found = ((name, self._read("SELECT place FROM name WHERE name = ?", (name,))) for name in names)
+        return {name: rows[0][0] for name, rows in found if rows}
 
     def memory(self) -> Memory:
         """Read what was remembered."""
@@ -138,7 +145,7 @@ class Store:
             self._writer.executescript(f"BEGIN IMMEDIATE;{_schema}COMMIT;")
         with _Transaction(self._writer) as write:
             if not write.execute("SELECT 1 FROM head").fetchone():
-                write.execute("INSERT INTO head VALUES (0, ?, ?, 0, ?, x'')", (format_version, origin, empty_root))
+                write.execute("INSERT INTO head VALUES (0, ?, ?, 0, x'', x'', 0, ?, x'', 0)", (format_version, origin, empty_root))
             found = write.execute("SELECT format, origin FROM head").fetchone()
         if found != (format_version, origin):
             raise Damaged(f"this ledger is of the log {found[1]!r}, format {found[0]}; expected {origin!r}, format {format_version}")
@@ -181,6 +188,22 @@ class _Transaction:
         raise error
 
 
+def _move(write: sqlite3.Connection, epoch: int, old_size: int, head: Head) -> None:
+    values = (head.size, head.root, head.note, head.accepted, epoch, old_size)
+    if write.execute("UPDATE head SET size=?, root=?, note=?, accepted=? WHERE epoch=? AND size=?", values).rowcount != 1:
+        raise Conflict(f"the ledger on disk does not have {old_size} entries in epoch {epoch}")
+
+
+def _insert(
+    write: sqlite3.Connection, start: int, entries: Sequence[bytes], tiles: Iterable[FullTile], names: Sequence[bytes], *, own: bool
+) -> None:
+    places = range(start, start + len(entries))
+    write.executemany("INSERT INTO entry VALUES (?, ?)", zip(places, entries, strict=True))
+    named = ((name, place) for name, place in zip(names, places, strict=True) if name)
+    write.executemany(f"INSERT {'' if own else 'OR IGNORE'} INTO name VALUES (?, ?)", named)  # noqa: S608 - two words of ours
+    write.executemany("INSERT INTO tile VALUES (?, ?)", ((_tile_key(t.level, t.number), t.hashes) for t in tiles))
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
@@ -198,6 +221,8 @@ def _translated(error: Exception) -> MedshardError:
     code = getattr(error, "sqlite_errorcode", None)
     if code == sqlite3.SQLITE_FULL:
         return Full("no room on the disk for the ledger", hint="free some space; nothing has been lost")
+    if code in (sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE):
+        return Conflict("the log has an entry of this author with this nonce already")
     if isinstance(error, sqlite3.OperationalError):
         return Unavailable(f"the ledger's database cannot be used ({error})")
     return Damaged(f"the ledger's database is damaged ({error})", hint="restore the node's folder, or let it mirror the log anew")

@@ -1,0 +1,157 @@
+"""Getting entries to whoever orders them, through a change of that node, and noticing one that leaves them out.
+
+Law: whoever hands an entry to this node gets the sequencer's answer, or is told that there is none; a takeover in between costs time and
+nothing else, because an entry that is handed in twice stands in the log once. An entry that its author had the right to make, and that a
+sequencer leaves out of the heads that it publishes for ten seconds, is evidence: this node keeps it, cosigns none of those heads, and
+lets another node take over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medshard_protocol.entries import Entry
+from medshard_protocol.errors import MedshardError, Unavailable
+from medshard_protocol.ids import NodeId
+from medshard_protocol.proofs import unpack_append
+from storenode.evidence import evidence_in
+from storenode.ledger import wire
+from storenode.ledger.engine import name_of
+
+if TYPE_CHECKING:
+    from storenode.ledger import Ledger
+
+append_wait_s = 12.0  # the sequencer gives up first, and says why
+leaderless_wait_s = 6.0  # a takeover takes two seconds
+retry_s = 0.05
+left_out_after_s = 10.0
+watch_every_s = 0.5
+watched_max = 4096
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Watched:
+    entry: bytes
+    since: float  # monotonic
+    published: bytes  # the newest published checkpoint when it was handed in
+    size: int  # of that one
+    overdue: bool = False
+
+
+class Unreachable(Unavailable):
+    """A node gave no answer: another one may, soon."""
+
+
+class Forwarding:
+    """One node's entries on their way."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._watched: dict[bytes, _Watched] = {}  # by name
+        self.left_out = 0  # entries that a sequencer leaves out at present
+        ledger.mirror.withhold = self._objection
+
+    async def append(self, body: bytes) -> tuple[int, bytes]:
+        """Hand in the body of an append request, to whichever node orders entries; give that node's status and answer.
+
+        Raises Malformed for a body that is none, and Unavailable.
+        """
+        unpack_append(body)  # what is wrong with it is said here
+        deadline = time.monotonic() + append_wait_s
+        leaderless = time.monotonic() + leaderless_wait_s
+        said = "no node orders entries at present"
+        while (left := deadline - time.monotonic()) > 0:
+            leader = self._ledger.mirror.leader or self._ledger.roster.sequencer
+            try:
+                answered = await self._until_change(leader, body, left)
+                if answered is not None and answered[0] != wire.not_leading:
+                    return answered
+            except Unreachable as error:
+                said = str(error)
+            if time.monotonic() > leaderless:
+                break
+            await self._ledger.mirror.change(retry_s)
+        raise Unavailable(f"{said}; the ledger takes nothing now", hint="try again in a few seconds; handing it in again is safe")
+
+    async def _until_change(self, leader: NodeId, body: bytes, left_s: float) -> tuple[int, bytes] | None:
+        """Ask one node; give up when this node hears that another one leads."""
+        mirror = self._ledger.mirror
+        if not self._ledger.leads:
+            self._watch(body)
+        asking = asyncio.create_task(self._ledger.send(leader, body, left_s))
+        changing = asyncio.create_task(mirror.change(left_s))
+        try:
+            await asyncio.wait({asking, changing}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done() or mirror.leader == leader:
+                return await asking
+            return None
+        finally:
+            for task in (asking, changing):
+                task.cancel()
+            await asyncio.gather(asking, changing, return_exceptions=True)
+
+    # -- entries that are left out
+
+    def _watch(self, body: bytes) -> None:
+        published = self._ledger.published
+        if published is None:
+            return
+        for entry in unpack_append(body):
+            if len(self._watched) < watched_max and (name := name_of(entry)):
+                self._watched.setdefault(name, _Watched(entry, time.monotonic(), published.note, published.checkpoint.size))
+
+    async def watch(self) -> None:
+        """Look after what was handed in. Ends by being cancelled."""
+        while True:
+            await asyncio.sleep(watch_every_s)
+            due = {name: item for name, item in self._watched.items() if time.monotonic() - item.since > left_out_after_s or self.left_out}
+            if not due and not self.left_out:
+                continue
+            try:
+                found = await self._ledger.journal.find(list(due))
+            except MedshardError as error:
+                _log.info("what was handed in cannot be looked for: %s", error)
+                continue
+            for name, item in due.items():
+                if name in found or not self._is_left_out(item):
+                    del self._watched[name]
+                elif not item.overdue and time.monotonic() - item.since > left_out_after_s:
+                    item.overdue = True
+                    self._accuse(item)
+            self.left_out = sum(item.overdue for item in self._watched.values())
+
+    def _is_left_out(self, item: _Watched) -> bool:
+        """Whether other entries were published meanwhile, and this one had, and has, every right to be."""
+        published = self._ledger.published
+        if time.monotonic() - item.since <= left_out_after_s:
+            return True  # not yet, so it stays
+        if published is None or published.checkpoint.size <= item.size:
+            return False
+        try:
+            entry = Entry.from_bytes(item.entry)
+            entry.verify(self._ledger.roster.origin)
+            return self._ledger.state.objection(entry) is None
+        except MedshardError:
+            return False
+
+    def _accuse(self, item: _Watched) -> None:
+        ledger, published = self._ledger, self._ledger.published
+        assert published is not None, "something was published meanwhile"
+        details: dict[str, str | int] = {
+            "sequencer": ledger.leader_name,
+            "seconds": int(time.monotonic() - item.since),
+            "epoch": ledger.mirror.epoch,
+        }
+        documents = {"entry": item.entry, "before": item.published, "after": published.note}
+        evidence_in(ledger.journal.folder).keep("left-out", details, documents)
+        ledger.suspect(f"{ledger.leader_name} leaves out an entry that was handed in")
+
+    def _objection(self) -> str:
+        """Why this node cosigns nothing at present; empty if it does."""
+        return "an entry that was handed in ten seconds ago is left out of this head" if self.left_out else ""
