@@ -42,6 +42,7 @@ from storenode.routes import Node, node_key, read_body
 from storenode.shardstore import Sealed
 
 shared_room_bytes: Final = 16 * 1024 * 1024  # manifests in one answer; what finds no room is fetched by itself
+obey_every_s: Final = 0.2
 grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
 
 log = logging.getLogger(__name__)
@@ -225,26 +226,34 @@ async def get_identity(request: web.Request) -> web.Response:
 
 async def _obey(ledger: Ledger, sealed: Sealed) -> None:
     """Destroy what published entries end, for as long as the node runs."""
+    published = asyncio.Event()
+    published.set()  # what happened before the start counts
+    ledger.journal.on_published.append(lambda *_: published.set())
     while True:
+        await published.wait()
+        published.clear()
         try:
-            await obey_once(ledger, sealed)
+            done = await obey_once(ledger, sealed)
         except Exception:  # the disk may be full today and have room tomorrow; keys that should be gone must not stay for that
             log.exception("what was revoked or erased could not be destroyed")
-            await asyncio.sleep(wait_s)
-        await ledger.journal.news.wait()
+            done = False
+        if not done:
+            published.set()
+        await asyncio.sleep(obey_every_s)
 
 
-async def obey_once(ledger: Ledger, sealed: Sealed) -> None:
-    """Destroy what published entries have ended since the last time."""
-    published, done = ledger.published, sealed.obeyed()
+async def obey_once(ledger: Ledger, sealed: Sealed) -> bool:
+    """Destroy what published entries have ended since the last time. False if some of them are not folded yet."""
+    published, done = ledger.journal.published, sealed.obeyed()
     if published is None:
-        return
+        return True
     facts = ledger.journal.folding.state
     end = min(published.checkpoint.size, facts.size)
     ended = facts.ended(done, end)
     if ended:
         destroyed = await sealed.obey(ended, end)
         log.info("sealed keys destroyed", extra={"keys": destroyed, "entries": len(ended)})
+    return end == published.checkpoint.size
 
 
 # -- parts
