@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, MedshardError, Refused, TooLarge, Unavailable
-from storenode.cli import founding, operating, trial
+from storenode.cli import founding, modelling, operating, trial
 from storenode.cli.options import Session, home_default
 
 
@@ -87,6 +87,7 @@ for _part in (
     operating.invite,
     founding.renew,
     trial.consortium,
+    modelling.durability,
 ):
     command.add_command(_part)
 
