@@ -313,7 +313,8 @@ def test_a_tlog_proof_of_something_else_is_malformed(log: Log) -> None:
     "rest",
     [
         "", "\n", "\nindex 1\n", "\nindex 01\n\nnote", "\nindex -1\n\nnote", "\nindex 9223372036854775808\n\nnote",
-        "\nindex 1\nAAAA\n\nnote", "\nextra \nindex 1\n\nnote", "\nindex 1\nextra AA==\n\nnote", "\nextra AB==\nindex 1\n\nnote", "\nextra A A=\nindex 1\n\nnote",
+        "\nindex 1\nAAAA\n\nnote", "\nextra \nindex 1\n\nnote", "\nindex 1\nextra AA==\n\nnote", "\nextra AB==\nindex 1\n\nnote", 
+        "\nextra A A=\nindex 1\n\nnote",
         "\r\nindex 1\r\n\r\nnote", "\nextra AA==\nextra AA==\nindex 1\n\nnote", "\nindex 1 \n\nnote", "\nindex \u0661\n\nnote",
         "\nindex 1\n" + ("A" * 43 + "=\n") * 65 + "\nnote", " \nindex 1\n\nnote", "x\nindex 1\n\nnote",
     ],
@@ -345,7 +346,8 @@ values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_a_changed_item_anywhere_inside_raises_only_ours(log: Log, data: st.DataObject) -> None:
+def test_a_changed_item_anywhere_inside_is_refused_or_proves_the_same(log: Log, data: st.DataObject) -> None:
+    """How many members a pack has is no claim, and a step that is left out may not have been needed."""
     text = (
         TlogProof.from_bytes(with_change(log.c)[1].to_bytes())
         if data.draw(st.booleans())
@@ -362,8 +364,13 @@ def test_a_changed_item_anywhere_inside_raises_only_ours(log: Log, data: st.Data
         break
     if before == at[number]:
         return
-    with pytest.raises(MedshardError):
-        DocumentProof.from_bytes(replace(text, extra=encode(items)).to_bytes()).verify(log.c.roster)
+    try:
+        proven = DocumentProof.from_bytes(replace(text, extra=encode(items)).to_bytes()).verify(log.c.roster)
+    except MedshardError:
+        return
+    true = proof.verify(log.c.roster)
+    for name in ("sha256", "size", "owner", "institution", "index", "file_id", "root", "log_size", "cosigned_pq"):
+        assert getattr(proven, name) == getattr(true, name)
 
 
 def test_the_size_of_a_proof_in_a_log_of_a_hundred_million_entries(consortium: Callable[..., Any]) -> None:
