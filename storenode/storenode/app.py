@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sqlite3
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -25,21 +26,30 @@ from medshard_protocol.errors import Full, MedshardError, Refused
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
-from storenode import routes
+from medshard_protocol.rosters import pack_links, roster_header
+from storenode import routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.evidence import evidence_in
-from storenode.genesis import load_genesis
-from storenode.identity import NodeKeys, client_ssl_context, peer_of, server_ssl_context
+from storenode.following import Following, roster_routes
+from storenode.genesis import check_membership, load_genesis
+from storenode.identity import NodeKeys, Peer, client_contexts, peer_of, server_ssl_context, trust
 from storenode.join import join_routes
-from storenode.ledger import Ledger
+from storenode.ledger import Ledger, marker_name
+from storenode.membership import Membership
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
+from storenode.rotation import promote, waits
 from storenode.routes import Node, node_key
 from storenode.shardstore import ShardStore
+from storenode.watching import Watch
+from storenode.watching.inside import node_watch, start, watch_key
+from storenode.watching.watch import Trust
 
 log = logging.getLogger("storenode")
-open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/join"})  # the only ones that answer without a certificate
+open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join"})  # the only ones that answer without a certificate
+writes: Final = frozenset({"/v1/files", "/v1/ledger/append", "/v1/join"})  # beside every PUT and DELETE; not for a node that has left
+again_after_s: Final = 2.0  # what the others get to hear of a roster with our new keys, before we begin again with those
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
 read_bytes: Final = 256 * 1024  # a connection reads this far ahead of its handler; the default stops and starts four times as often
 sweep_every_s: Final = 600.0
@@ -50,41 +60,82 @@ class Parts:
     """A node's running parts, to be closed in reverse order."""
 
     node: Node
-    roster: Roster
+    membership: Membership
     peers: Peers
     metrics: Metrics
+    following: Following
+    watch: Watch
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part now."""
+        return self.membership.roster
 
 
 def build(parts: Parts, keys: NodeKeys) -> web.Application:
     """The web application: all routes behind the guard."""
     app = web.Application(middlewares=[_guard(parts)], client_max_size=0)
+    app.on_response_prepare.append(_teller(parts.membership))
     app[node_key] = parts.node
+    app[watch_key] = parts.watch
     app.router.add_get("/healthz", _healthz, allow_head=False)
-    genesis = parts.roster.to_bytes()
+    genesis = parts.membership.genesis.to_bytes()
 
     async def get_genesis(request: web.Request) -> web.Response:
         return web.Response(body=genesis, content_type=body_type)
 
     app.router.add_get("/v1/genesis", get_genesis, allow_head=False)
+    app.router.add_routes(roster_routes(parts.membership, parts.following))
     app.router.add_routes(routes.routes())
+    sharing.equip(app, parts.node, parts.metrics)
     app.router.add_routes(parts.node.ledger.routes())
-    app.router.add_routes(join_routes(parts.node.config, parts.roster, keys, _enrol(parts, keys)))
+    app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys)))
     return app
 
 
-async def serve(config: Config) -> None:
-    """Run a node until SIGTERM or SIGINT; then finish what is in flight."""
-    keys, roster = NodeKeys.load(config.home), load_genesis(config.home)
-    contexts = {i: client_ssl_context(each.ca, keys) for i, each in enumerate(roster.institutions)}
-    peers = Peers(roster, contexts)
+def _teller(membership: Membership) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def tell(request: web.Request, response: web.StreamResponse) -> None:
+        """Let everybody who asks know which roster this node goes by."""
+        response.headers[roster_header] = str(membership.roster.number)
+
+    return tell
+
+
+def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
+    """Open the chain of rosters, put keys in place that it has begun to list, and check that this node is in it. Raises Refused if not."""
+    membership = Membership(config.data, load_genesis(config.home))
+    keys = promote(config.home, membership.roster)
+    check_membership(membership.last_with(keys.node_id), keys)
+    return membership, keys
+
+
+async def serve(config: Config) -> bool:
+    """Run a node until SIGTERM or SIGINT; then finish what is in flight. True if it is to begin again at once, with new keys."""
+    membership, keys = member_keys(config)
+    peers = Peers(membership.roster, client_contexts(membership.roster, keys))
     metrics = Metrics()
     store = ShardStore(
         config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max, on_fsync=metrics.fsync
     )
-    ledger = Ledger.open(config.data, roster, keys.node_id, keys.cosigner, keys.log, peers)
+    ledger = Ledger.open(
+        config.data,
+        membership.genesis,
+        keys.node_id,
+        keys.cosigner,
+        keys.log,
+        peers,
+        roster=membership.last_with(keys.node_id),
+        documents=membership.document,
+        engine=config.ledger_engine,
+        standby=config.sequencer,
+        marker=keys.folder / marker_name,
+        pq_key=keys.cosigner_pq,
+    )
     for name, der in (("node", keys.certificate), ("institution", keys.ca_certificate)):
         metrics.certificate(name, load_der_x509_certificate(der).not_valid_after_utc.timestamp())
-    parts = Parts(Node(config, keys.node_id, store, ledger), roster, peers, metrics)
+    following = Following(membership, ledger, keys.node_id, peers)
+    watch = node_watch(config.data, lambda: Trust(tuple(membership.history), pack_links(membership.links(0))), peers)
+    parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, metrics, following, watch)
     runner = web.AppRunner(
         build(parts, keys), access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330, lingering_time=2, read_bufsize=read_bytes
     )
@@ -92,22 +143,58 @@ async def serve(config: Config) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    sweeper = asyncio.create_task(_sweep(parts))
+    tasks = [asyncio.create_task(_sweep(parts))]
+    again = False
     try:
         await ledger.start()
-        site = web.TCPSite(runner, *config.listen_address, ssl_context=server_ssl_context(roster, keys), reuse_address=True)
+        context = server_ssl_context(membership.roster, keys)
+        membership.on_change(_adopter(parts, keys, context, stopping))
+        site = web.TCPSite(runner, *config.listen_address, ssl_context=context, reuse_address=True)
         await site.start()
+        await following.start()
+        tasks.append(start(watch, config.limits.watch_every_s))
         async with serve_metrics(config, metrics, lambda: _gauge(parts)):
-            log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex()})
+            log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex(), "roster": membership.roster.number})
+            _tell_if_gone(parts)
             await stopping.wait()
-            log.info("stopping")
+            again = waits(config.home, membership.roster)
+            log.info("beginning again, with new keys" if again else "stopping")
     finally:
-        sweeper.cancel()
+        for task in tasks:
+            task.cancel()
+        await following.close()
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
         await runner.cleanup()  # closes the socket, then waits for requests in flight
         await ledger.close()
         await peers.close()
         store.close()
+    return again
+
+
+def _adopter(parts: Parts, keys: NodeKeys, context: ssl.SSLContext, stopping: asyncio.Event) -> Callable[[Roster], None]:
+    """Go by a new roster from this moment on, in every part of the node."""
+
+    def adopt(roster: Roster) -> None:
+        trust(context, roster)
+        parts.peers.adopt(roster, client_contexts(roster, keys))
+        parts.node.ledger.adopt(roster)
+        _tell_if_gone(parts)
+        if waits(parts.node.config.home, roster):
+            asyncio.get_running_loop().call_later(again_after_s, stopping.set)
+
+    return adopt
+
+
+def _tell_if_gone(parts: Parts) -> None:
+    if not parts.membership.lists(parts.node.id):
+        log.warning("this node is not in roster %d: it takes nothing any more and serves reads only", parts.roster.number)
+
+
+def _caller(parts: Parts, ssl_object: ssl.SSLObject | None) -> Peer | None:
+    """Who asks; on a node that has left, its own institution is known too, as it was."""
+    members = parts.membership
+    peer = peer_of(ssl_object, members.roster, members.just_before)
+    return peer_of(ssl_object, members.last_with(parts.node.id)) if peer is None and not members.lists(parts.node.id) else peer
 
 
 def _guard(parts: Parts) -> Middleware:
@@ -115,15 +202,18 @@ def _guard(parts: Parts) -> Middleware:
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.monotonic()
         transport = request.transport
-        peer = peer_of(transport.get_extra_info("ssl_object"), parts.roster) if transport else None
+        members = parts.membership
+        peer = _caller(parts, transport.get_extra_info("ssl_object")) if transport else None
         if peer is not None:
             request[peer_key] = peer
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "unknown"
         status, sent = 500, 0
         try:
-            if request.path not in open_paths:
+            if request.path not in open_paths and not (parts.node.config.public_log and request.path.startswith("/log/")):
                 caller(request)
+            if (request.method in ("PUT", "DELETE") or request.path in writes) and not members.lists(parts.node.id):
+                raise Refused("this node is no longer in the consortium and serves reads only", hint="follow the roster to the other nodes")
             if request.headers.get("Content-Encoding", "identity") != "identity":
                 raise web.HTTPUnsupportedMediaType(text="bodies are sent as they are, without Content-Encoding")
             response = await handler(request)
@@ -187,7 +277,8 @@ def _gauge(parts: Parts) -> None:
     shards, manifests = parts.node.store.counts()
     parts.metrics.stored(shards, manifests, parts.node.store.used, parts.node.store.free_bytes())
     parts.metrics.ledger(parts.node.ledger.status())
-    parts.metrics.evidence(evidence_in(parts.node.config.data).counts())
+    parts.metrics.roster(parts.roster.number)
+    parts.metrics.evidence(evidence_in(parts.node.config.data).counts(), parts.watch.active())
 
 
 async def _sweep(parts: Parts) -> None:

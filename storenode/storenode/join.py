@@ -19,7 +19,6 @@ from medshard_protocol.identity import csr_key
 from medshard_protocol.ids import Key
 from medshard_protocol.invite import join_bytes_max, pack_joined, unpack_join
 from medshard_protocol.messages import body_type
-from medshard_protocol.roster import Roster
 from storenode.config import Config
 from storenode.identity import Institution, NodeKeys, issue_client_cert
 from storenode.invites import Invites
@@ -87,9 +86,8 @@ class Desk:
         return certificate
 
 
-def join_routes(config: Config, roster: Roster, keys: NodeKeys, enrol: Enrol) -> list[web.RouteDef]:
+def join_routes(config: Config, keys: NodeKeys, enrol: Enrol) -> list[web.RouteDef]:
     """The route. Where the CA key is kept elsewhere it only says so."""
-    del roster  # an invitation names its genesis file to the vault; this node has no other
     throttle = Throttle()
     desk = Desk(Invites(config.data), Institution(keys.ca, keys.ca_certificate), enrol) if keys.ca is not None else None
 

@@ -42,6 +42,7 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.shards import Layout, digests, shard_root, split
 from storenode.app import Parts, build
 from storenode.config import Config, write_config
+from storenode.following import Following
 from storenode.identity import (
     Institution,
     NodeKeys,
@@ -51,10 +52,13 @@ from storenode.identity import (
     server_ssl_context,
 )
 from storenode.ledger import Ledger
+from storenode.membership import Membership
 from storenode.metrics import Metrics
 from storenode.peers import Peers
 from storenode.routes import Node
 from storenode.shardstore import ShardStore
+from storenode.watching.inside import node_watch
+from storenode.watching.watch import Trust
 
 cell = 1000
 
@@ -101,6 +105,12 @@ def context_with(institution: Institution, key: Ed25519PrivateKey, folder: Path)
     return context_for(institution.certificate, issue_client_cert(institution, client_csr(key)), key)
 
 
+@pytest.fixture(autouse=True)
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about bytes; who gets them is in test_gate.py and test_sharing.py."""
+    monkeypatch.setattr("storenode.gate.enforced", False)
+
+
 @pytest.fixture
 async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     institution, log_key, owner = create_institution("Clinic"), Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -127,9 +137,11 @@ async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     store = ShardStore(config.data, capacity=config.capacity_bytes, small_bytes_max=4096)
     ledger = Ledger.open(config.data, roster, keys.node_id, keys.cosigner, log_key, peers)
     await ledger.start()
-    runner = web.AppRunner(
-        build(Parts(Node(config, keys.node_id, store, ledger), roster, peers, Metrics()), keys), access_log=None, lingering_time=0.2
-    )
+    membership = Membership(config.data, roster)
+    following = Following(membership, ledger, keys.node_id, peers)
+    watch = node_watch(config.data, lambda: Trust((roster,)), peers)
+    parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, Metrics(), following, watch)
+    runner = web.AppRunner(build(parts, keys), access_log=None, lingering_time=0.2)
     await runner.setup()
     await web.TCPSite(runner, *config.listen_address, ssl_context=server_ssl_context(roster, keys)).start()
     async with aiohttp.ClientSession() as session:

@@ -19,7 +19,6 @@ from medshard_protocol.ids import Key
 from medshard_protocol.invite import pack_join, unpack_joined
 from medshard_protocol.messages import pack_error, unpack_error
 from storenode.config import Config, write_config
-from storenode.genesis import Card, found
 from storenode.identity import NodeKeys, create_institution, create_node
 from storenode.invites import Invites
 from storenode.join import Throttle, join_routes, wrong_max
@@ -61,7 +60,6 @@ async def open_desk(home: Path, *, keep_ca_key: bool = True) -> AsyncIterator[De
     keys = NodeKeys.load(home)
     write_config(home, url="https://node.example:9700", durable=False)
     config = Config.load(home)
-    roster = found([Card.of("Hospital", "node", config.url, 10**12, keys)], sequencer="node")
 
     @web.middleware
     async def translate(request: web.Request, handler: object) -> web.StreamResponse:
@@ -74,7 +72,7 @@ async def open_desk(home: Path, *, keep_ca_key: bool = True) -> AsyncIterator[De
     async with aiohttp.ClientSession() as session:
         desk = Desk("", keys, Invites(config.data), session)
         app = web.Application(middlewares=[translate], client_max_size=0)
-        app.add_routes(join_routes(config, roster, keys, desk.enrol))
+        app.add_routes(join_routes(config, keys, desk.enrol))
         runner = web.AppRunner(app, shutdown_timeout=0.05)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

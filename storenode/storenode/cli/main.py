@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, MedshardError, Refused, TooLarge, Unavailable
-from storenode.cli import founding, modelling, operating, trial
+from storenode.cli import ending, founding, log, modelling, operating, roster, trial, watch
 from storenode.cli.options import Session, home_default
 
 
@@ -86,6 +86,13 @@ for _part in (
     operating.status,
     operating.invite,
     founding.renew,
+    roster.roster,
+    ending.rotate,
+    ending.withdraw,
+    ending.freeze,
+    watch.watch,
+    watch.evidence,
+    log.log,
     trial.consortium,
     modelling.durability,
 ):

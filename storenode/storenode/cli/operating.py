@@ -14,8 +14,9 @@ from storenode.cli.options import Session, shared, shown_size, span
 
 
 @click.command()
+@click.option("--sequencer", is_flag=True, help="Stand by to order the ledger's entries, as `sequencer = true` in config.toml says.")
 @shared
-def run(session: Session) -> None:
+def run(session: Session, sequencer: bool) -> None:
     """Run the node in the foreground, until SIGTERM or Ctrl-C; then finish what is in flight.
 
     Writes its process id to HOME/pid and removes it at the end. Logs go to standard error: text on a terminal, else a JSON object a
@@ -25,23 +26,31 @@ def run(session: Session) -> None:
     Examples:
       storenode run
       storenode --home /srv/second run
+      storenode run --sequencer
     """
     import asyncio
+    from dataclasses import replace
 
     from storenode import logs
     from storenode.config import Config
     from storenode.genesis import check_membership, load_genesis
     from storenode.identity import NodeKeys
+    from storenode.membership import Membership
+    from storenode.rotation import promote
     from storenode.running import hold
 
     session.check_owner()
     config = Config.load(session.home)
-    check_membership(load_genesis(session.home), NodeKeys.load(session.home))
-    logs.configure(config.log_level, config.log_format)
-    from storenode.app import serve  # late: it is most of the program, and a wrong configuration should say so at once
-
+    config = replace(config, sequencer=config.sequencer or sequencer)
+    membership, keys = Membership(config.data, load_genesis(session.home)), NodeKeys.load(session.home)
     with hold(session.home):
-        asyncio.run(serve(config))
+        keys = promote(session.home, membership.roster)
+        check_membership(membership.last_with(keys.node_id), keys)
+        logs.configure(config.log_level, config.log_format)
+        from storenode.app import serve  # late: it is most of the program, and a wrong configuration should say so at once
+
+        while asyncio.run(serve(config)):
+            pass  # its keys were rotated
 
 
 @click.command()
@@ -59,10 +68,12 @@ def status(session: Session) -> None:
     from storenode.config import Config
     from storenode.genesis import check_membership, load_genesis
     from storenode.identity import NodeKeys
+    from storenode.membership import Membership
     from storenode.running import running
 
     config, keys = Config.load(session.home), NodeKeys.load(session.home)
-    roster = load_genesis(session.home)
+    membership = Membership(config.data, load_genesis(session.home))
+    roster = membership.last_with(keys.node_id)
     node = check_membership(roster, keys)
     answer = ask(config, keys, "/v1/status")
     expires = certificate_expiry(keys.certificate)
@@ -71,7 +82,9 @@ def status(session: Session) -> None:
         "institution": roster.institutions[node.institution].name,
         "url": node.url,
         "pid": running(session.home),
-        "genesis_sha256": roster.sha256.hex(),
+        "genesis_sha256": membership.genesis.sha256.hex(),
+        "roster": membership.roster.number,
+        "member": membership.lists(keys.node_id),
         "certificate_expires": expires.isoformat(),
     }
     ledger: dict[str, Any] = answer.get("ledger", {})
@@ -84,7 +97,8 @@ def status(session: Session) -> None:
         f"stored       {answer.get('shards')} shards, {answer.get('manifests')} manifests, {shown_size(used)}"
         f" of {shown_size(capacity)} ({used / capacity:.1%}); {shown_size(free)} free",
         f"ledger       {ledger.get('origin')}, {ledger.get('role')}; {entries} entries here, {published} published",
-        f"genesis      {roster.sha256.hex()}",
+        f"roster       number {membership.roster.number}" + ("" if document["member"] else ": WITHOUT THIS NODE, which serves reads only"),
+        f"genesis      {membership.genesis.sha256.hex()}",
         f"certificate  good until {expires:%Y-%m-%d}",
     )
 
@@ -110,6 +124,7 @@ def invite(session: Session, label: str, expires: float, listing: bool) -> None:
     from storenode.genesis import check_membership, load_genesis
     from storenode.identity import NodeKeys
     from storenode.invites import Invites, label_chars_max, lifetime_s_max
+    from storenode.membership import Membership
     from storenode.running import running
 
     session.check_owner()
@@ -124,10 +139,11 @@ def invite(session: Session, label: str, expires: float, listing: bool) -> None:
         raise click.BadParameter(f"at most {lifetime_s_max // 86_400} days", param_hint="--expires")
     if keys.ca is None:
         raise Refused("keys/ca.key is not on this machine, so this node can vouch for nobody", hint="invite from the node that has it")
-    roster = load_genesis(session.home)
+    membership = Membership(config.data, load_genesis(session.home))
+    roster = membership.roster
     node = check_membership(roster, keys)
     secret = invites.issue(label, now=now, lifetime_s=expires)
-    code = Invite(node.url, roster.sha256, secret, node.institution).to_code()
+    code = Invite(node.url, membership.genesis.sha256, secret, node.institution).to_code()
     until = datetime.fromtimestamp(now + expires, UTC)
     name = roster.institutions[node.institution].name
     session.tell({"code": code, "expires": until.isoformat(timespec="seconds"), "institution": name, "url": node.url, "for": label}, code)
