@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import queue
 import select
 import socket
@@ -35,6 +36,7 @@ from medshard_protocol.shards import digests, shard_root
 
 window_stripes: Final = 8  # being received and being opened, together: at 10/16 and 128 KiB cells 10 MiB
 hedge_s: Final = 0.4  # a stream that stands still this long while others went on gets a spare beside it
+drip_s: Final = 2.0  # nor is a stream worth waiting for that everybody else has waited for this long
 patience_s: Final = 30.0  # with no spare left, how long to wait for a slow one
 tries_max: Final = 3  # how often one holder is tried for one object
 paths_cells_max: Final = 8  # up to here Merkle paths are shorter than all digests of a long shard
@@ -63,6 +65,7 @@ class _Stream:
     cell: memoryview = field(default_factory=lambda: memoryview(b""))
     registered: tuple[int, int] | None = None  # file descriptor and events
     waits_for_room: bool = False
+    waited_for_since: float = math.inf
     is_done: bool = False
 
 
@@ -112,7 +115,7 @@ class Download:
             while not (taking.done() and receiving.done()):
                 with contextlib.suppress(asyncio.CancelledError):  # a second Ctrl-C: the threads end by themselves, at once
                     await asyncio.wait([taking, receiving])
-            pool.shutdown(wait=False)
+            pool.shutdown()  # both have ended: this only joins them
             self._bell.close()
             self._ear.close()
         for part in (taking, receiving):
@@ -232,13 +235,20 @@ class Download:
         """Start a spare for each stream that stands still and has not given the stripe in hand."""
         for stream in list(self._streams.values()):
             allowed = hedge_s / 4 if self._net.health.is_suspect(stream.node.id) else hedge_s
+            stream.waited_for_since = min(stream.waited_for_since, now) if self._is_waited_for(stream) else math.inf
             waiting = now - stream.moved_at
+            if now - stream.waited_for_since > drip_s:
+                waiting = max(waiting, allowed)
             if stream.at > self._now or waiting < allowed or stream.waits_for_room:
                 continue
             # The slow one is cut only when another can take its place: alone it is better than none.
             if self._start_spare() or waiting > (patience_s if stream.line and stream.line.touched else connect_timeout_s):
                 self._net.health.suspect(stream.node.id)
                 self._give_up(stream, f"stalled for {waiting:.1f} s")
+
+    def _is_waited_for(self, stream: _Stream) -> bool:
+        """Whether all others are as far ahead of this one as they may be."""
+        return all(other.waits_for_room or other.is_done for other in self._streams.values() if other is not stream)
 
     def _start_spare(self) -> bool:
         choice = self._next_holder()

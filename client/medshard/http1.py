@@ -14,6 +14,7 @@ from medshard_protocol.errors import Malformed
 
 head_bytes_max: Final = 16 * 1024  # of a status line and all headers; ours take 300
 length_digits_max: Final = 15  # of Content-Length: 1 PB, above any shard
+_start: Final = b"HTTP/1.1 "
 _end: Final = b"\r\n\r\n"
 
 
@@ -36,6 +37,8 @@ def get_request(host: str, path: str, headers: Mapping[str, str]) -> bytes:
 
 def split_head(data: bytes | bytearray) -> tuple[Head, bytes] | None:
     """An answer's head and what follows it, or None while the head is not whole. Raises Malformed."""
+    if not data.startswith(_start[: len(data)]):
+        raise Malformed("not an answer of HTTP/1.1")
     at = data.find(_end, 0, head_bytes_max)
     if at < 0:
         if len(data) >= head_bytes_max:
@@ -46,9 +49,9 @@ def split_head(data: bytes | bytearray) -> tuple[Head, bytes] | None:
 
 def _parse(head: bytes) -> Head:
     first, *lines = head.split(b"\r\n")
-    version, _, rest = first.partition(b" ")
+    rest = first.removeprefix(_start)
     status = rest[:3]
-    if version != b"HTTP/1.1" or not (len(status) == 3 and status.isdigit() and rest[3:4] in (b" ", b"")) or status < b"200":
+    if not (len(status) == 3 and status.isdigit() and rest[3:4] in (b" ", b"")) or status < b"200":
         raise Malformed("not an answer of HTTP/1.1")
     lengths: list[bytes] = []
     keep = True
