@@ -136,10 +136,14 @@ class Pushers:
         for peer in self._peers:
             peer.wake.set()
 
-    def tell(self, *, soon: bool) -> None:
-        """Let the mirrors know what has been published: with the next push, or ``soon``."""
+    def tell(self, *, soon: bool, now: bool = False) -> None:
+        """Let the mirrors know what has been published: with the next push, ``soon``, or ``now``."""
         self._edition += 1
-        if soon and self._telling is None:
+        if now:  # a lone entry is perhaps an ACCESS, and its reader is on the way to them
+            if self._telling is not None:
+                self._telling.cancel()
+            self._tell(self._edition)
+        elif soon and self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
 
     def status(self) -> list[dict[str, object]]:

@@ -320,7 +320,7 @@ class Sequencer:
         for _, future in served:
             if not future.done():
                 future.set_result(None)
-        self._pushers.tell(soon=grown)
+        self._pushers.tell(soon=grown, now=grown and not self._crowded and not self._queue)
 
     def _fail(self, error: MedshardError, *, everybody: bool = False) -> None:
         """Turn away everybody whose entries are not stored, or everybody."""
