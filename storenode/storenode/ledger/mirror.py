@@ -81,6 +81,7 @@ class Mirror:
             self._verifier = cosigner_verifier(roster, node)
         self._deciding = asyncio.Lock()  # the check and the write are one step
         self._changed: asyncio.Event = asyncio.Event()
+        self._dropped = b""  # the newest head that this node had to drop, until it is shown to exclude the published one
         self._looked = False  # at a published checkpoint since the start: what this node cosigned it has ever since
         self.heard_at = -1e9  # when the sequencer last pushed, on the monotonic clock
         self.withhold: Callable[[], str] = str  # says why no head is to be cosigned at present; nothing by default
@@ -160,7 +161,7 @@ class Mirror:
 
         Raises Fenced, Behind, Damaged for a fork, Malformed or Refused for a checkpoint that is not the log's, Full or Unavailable.
         """
-        line = ""
+        line, note = "", Note.from_bytes(push.signed) if push.signed else Note("", ())
         async with self._deciding:
             await self._follow(push.epoch, node)
         if push.yours:
@@ -169,33 +170,35 @@ class Mirror:
             await self._look_at_own(push.published)
             self._looked = True
         if push.signed:
-            note = Note.from_bytes(push.signed)
             checkpoint = open_signed(note, self._roster)
             if checkpoint.size != push.old_size + len(push.entries):
                 raise Malformed("push: the entries do not add up to the checkpoint's size")
             await self._accept(push, checkpoint)
             self.heard_at = time.monotonic()
-            if reason := self.withhold():
-                raise Refused(reason)
-            line = self._voice(note.text)
         if push.published:
             self._journal.hear(push.published)
+        if push.signed and self.may_cosign:
+            if reason := self.withhold():
+                raise Refused(reason)
+            line = self.cosign(note.text).line()
+        if self._dropped:
+            self._accuse()
         self.heard_at = time.monotonic()
         return line
 
     def cosign(self, text: str) -> Signature:
         """Cosign a checkpoint whose entries are stored here. The caller has seen to that. Raises Refused if this key must not."""
-        if not self._listed or self._key.public_key().public_bytes_raw() != self._verifier.key:
-            raise Refused("the roster does not list this node, or lists another key for it")
-        if self.lost:
-            raise Refused("this node has lost what it cosigned: its key must be replaced by a change of the roster")
+        if not self.may_cosign:
+            raise Refused("this node's key must not cosign: it has lost what it cosigned, or the roster lists another key")
         self._mark()
         signature = self._verifier.sign(text, self._key.sign, int(self._clock()))
         self.signed(text, signature)
         return signature
 
-    def _voice(self, text: str) -> str:
-        return self.cosign(text).line()
+    @property
+    def may_cosign(self) -> bool:
+        """Whether the roster lists this node with this key, and no state was lost. A node that may not goes on mirroring."""
+        return self._listed and self._key.public_key().public_bytes_raw() == self._verifier.key and not self.lost
 
     @property
     def agreed(self) -> int:
@@ -213,6 +216,9 @@ class Mirror:
                 return
             if push.old_size != size:
                 raise Behind(size, self.agreed)
+            if checkpoint.size == size and checkpoint.root != self._journal.head.root and self._journal.head.note:
+                documents = {"note 1": self._journal.head.note, "note 2": push.signed}
+                self._evidence.keep("fork", {"size": size, "epoch": push.epoch}, documents)
             leaves = self._leaves(push, checkpoint, self._journal.frontier())
             whole = push.epoch if checkpoint.size >= push.base else self._journal.head.accepted
             if leaves or whole != self._journal.head.accepted:
@@ -285,6 +291,21 @@ class Mirror:
         documents |= {f"entry {start + at}": entry for at, entry in enumerate(dropped)}
         details: dict[str, str | int] = {"size": size, "from": start, "count": size - start, "epoch": self.epoch}
         self._evidence.keep("abandoned", details, {name: data for name, data in documents.items() if data})
+        self._dropped = self._journal.head.note
+
+    def _accuse(self) -> None:
+        """As soon as a published head covers what was dropped, show that whoever signed the dropped head signed another history."""
+        dropped, published, tree = Checkpoint.from_text(Note.from_bytes(self._dropped).text), self._journal.published, self._journal.tree
+        if published is None or published.checkpoint.size < dropped.size:
+            return
+        documents, size = {"note 1": self._dropped, "note 2": published.note}, published.checkpoint.size
+        details: dict[str, str | int] = {"old_size": dropped.size, "size": size, "epoch": self.epoch}
+        self._dropped, root = b"", tree.root(dropped.size)
+        if root != dropped.root and size == dropped.size:
+            self._evidence.keep("fork", details, documents)
+        elif root != dropped.root:
+            path = b"".join(tree.consistency_path(dropped.size, size))
+            self._evidence.keep("rewritten", details, documents | {"root": root, "path": path})
 
     # -- whether this key may sign
 

@@ -117,7 +117,8 @@ class Watch:
         findings += laggards(heads, self._stale_s) + self._freshness(published)
         findings = list({(finding.kind, finding.source): finding for finding in reversed(findings)}.values())[::-1]  # the first of each
         kept = self._keep(findings, trust)
-        self._remember(heads, best, {source.name for source in sources})
+        bad = {finding.source for finding in findings if finding.kind in ("fork", "rewritten", "damaged-tile")}
+        self._remember([head for head in heads if head.source not in bad], best, {source.name for source in sources})
         self.last = Report(tuple(heads), tuple(silent), tuple(findings), tuple(kept))
         return self.last
 
