@@ -258,6 +258,7 @@ class Reader:
         passes: list[EmergencyPass] = self._emergency_passes(file_ids, reason)
         deadline = time.monotonic() + emergency_wait_s
         while passes:
+            passes[0].within_reach = False
             try:
                 await self._under(passes[0], work)
                 del passes[0]

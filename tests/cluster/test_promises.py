@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,10 +18,13 @@ import pytest
 from medshard import Vault
 from medshard.consortium import LocalConsortium
 from medshard.http1 import Head
+from medshard.ledger import LedgerClient
 from medshard.line import Line, Steps
+from medshard_protocol.entries import Access, Entry
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path
+from medshard_protocol.proofs import Inclusion
 
 small, large = 30_000, 9_000_000  # one object that is sent whole, one that is streamed in several stripes
 
@@ -348,14 +351,17 @@ async def test_without_its_index_the_vault_finds_everything_again(trial: LocalCo
 
 
 async def test_a_read_while_the_quorum_is_away_is_kept_and_appended_later(trial: LocalConsortium, tmp_path: Path) -> None:
+    """The trial's vault is an emergency identity with a standing reason; test_rights says what becomes of others."""
     path = make(tmp_path, small)
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
         digest = await stored(vault, path)
-        trial.kill(sequencer(trial))
+        for name in trial.names[:3]:
+            trial.kill(name)
         assert not (await vault.get(digest, tmp_path / "back")).recorded
         assert len(vault._pending()) == 1
-        trial.restart(sequencer(trial))
-        vault._net.health.well(vault.roster.sequencer)
+        for name in trial.names[:3]:
+            trial.restart(name)
+            vault._net.health.well(next(node.id for node in vault.roster.nodes if node.name == name))
         assert (await vault.get(digest, tmp_path / "back")).recorded
         assert vault._pending() == []
 
@@ -363,23 +369,21 @@ async def test_a_read_while_the_quorum_is_away_is_kept_and_appended_later(trial:
 async def test_every_read_is_on_the_ledger_and_reads_of_one_file_within_ten_minutes_are_one_entry(
     vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medshard.ledger import LedgerClient
+    announced: list[tuple[FileId, ...]] = []
+    append = LedgerClient.append_signed
 
-    announced: list[list[FileId]] = []
-    announce = LedgerClient.announce
+    async def noting(self: LedgerClient, entries: Sequence[Entry]) -> list[Inclusion]:
+        announced.extend(entry.body.file_ids for entry in entries if isinstance(entry.body, Access))
+        return await append(self, entries)
 
-    async def noting(self: LedgerClient, file_ids: list[FileId]) -> object:
-        announced.append(list(file_ids))
-        return await announce(self, file_ids)
-
-    monkeypatch.setattr(LedgerClient, "announce", noting)
+    monkeypatch.setattr(LedgerClient, "append_signed", noting)
     first, second = [await stored(vault, make(tmp_path, small, name)) for name in ("one", "two")]
     await vault.get(first, tmp_path / "back")
     await vault.read(first, 100, 10)
     await vault.read(second, 0, 10)
     assert [len(files) for files in announced] == [1, 1]
     assert announced[0] != announced[1]
-    vault._announced_until = dict.fromkeys(vault._announced_until, 0.0)  # ten minutes later
+    vault._reader.tickets.expire()  # ten minutes later
     await vault.read(first, 100, 10)
     assert announced[2] == announced[0]
 
