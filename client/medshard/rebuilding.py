@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from medshard.grants import KnownGrant
 from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.model import Header, Progress
@@ -19,9 +20,9 @@ from medshard.sealing import unwrap
 from medshard.transport import Net
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, open_published
-from medshard_protocol.entries import Entry, Register
+from medshard_protocol.entries import Entry, Grant, Register, Revoke
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Unavailable
-from medshard_protocol.ids import FileId
+from medshard_protocol.ids import FileId, Sha256
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import manifest_path
 from medshard_protocol.roster import Node
@@ -34,7 +35,10 @@ OnProgress = Callable[[Progress], None]
 
 async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress | None = None) -> int:
     """Fill an empty index with all files of this vault; how many rows. Raises Unavailable when no node has a whole log."""
-    mine = await _registrations(net, keys)
+    mine, given = await _registrations(net, keys)
+    with index.together():
+        for known in given:
+            index.put_grant(known)
     slots = asyncio.Semaphore(manifests_at_once)
     done = rows = 0
     lost: list[str] = []
@@ -63,7 +67,8 @@ async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress 
     return rows
 
 
-async def _registrations(net: Net, keys: VaultKeys) -> dict[FileId, tuple[int, bytes]]:
+async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[int, bytes]], list[KnownGrant]]:
+    """This vault's files, and the grants that it gave."""
     failures: list[str] = []
     best: tuple[Checkpoint, Node] | None = None
     for node in net.roster.nodes:
@@ -81,9 +86,22 @@ async def _registrations(net: Net, keys: VaultKeys) -> dict[FileId, tuple[int, b
     if merkle.root(leaves, merkle.sha256) != best[0].root:
         raise Damaged(f"{best[1].name}: its log does not have the root that the institutions cosigned")
     mine: dict[FileId, tuple[int, bytes]] = {}
-    for number, file_id, digest in _mine(entries, keys, net.roster.origin):
-        mine.setdefault(file_id, (number, digest))  # the first registration counts, as in the ledger's state
-    return mine
+    granted: dict[Sha256, tuple[int, Grant]] = {}
+    ended: dict[Sha256, int] = {}
+    for number, entry in _mine(entries, keys, net.roster.origin):
+        match entry.body:
+            case Register(file_id=file_id, manifest_sha256=digest):
+                mine.setdefault(file_id, (number, digest))  # the first registration counts, as in the ledger's state
+            case Grant():
+                granted[entry.id] = number, entry.body
+            case Revoke(grant=grant):
+                ended.setdefault(grant, number)
+    known = [
+        KnownGrant(number, file_id, grant, body.reader, body.until, body.purpose, given=True, ended=ended.get(grant, 0))
+        for grant, (number, body) in granted.items()
+        for file_id in body.file_ids
+    ]
+    return mine, known
 
 
 async def _entries(net: Net, checkpoint: Checkpoint, node: Node):  # type: ignore[no-untyped-def]
@@ -94,13 +112,13 @@ async def _entries(net: Net, checkpoint: Checkpoint, node: Node):  # type: ignor
                 yield entry
 
 
-def _mine(entries: list[bytes], keys: VaultKeys, origin: str) -> Iterator[tuple[int, FileId, bytes]]:
+def _mine(entries: list[bytes], keys: VaultKeys, origin: str) -> Iterator[tuple[int, Entry]]:
     for number, data in enumerate(entries):
         try:
             entry = Entry.from_bytes(data)
-            if isinstance(entry.body, Register) and entry.author == keys.public:
+            if isinstance(entry.body, Register | Grant | Revoke) and entry.author == keys.public:
                 entry.verify(origin)
-                yield number, entry.body.file_id, entry.body.manifest_sha256
+                yield number, entry
         except MedshardError:
             continue  # an entry of another type or a void one: the fold ignores it too
 

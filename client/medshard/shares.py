@@ -72,9 +72,9 @@ class Shares:
         """Put on the nodes what others seal to when they share with this vault; on how many it is now."""
         return await self._rights.publish_key()
 
-    async def sync(self) -> None:
-        """Learn what others have shared with this vault since the last time."""
-        await self._sharing.sync()
+    async def sync(self, *, whole: bool = False) -> None:
+        """Learn what others have shared with this vault since the last time, or ever."""
+        await self._sharing.sync(whole=whole)
 
     async def share(
         self,

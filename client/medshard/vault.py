@@ -33,6 +33,7 @@ from medshard.lookup import Lookup
 from medshard.membership import following
 from medshard.model import Finding, GetReport, Info, Progress, PutReport, Row, VerifyReport
 from medshard.packs import plan
+from medshard.proving import Prover
 from medshard.putting import Code, Putter
 from medshard.query import Query
 from medshard.restoring import Restore, Target
@@ -41,6 +42,7 @@ from medshard.source import hash_file
 from medshard.tls import context_for
 from medshard.transport import Net
 from medshard_protocol import canonical
+from medshard_protocol.documentproof import DocumentProof, Proven
 from medshard_protocol.entries import Entry, Purpose
 from medshard_protocol.errors import Absent, Conflict, Damaged, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
@@ -272,6 +274,11 @@ class Vault:
         (target,) = await self._lookup.targets([sha256])
         return target.manifest, target.inclusion
 
+    async def prove(self, sha256: bytes) -> tuple[DocumentProof, Proven]:
+        """A proof for outsiders that one document was registered, checked against this vault's genesis file. Raises Unavailable."""
+        (target,) = await self._lookup.targets([sha256])
+        return await Prover(self._net, self.home.rosters()[0], self.home.links()).prove(target)
+
     async def verify(self, sha256: bytes) -> VerifyReport:
         """Ask every holder of a file to prove its shard; nothing is downloaded but a few cells."""
         (report,) = [each async for each in self.verify_each([sha256])]
@@ -301,9 +308,11 @@ class Vault:
         return await diagnosis.diagnose(self.home, self.keys, self._net, self._index, self._ledger)
 
     async def reindex(self, progress: OnProgress | None = None) -> int:
-        """Rebuild the local index from the ledger and any nodes that live; how many rows it has now."""
+        """Rebuild the local index from the ledger and any nodes that live, with what is shared; how many rows of its own it has now."""
         self._index.clear()
-        return await rebuilding.rebuild(self._net, self.keys, self._index, progress)
+        rows = await rebuilding.rebuild(self._net, self.keys, self._index, progress)
+        await self.shares.sync(whole=True)
+        return rows
 
     # -- parts
 

@@ -163,15 +163,20 @@ async def test_what_a_reader_was_given_is_found_and_listed_until_it_is_taken_bac
     assert all(each.given and each.ended for each in mine)
 
 
-async def test_a_reader_without_its_index_finds_what_was_shared_with_it(
-    trial: LocalConsortium, vaults: tuple[Vault, Vault, Vault], tmp_path: Path
-) -> None:
+async def test_without_their_indexes_owner_and_reader_know_again_what_is_shared(vaults: tuple[Vault, Vault, Vault], tmp_path: Path) -> None:
     owner, insurer, _ = vaults
-    digest = await stored(owner, tmp_path)
-    await owner.shares.share([digest], insurer.keys.public)
-    await assert_reads(insurer, digest, tmp_path)
+    kept, ended = await stored(owner, tmp_path, name="kept"), await stored(owner, tmp_path, name="ended")
+    await owner.shares.share([kept], insurer.keys.public, purpose=Purpose.LEGAL)
+    await owner.shares.share([ended], insurer.keys.public)
+    await owner.shares.revoke([ended], insurer.keys.public)
+    before = [known for known in owner._index.grants() if known.given]
+    await asyncio.sleep(0.5)  # mirrors
+    await owner.reindex()
+    assert [known for known in owner._index.grants() if known.given] == before
     await insurer.reindex()
-    await assert_reads(insurer, digest, tmp_path)
+    assert kept in {row.sha256 for row in insurer.ls(shared=True)}
+    assert ended not in {row.sha256 for row in insurer.ls(shared=True)}
+    await assert_reads(insurer, kept, tmp_path)
 
 
 async def test_an_expired_grant_is_refused_by_the_cosigners_clock(vaults: tuple[Vault, Vault, Vault], tmp_path: Path) -> None:
