@@ -27,7 +27,7 @@ from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import pack_links, roster_header
-from storenode import routes, sharing
+from storenode import openapi, routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.evidence import evidence_in
@@ -85,9 +85,11 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
         return web.Response(body=genesis, content_type=body_type)
 
     app.router.add_get("/v1/genesis", get_genesis, allow_head=False)
+    app.router.add_get(openapi.path, openapi.get_document, allow_head=False)
     app.router.add_routes(roster_routes(parts.membership, parts.following))
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, parts.metrics)
+    clock.equip(app, parts.node.config.data, parts.node.ledger)
     app.router.add_routes(parts.node.ledger.routes())
     app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys)))
     return app

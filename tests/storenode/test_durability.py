@@ -55,7 +55,7 @@ histories = [
 
 @pytest.mark.parametrize("number", range(len(histories)))
 def test_the_chain_agrees_with_a_monte_carlo(number: int) -> None:
-    model, runs, draw = histories[number], 6000, random.Random(number)
+    model, runs, draw = histories[number], 3000, random.Random(number)
     expected = loss_probability(model, 2.0)
     found = sum(lost_in(draw, model, 2.0) for _ in range(runs)) / runs
     assert 0.01 < expected < 0.99
