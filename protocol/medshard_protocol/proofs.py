@@ -16,11 +16,13 @@ from medshard_protocol.checkpoint import Checkpoint, note_bytes_max, open_publis
 from medshard_protocol.entries import Entry, entry_bytes_max
 from medshard_protocol.errors import Malformed, Refused
 from medshard_protocol.merkle import hash_size, path_hashes_max, sha256
-from medshard_protocol.roster import Roster
+from medshard_protocol.roster import Roster, institutions_max
 
 message_version = 1
 append_entries_max = 256  # signatures of one request are checked in about 25 ms
 append_bytes_max = append_entries_max * (entry_bytes_max + 3) + 16
+rosters_max = 4096
+places_bytes_max = rosters_max * (institutions_max * 9 + 3) + 64
 appended_bytes_max = note_bytes_max + append_entries_max * (path_hashes_max * (hash_size + 2) + 16) + 16
 
 
@@ -109,6 +111,35 @@ def unpack_registration(data: bytes) -> Inclusion:
     fields = Fields(decode(data, bytes_max=appended_bytes_max, what="registration"), count=2, what="registration")
     fields.uint(least=message_version, most=message_version)
     return Inclusion.from_value(fields.list(most=4))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where in the log stands what a proof for outsiders needs, in a node's word: all of it is proved from there."""
+
+    enrolled: int  # the first ENROL entry of the key that registered the file
+    timestamps: tuple[int, ...]  # the first TIMESTAMP entry over a log with the registration, if there is one
+    approvals: tuple[tuple[int, ...], ...]  # for each change of the roster, those that decided it
+
+    def to_bytes(self) -> bytes:
+        """Answer to GET /v1/ledger/places/{file}."""
+        return encode([message_version, self.enrolled, list(self.timestamps), [list(each) for each in self.approvals]])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Places:
+        """Parse. Raises Malformed."""
+        fields = Fields(decode(data, bytes_max=places_bytes_max, what="places"), count=4, what="places")
+        fields.uint(least=message_version, most=message_version)
+        enrolled, timestamps = fields.uint(most=size_max), _indices(fields.list(most=1))
+        approvals = tuple(_indices(item) for item in fields.list(most=rosters_max))
+        return cls(enrolled, timestamps, approvals)
+
+
+def _indices(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > institutions_max:
+        raise Malformed("places: expected places in the log")
+    fields = Fields(value, count=len(value), what="places")
+    return tuple(fields.uint(most=size_max) for _ in value)
 
 
 def _path(value: Sequence[object]) -> tuple[bytes, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, history, local, look, output, sharing, store
+from medshard.cli import check, history, local, look, output, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -60,6 +60,8 @@ for _part in (
     sharing.key,
     sharing.contacts,
     history.auditor_key,
+    prove.prove,
+    prove.check_proof,
     check.verify,
     check.doctor,
     check.reindex,

@@ -7,15 +7,20 @@ Who may: anybody with a certificate of the roster reads and hands in entries, wh
 from __future__ import annotations
 
 import asyncio
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from medshard_protocol.checkpoint import Note
+from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent, Malformed, TooLarge, Unavailable
-from medshard_protocol.ids import file_id_from_hex
+from medshard_protocol.facts import Facts
+from medshard_protocol.ids import FileId, file_id_from_hex
 from medshard_protocol.messages import body_type
-from medshard_protocol.proofs import append_bytes_max, pack_registration
+from medshard_protocol.proofs import Places, append_bytes_max, pack_registration
+from medshard_protocol.roster import Roster
+from medshard_protocol.tables import Table, after, end_of_places
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width
 from storenode.ledger.fullhead import with_line
 
@@ -38,6 +43,7 @@ class Routes:
         return [
             web.post("/v1/ledger/append", self.append),
             web.get("/v1/ledger/registrations/{file}", self.registration),
+            web.get("/v1/ledger/places/{file}", self.places, allow_head=False),
             web.get("/log/checkpoint", self.checkpoint),
             web.get("/log/tile/{name:.+}", self.tile),
         ]
@@ -53,6 +59,12 @@ class Routes:
         if inclusion is None:
             raise Absent("no published entry registers this file")
         return web.Response(body=pack_registration(inclusion), content_type=body_type)
+
+    async def places(self, request: web.Request) -> web.Response:
+        """Say where stands what a proof for outsiders needs."""
+        return web.Response(
+            body=places_of(self._ledger.state, file_id_from_hex(request.match_info["file"])).to_bytes(), content_type=body_type
+        )
 
     async def checkpoint(self, request: web.Request) -> web.Response:
         """The newest published checkpoint, as C2SP tlog-tiles has it, this node's own cosignature among the others.
@@ -85,6 +97,22 @@ class Routes:
         journal, start = self._ledger.journal, name.index * tile_width
         data = journal.tree.tile(name) if name.level is not None else pack_bundle(journal.entries(start, start + name.width))
         return web.Response(body=data, content_type="application/octet-stream", headers=immutable)
+
+
+def places_of(facts: Facts, file_id: FileId) -> Places:
+    """Where stands what a proof of this file's registration needs. Raises Absent."""
+    registration = facts.registration(file_id)
+    identity = None if registration is None else facts.identity(registration.owner)
+    if registration is None or identity is None:
+        raise Absent("no entry registers this file")
+    stamps = (index for index, size, _ in facts.timestamps() if size > registration.index)
+    approvals = []
+    for key, row in facts.tables.scan(Table.ROSTERS, b"", end_of_places):
+        decided, new = int.from_bytes(key, "big"), Roster.from_bytes(row[0])
+        prefix = (new.number - 1).to_bytes(4, "big") + bytes([Type.ROSTER]) + new.sha256
+        votes = (int(vote[0]) for _, vote in facts.tables.scan(Table.VOTES, prefix, after(prefix)))
+        approvals.append(tuple(sorted(index for index in votes if index <= decided)))
+    return Places(identity.first, tuple(islice(stamps, 1)), tuple(approvals))
 
 
 async def read_body(request: web.Request, bytes_max: int) -> bytes:
