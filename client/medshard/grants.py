@@ -83,7 +83,7 @@ class Happened:
     grant: bytes = b""  # under which it was read, or which was revoked
     grant_index: int = -1
     time: int = 0  # seconds since 1970, by the cosigners' clocks; 0 where nobody knows
-    exact: bool = False  # False: it happened before ``time``
+    exact: bool = False  # as nodes remember it, to a few seconds; False: all that is known is that it happened before ``time``
     reason: str = ""  # of an emergency, for auditors
     sealed_reason: bool = False  # there is a reason, and it is not for us
 

@@ -30,7 +30,10 @@ from medshard_protocol.sharing import (
     history_path,
     identity_path,
     key_path,
+    pack_places,
+    places_max,
     shared_path,
+    unpack_times,
 )
 
 timeout_s: Final = 3.0
@@ -191,6 +194,31 @@ class Rights:
     def _time(self, note: bytes) -> int:
         times = sorted(cosigners(Note.from_bytes(note), self._net.roster).values())
         return times[len(times) // 2] if times else 0
+
+    # -- times
+
+    async def times(self, places: Sequence[int]) -> dict[int, int]:
+        """When entries were published at the latest, in Unix seconds; those of which nobody knows are left out.
+
+        For people: it is the nodes' word. Of 2f + 1 institutions' answers the (f + 1)th smallest counts, which is not before what some
+        honest node says.
+        """
+        found: dict[int, int] = {}
+        f = self._net.roster.quorum.f
+        for at in range(0, len(places), places_max):
+            asked = list(places[at : at + places_max])
+            answers = await self._ask_some(lambda node, asked=asked: self._times(node, asked), 2 * f + 1)  # type: ignore[misc]
+            for place, said in zip(asked, zip(*answers.values(), strict=True), strict=True) if answers else ():
+                known = sorted(time for time in said if time)
+                if known:
+                    found[place] = known[min(f, len(known) - 1)]
+        return found
+
+    async def _times(self, node: Node, places: Sequence[int]) -> list[int]:
+        times = unpack_times(await self._net.call(node, "POST", "/v1/ledger/times", pack_places(places), timeout_s=timeout_s))
+        if len(times) != len(places):
+            raise Malformed(f"{node.name}: not a time for each entry")
+        return times
 
     # -- asking
 

@@ -147,13 +147,18 @@ class Shares:
             for index, entry in sorted(history.entries.items()):
                 if happened := teller.tell(index, entry, sha256=sha256, file_id=file_id, time=history.time):
                     told[index] = happened
-        return [told[index] for index in sorted(told)]
+        return await self._timed([told[index] for index in sorted(told)])
 
     async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> list[Happened]:
         """Everything that ever happened to any file, from the whole log; with the auditors' key, why it was read in emergencies."""
         teller = Teller(self._net.roster, Names(self._contacts.names(), {}, self._keys.public), auditors)
         happened, _, time = await auditing.audit(self._net, teller, progress)
-        return [replace(each, time=time) for each in happened]
+        return await self._timed([replace(each, time=time) for each in happened])
+
+    async def _timed(self, happened: Sequence[Happened]) -> list[Happened]:
+        """With the time of each as far as the nodes kept it; what they did not happened before the checkpoint's, which is there already."""
+        times = await self._rights.times([each.index for each in happened])
+        return [replace(each, time=times[each.index], exact=True) if each.index in times else each for each in happened]
 
     async def _standing_alone(self, targets: Sequence[Target], progress: OnProgress | None) -> dict[bytes, Target]:
         """An object of its own for each of these members of packs; those that have none yet are stored once more."""

@@ -41,6 +41,8 @@ sealed_bytes_max: Final = 4096  # 1136 bytes of HPKE and a file key of 32, with 
 shared_files_max: Final = 64  # in one answer; a grant's files are never split between two
 history_entries_max: Final = 256
 small_bytes_max: Final = 8192
+places_max: Final = 4096  # asked for their times at once
+places_bytes_max: Final = places_max * 9 + 64
 shared_bytes_max: Final = 2 * bundle_bytes_max + note_bytes_max
 history_bytes_max: Final = note_bytes_max + history_entries_max * (entry_bytes_max + path_hashes_max * (hash_size + 2) + 32) + 64
 inclusion_bytes_max: Final = note_bytes_max + entry_bytes_max + path_hashes_max * (hash_size + 2) + 64
@@ -293,6 +295,38 @@ class Vouched:
         """Parse. Raises Malformed."""
         f = _open(data, 5, "identity", small_bytes_max)
         return cls(f.text(most=name_chars_max), f.uint(most=2**32 - 1), f.uint(most=size_max), bool(f.uint(most=1)))
+
+
+# -- when
+
+
+def pack_places(places: Sequence[int]) -> bytes:
+    """Body of POST /v1/ledger/times. Raises ValueError for too many."""
+    if len(places) > places_max:
+        raise ValueError(f"at most {places_max} places are asked for at once")
+    return encode([version, list(places)])
+
+
+def unpack_places(data: bytes) -> list[int]:
+    """Parse the body of POST /v1/ledger/times. Raises Malformed."""
+    return _numbers(data, "places")
+
+
+def pack_times(times: Sequence[int]) -> bytes:
+    """Answer to POST /v1/ledger/times: when each entry was published at the latest, in Unix seconds; 0 where nothing is known."""
+    return encode([version, list(times)])
+
+
+def unpack_times(data: bytes) -> list[int]:
+    """Parse the answer to POST /v1/ledger/times. Raises Malformed."""
+    return _numbers(data, "times")
+
+
+def _numbers(data: bytes, what: str) -> list[int]:
+    numbers = _open(data, 2, what, places_bytes_max).list(most=places_max)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= size_max for number in numbers):
+        raise Malformed(f"{what}: expected numbers")
+    return numbers
 
 
 # -- parts

@@ -27,7 +27,7 @@ from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import pack_links, roster_header
-from storenode import openapi, routes, sharing
+from storenode import clock, openapi, routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.evidence import evidence_in

@@ -137,6 +137,7 @@ async def test_a_shared_file_is_read_written_down_and_refused_after_it_was_taken
     log = await owner.shares.log(digest)
     attempt = "tried to read without a right"
     assert [each.what for each in log] == ["registered", "granted", "read", "revoked", attempt, "read"]
+    assert all(each.exact and abs(each.time - time.time()) < 60 for each in log)
     granted, access, tried = log[1], log[2], log[4]
     assert (granted.reader, granted.purpose) == (insurer.keys.public, "insurance")
     assert (access.author, access.institution, access.grant_index) == (insurer.keys.public, "insurer-02", granted.index)

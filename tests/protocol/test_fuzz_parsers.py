@@ -184,6 +184,10 @@ def of_sharing() -> dict[str, Parser]:
         "sharing.unpack_emergency": of_text(sharing.unpack_emergency, sharing.pack_emergency, sharing.pack_emergency(entry)),
         "sharing.unpack_shown": Parser(sharing.unpack_shown, sharing.pack_shown, (sharing.pack_shown(inclusion),)),
         "sharing.unpack_seen": Parser(sharing.unpack_seen, sharing.pack_seen, (sharing.pack_seen(0), sharing.pack_seen(2**40))),
+        "sharing.unpack_places": Parser(
+            sharing.unpack_places, sharing.pack_places, (sharing.pack_places([]), sharing.pack_places([0, 2**40]))
+        ),
+        "sharing.unpack_times": Parser(sharing.unpack_times, sharing.pack_times, (sharing.pack_times([0, 1_700_000_000]),)),
         "sharing.SealingKey.from_bytes": whole_file(sharing.SealingKey.from_bytes, key.to_bytes()),
         "sharing.SealedGrant.from_bytes": whole_file(sharing.SealedGrant.from_bytes, one.to_bytes()),
         "sharing.Shared.from_bytes": whole_file(sharing.Shared.from_bytes, shared.to_bytes(), sharing.Shared(b"", (), False).to_bytes()),
