@@ -6,6 +6,7 @@ that the entry is the very one that was handed in.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -15,12 +16,14 @@ from medshard.transport import Net
 from medshard_protocol.checkpoint import Checkpoint, open_published
 from medshard_protocol.entries import Access, Body, Entry, Purpose, Register, access_files_max, nonce_size, sign_entry
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
-from medshard_protocol.ids import FileId
+from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.proofs import Inclusion, pack_append, unpack_appended, unpack_registration
 from medshard_protocol.roster import Node
 
-append_timeout_s: Final = 5.0
+append_timeout_s: Final = 10.0
+hedge_after_s: Final = 1.0  # a frozen node must not cost more than the takeover does
+nodes_asked_max: Final = 4  # each of them finds whoever orders entries by now
 entries_max: Final = 256  # in one request
 seen_max: Final = 512  # notes of some 3 KB each
 
@@ -33,6 +36,7 @@ class LedgerClient:
         self._keys = keys
         self.newest = b""  # the newest cosigned checkpoint that was verified
         self.reached = 0  # the size of the log as this vault has made it grow: an answer of less is out of date
+        self._answered: NodeId | None = None  # which node took the last entries
         self._seen: dict[bytes, Checkpoint] = {}  # checkpoints whose signatures were verified: one serves many files
         self._seen_under = net.roster
 
@@ -99,18 +103,37 @@ class LedgerClient:
         return proofs
 
     async def _submit(self, entries: list[bytes]) -> list[Inclusion]:
-        failures: list[str] = []
-        sequencer = self._net.roster.node(self._net.roster.sequencer).name
-        # The same bytes again are the same entry: a retry through another node appends nothing twice.
-        for node in self._by_preference()[:2]:
-            try:
-                answer = await self._net.call(node, "POST", "/v1/ledger/append", pack_append(entries), timeout_s=append_timeout_s)
-                return await self._proved(entries, answer)
-            except Unavailable as error:
-                failures.append(str(error))
+        """Hand entries in at one node, and at another one as well when that takes long: an entry handed in twice stands in the log once."""
+        body, failures = pack_append(entries), list[str]()
+        nodes = iter(self._by_preference()[:nodes_asked_max])
+        asking: dict[asyncio.Task[bytes], Node] = {}
+        deadline = asyncio.get_running_loop().time() + append_timeout_s
+        try:
+            while True:
+                left = deadline - asyncio.get_running_loop().time()
+                node = next(nodes, None) if left > 0 else None
+                if node is not None:
+                    call = self._net.call(node, "POST", "/v1/ledger/append", body, timeout_s=left)
+                    asking[asyncio.create_task(call)] = node
+                if not asking:
+                    break
+                done, _ = await asyncio.wait(asking, timeout=None if node is None else hedge_after_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    node = asking.pop(task)
+                    try:
+                        proofs = await self._proved(entries, task.result())
+                    except Unavailable as error:
+                        failures.append(str(error))
+                    else:
+                        self._answered = node.id
+                        return proofs
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
         raise Unavailable(
             f"the ledger did not take the entry ({'; '.join(failures)})",
-            hint=f"the sequencer {sequencer} and a quorum of the institutions' nodes must be up; see `medshard doctor`",
+            hint="a quorum of the institutions' nodes must be up, and one that may order entries; see `medshard doctor`",
         )
 
     async def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
@@ -141,4 +164,5 @@ class LedgerClient:
 
     def _by_preference(self) -> list[Node]:
         roster = self._net.roster
-        return sorted(roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id != roster.sequencer))
+        first = self._answered or roster.sequencer
+        return sorted(roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id != first))
