@@ -18,14 +18,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from medshard import auditors
 from medshard.cli import output
-from medshard.consortium import LocalConsortium
+from medshard.consortium import LocalConsortium, standing_reason
+from medshard.grants import Happened
 from medshard.model import StoredFile
 from medshard.query import Query
 from medshard.vault import Vault
-from medshard_protocol.entries import Register
-from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused
+from medshard_protocol.entries import Purpose, Register
+from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused, Unavailable
 
+flagged_wait_s = 20.0
 insured = b"Jane Demonstration"
 policy_number = "VN-2024-0007"
 scans = {
@@ -100,6 +103,7 @@ async def _scenes(stage: _Stage, consortium: LocalConsortium, place: Path) -> No
         stored = await _store(stage, vault, sources)
         subject = next(each for each in stored if each.path.name == large)
         await _look_like_a_node(stage, vault, consortium, subject)
+        await _share(stage, vault, consortium, stored[-1], place)
         await _lose_half(stage, vault, consortium, stored, place / "restored")
         await _flip_a_bit(stage, vault, consortium, subject, place / "restored")
         await _check_the_ledger(stage, vault, subject)
@@ -148,6 +152,61 @@ async def _look_like_a_node(stage: _Stage, vault: Vault, consortium: LocalConsor
     stage.promise(not found, f"none of {shown}, … is anywhere in {output.size(searched)} on the nodes")
 
 
+async def _share(stage: _Stage, vault: Vault, consortium: LocalConsortium, policy: StoredFile, place: Path) -> None:
+    stage.step("Share the policy with an insurer: another vault, of another institution")
+    stage.command("join CODE             # the insurer, with its own keys")
+    secret, home = os.urandom(16).hex(), place / "insurer"
+    code = await asyncio.to_thread(consortium.invite, consortium.names[-1])
+    await Vault.join(home, code, secret, fast_kdf=True)
+    short = policy.sha256.hex()[:16]
+    async with Vault.open(home, secret) as insurer:
+        vault.contacts.add("Insurer", insurer.keys.public)
+        stage.promise(await _is_refused(insurer, policy, place) == "unknown", "to the insurer the policy does not even exist")
+        stage.command(f"contacts add Insurer {insurer.keys.public.hex()[:16]}…")
+        stage.command(f"share {short}… --to Insurer --until 90d --purpose insurance")
+        until = int(time.time()) + 90 * 86_400
+        await vault.shares.share([policy.sha256], insurer.keys.public, until=until, purpose=Purpose.INSURANCE)
+        stage.command(f"get {short}…             # the insurer")
+        started = time.monotonic()
+        await insurer.get(policy.sha256, place / "claim.pdf", purpose=Purpose.INSURANCE)
+        took = time.monotonic() - started
+        stage.promise(_sha256(place / "claim.pdf") == policy.sha256, f"the insurer reads it, {took:.1f} s after it asked")
+        stage.command(f"revoke {short}… --from Insurer")
+        await vault.shares.revoke([policy.sha256], insurer.keys.public)
+        why = await _is_refused(insurer, policy, place)
+        stage.promise("revoked" in why, f"a second read is refused by every node: {why}")
+    stage.command(f"log {short}…")
+    await asyncio.sleep(0.3)  # the refused read is the insurer's entry: other nodes than its own hear of it a moment later
+    log = await vault.shares.log(policy.sha256)
+    _tell_log(stage, log)
+    whats = [each.what for each in log]
+    stage.promise(
+        whats[-4:] == ["granted", "read", "revoked", "tried to read without a right"],
+        "all of it stands in the ledger, where nobody can take it out",
+    )
+
+
+async def _is_refused(vault: Vault, file: StoredFile, place: Path) -> str:
+    """Why a vault cannot read a file; empty if it can."""
+    vault.forget_tickets()
+    try:
+        await vault.get(file.sha256, place / "refused.pdf")
+    except Absent:
+        return "unknown"
+    except Refused as error:
+        return str(error).partition(": ")[2]
+    return ""
+
+
+def _tell_log(stage: _Stage, log: Iterable[Happened]) -> None:
+    for each in log:
+        who = each.author_name or each.author.hex()[:16]
+        under = f", under grant {each.grant_index}" if each.grant_index >= 0 and each.what.startswith("read") else ""
+        stage.say(
+            f"   {each.index:>4}  {time.strftime('%H:%M:%S', time.localtime(each.time))}  {each.what} by {who} ({each.institution}){under}"
+        )
+
+
 async def _lose_half(stage: _Stage, vault: Vault, consortium: LocalConsortium, stored: list[StoredFile], folder: Path) -> None:
     victims = consortium.names[1::2]
     stage.step(f"Lose half of the nodes: SIGKILL to {', '.join(victims)}")
@@ -166,8 +225,13 @@ async def _lose_half(stage: _Stage, vault: Vault, consortium: LocalConsortium, s
         same == len(stored),
         f"all {same} files came back from the other {len(consortium.names) - len(victims)} in {took:.1f} s, same SHA-256",
     )
-    if not all(report.recorded for report in reports):
-        stage.say("   (the ledger has no quorum now: the record of these reads is kept here, and appended when it has)")
+    stage.promise(
+        not any(report.recorded for report in reports), "with three of six institutions the ledger has no quorum, so nobody reads without …"
+    )
+    stage.say(
+        "   … a reason: this vault is marked for emergencies in the roster, and has one in its home (elsewhere: get --break-glass REASON).",
+        "   The nodes waited until they had heard nothing of the ledger for 10 s, and kept the signed request with the sealed reason.",
+    )
     try:
         await vault.put([_another(stored[0].path, folder / "late.dcm")])
         refused = False
@@ -177,6 +241,27 @@ async def _lose_half(stage: _Stage, vault: Vault, consortium: LocalConsortium, s
     stage.promise(refused, "with too few institutions nothing is acknowledged that might not last")
     stage.say("   … and back up again")
     await asyncio.gather(*(asyncio.to_thread(consortium.restart, name) for name in victims))
+    await _show_the_emergency(stage, vault, consortium, stored[0])
+
+
+async def _show_the_emergency(stage: _Stage, vault: Vault, consortium: LocalConsortium, subject: StoredFile) -> None:
+    """The nodes write down what they served, as soon as they can; this vault has not spoken to the ledger since."""
+    deadline = time.monotonic() + flagged_wait_s
+    stage.command(f"log {subject.sha256.hex()[:16]}…")
+    while True:
+        try:
+            flagged = [each for each in await vault.shares.log(subject.sha256) if each.what == "read in an emergency"]
+        except Unavailable:
+            flagged = []  # the nodes are only just coming back
+        if flagged or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.3)
+    _tell_log(stage, flagged)
+    stage.promise(len(flagged) == 1, "the emergency read stands flagged in the ledger, put there by the nodes that served it")
+    stage.command("log --auditor auditors.key")
+    key = await asyncio.to_thread(auditors.load, consortium.auditors_key, consortium.passphrase)
+    reasons = {each.reason for each in await vault.shares.audit(key) if each.index == flagged[0].index}
+    stage.promise(reasons == {standing_reason}, f"only the auditors read why: “{standing_reason}”")
 
 
 async def _flip_a_bit(stage: _Stage, vault: Vault, consortium: LocalConsortium, subject: StoredFile, folder: Path) -> None:

@@ -246,6 +246,10 @@ class Vault:
     async def _restore_for_sharing(self, pairs: Sequence[tuple[Target, Path | None]], progress: OnProgress | None) -> None:
         await self._restore(pairs, None, progress, Purpose.OPERATIONS, None)
 
+    def forget_tickets(self) -> None:
+        """Announce the next read anew, as a new run of the program does."""
+        self._reader.tickets.expire()
+
     # -- look
 
     def ls(self, *, shared: bool = False) -> Iterator[Row]:

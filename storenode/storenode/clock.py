@@ -66,6 +66,7 @@ class Clock:
 
 def equip(app: web.Application, data: Path, ledger: Ledger) -> None:
     """Let a node keep the clock, and answer for it at POST /v1/ledger/times."""
+    data.mkdir(parents=True, exist_ok=True)
     clock = Clock(data / clock_name)
 
     def note(published: Published, heard_at: float) -> None:

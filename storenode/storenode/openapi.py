@@ -93,8 +93,9 @@ operations: Final = (
     # the log
     Operation("POST", "/v1/ledger/append", "Append entries and wait for the quorum", "ledger", body_type),
     Operation("GET", "/v1/ledger/registrations/{file}", "The proof that a file is registered", "ledger"),
-    Operation("GET", "/v1/ledger/places/{file}", "Where entries stand that name a file", "ledger", query=("after",)),
+    Operation("GET", "/v1/ledger/places/{file}", "Where stands what a proof for outsiders needs", "ledger"),
     Operation("GET", "/v1/ledger/history/{file}", "Every entry that names a file", "access", query=("after",)),
+    Operation("POST", "/v1/ledger/times", "When entries were published", "access", body_type),
     Operation("GET", "/v1/ledger/identities/{key}", "Who vouches for a key", "access"),
     Operation("GET", "/log/checkpoint", "The newest published checkpoint", "checkpoint", gives=text_type, query=("full", "roster")),
     Operation("GET", "/log/tile/{name}", "A tile or entry bundle", "ledger", gives=bytes_type),
