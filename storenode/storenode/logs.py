@@ -63,6 +63,11 @@ fields: Final[dict[str, Callable[[object], int | float | str]]] = {
     "url": _text,
     "version": _text,
     "reason": _text,
+    "why": _text,
+    "entry": _prefix,
+    "reader": _prefix,
+    "keys": _number,
+    "entries": _number,
     "expires": _text,
 }
 
