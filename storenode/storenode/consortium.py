@@ -9,12 +9,16 @@ lost in a power cut can be laid out again.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import random
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -33,6 +37,8 @@ institutions_max: Final = 64  # each is a process on this machine
 sequencers: Final = 3  # so many nodes stand by to order the ledger's entries: one may be away and one may follow it
 port_first: Final = 20_000  # below every system's range for outgoing connections, one of which could else take a node's port
 port_last: Final = 32_000
+promise_s: Final = 120.0  # from choosing a port to the start of its node; sixteen nodes on a busy machine take 10
+promises_bytes_max: Final = 1 << 20  # of the file that says so; a port takes 17 bytes
 invite_lifetime_s: Final = 86_400.0
 
 
@@ -108,7 +114,7 @@ def names(count: int) -> Sequence[str]:
 
 
 def free_ports(count: int, base_port: int | None = None) -> list[int]:
-    """Find ports of 127.0.0.1 that nobody listens on. Raises Unavailable."""
+    """Find ports of 127.0.0.1 that nobody listens on, and nobody else was given within ``promise_s``. Raises Unavailable."""
     if base_port is not None:
         if not 1024 <= base_port <= 65536 - count:
             raise Malformed(f"base port: expected 1024 to {65536 - count}, got {base_port}")
@@ -116,15 +122,45 @@ def free_ports(count: int, base_port: int | None = None) -> list[int]:
         if taken := [port for port in ports if not _is_free(port)]:
             raise Unavailable(f"ports {', '.join(map(str, taken))} are taken", hint="choose another --base-port, or none")
         return ports
-    start = random.randrange(port_first, port_last)
-    found: list[int] = []
-    for offset in range(port_last - port_first):
-        port = port_first + (start - port_first + offset) % (port_last - port_first)
-        if _is_free(port):
-            found.append(port)
-            if len(found) == count:
-                return found
+    with _promised_ports() as promised:
+        now = time.time()
+        for port in [port for port, until in promised.items() if not now < until < now + 2 * promise_s]:
+            del promised[port]
+        start = random.randrange(port_first, port_last)
+        found: list[int] = []
+        for offset in range(port_last - port_first):
+            port = port_first + (start - port_first + offset) % (port_last - port_first)
+            if port not in promised and _is_free(port):
+                found.append(port)
+                if len(found) == count:
+                    promised.update(dict.fromkeys(found, now + promise_s))
+                    return found
     raise Unavailable(f"fewer than {count} free ports from {port_first} to {port_last}")
+
+
+@contextmanager
+def _promised_ports() -> Iterator[dict[int, float]]:
+    """Ports that were given away lately, and until when: nobody listens on them yet, but a node will.
+
+    One small file for each user, locked while it is open. Without it (a full disk, another user's file) ports are only looked at.
+    """
+    try:
+        path = Path(tempfile.gettempdir()) / f"medshard-ports-{os.getuid()}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        yield {}
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        words = os.read(fd, promises_bytes_max).split() if os.fstat(fd).st_uid == os.getuid() else []
+        pairs = zip(words[::2], words[1::2], strict=False)
+        promised = {int(port): float(until) for port, until in pairs if port.isdigit() and until.isdigit()}
+        yield promised
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, "".join(f"{port} {until:.0f}\n" for port, until in promised.items()).encode(), 0)
+    finally:
+        os.close(fd)
 
 
 def _existing(folder: Path, institutions: int, code: Code | None) -> Layout:

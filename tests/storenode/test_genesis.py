@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -230,3 +234,28 @@ def test_ports_are_free_and_taken_ones_are_named() -> None:
     assert len(set(ports)) == 16
     with pytest.raises(Malformed):
         free_ports(2, 65535)
+
+
+def test_trials_that_begin_at_once_get_different_ports(tmp_path: Path) -> None:
+    program = "import random, sys; from storenode.consortium import free_ports; random.seed(1); print(*free_ports(16))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    runs = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) for _ in range(4)]
+    ports = [int(port) for run in runs for port in run.communicate()[0].split()]
+    assert len(ports) == len(set(ports)) == 64
+
+
+def test_promised_ports_run_out_and_a_damaged_or_foreign_file_of_them_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("random.randrange", lambda first, last: first)
+    before = free_ports(1)
+    assert free_ports(1) != before
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 3600)
+    assert free_ports(1) == before
+    file.write_bytes(b"\xff 7 x 99999999999999999999 -1\n" * 100)
+    assert free_ports(1) == before
+    file.unlink()
+    file.mkdir()
+    assert free_ports(1) == before
