@@ -427,25 +427,6 @@ async def test_an_entry_signed_for_another_log_is_refused(vault: Vault, trial: A
     await assert_the_honest_rest_goes_on(vault, tmp_path)
 
 
-async def test_a_sequencer_that_refuses_one_client_stops_that_client_alone(vault: Vault, trial: Attacked, tmp_path: Path) -> None:
-    await trial.let_the_first_lead()
-    author = open_key_file(Home(trial.vault_home).key_file, trial.passphrase).public.hex()
-    trial.misbehave(sequencer, answers=[{"path": "^/v1/ledger/(append|forward)$", "do": "refuse-author", "author": author, "before": True}])
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(1000))
-    with pytest.raises(Unavailable):
-        await vault.put([path])
-    home = tmp_path / "other"
-    invited = subprocess.run(
-        [sys.executable, "-m", "storenode", "--home", str(trial.home(sequencer)), "invite"], capture_output=True, text=True, check=True
-    )
-    await Vault.join(home, invited.stdout.split()[0], "another passphrase", fast_kdf=True)
-    async with Vault.open(home, "another passphrase") as other:
-        await assert_the_honest_rest_goes_on(other, tmp_path)
-    trial.behave()
-    await assert_the_honest_rest_goes_on(vault, tmp_path)
-
-
 async def test_a_sequencer_that_shows_one_mirror_another_history_gets_no_quorum_for_it(
     vault: Vault, trial: Attacked, tmp_path: Path
 ) -> None:
@@ -461,6 +442,28 @@ async def test_a_sequencer_that_shows_one_mirror_another_history_gets_no_quorum_
     assert (code, f"The log key of {sequencer} signed both." in said) == (0, True), said
     async with auditor(trial, tmp_path / "auditor") as look:
         await until_level(look, honest[0])  # it has dropped what it was told, and follows the others
+
+
+async def test_a_sequencer_that_refuses_one_client_is_accused_and_replaced(vault: Vault, trial: Attacked, tmp_path: Path) -> None:
+    await trial.let_the_first_lead()
+    author = open_key_file(Home(trial.vault_home).key_file, trial.passphrase).public.hex()
+    trial.misbehave(sequencer, answers=[{"path": "^/v1/ledger/(append|forward)$", "do": "refuse-author", "author": author, "before": True}])
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(1000))
+    with pytest.raises(Unavailable):
+        await vault.put([path])
+    home = tmp_path / "other"
+    await Vault.join(home, await asyncio.to_thread(trial.invite), "another passphrase", fast_kdf=True)
+    async with Vault.open(home, "another passphrase") as other:
+        await assert_the_honest_rest_goes_on(other, tmp_path)
+    await until(lambda: any(trial.evidence(name).files("left-out") for name in honest), within_s=20)
+    (exhibit,) = [path for name in honest for path in trial.evidence(name).files("left-out")]
+    code, said = verify(trial, exhibit)
+    assert code == 6  # an absence cannot be proved; the file says who would have to show what
+    assert f"signed by {author[:16]}… for this log" in said
+    assert "Whoever denies leaving it out can show where it stands" in said
+    await until(lambda: trial.status(honest[0])["ledger"]["leader"] not in ("", sequencer), within_s=20)
+    await assert_the_honest_rest_goes_on(vault, tmp_path)  # while the first still refuses
 
 
 # -- clocks

@@ -134,6 +134,7 @@ class Round:
     consortium: object
     folder: Path
     clock: float = now
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         entries = [b"entry %d" % number for number in range(700)]
@@ -143,7 +144,8 @@ class Round:
 
     def begin(self) -> None:
         trust = Trust((self.consortium.roster,))
-        self.watch = Watch(lambda: trust, lambda: self.mirrors, self.evidence, self.folder / "watch.state", clock=lambda: self.clock)
+        memory = self.folder / "watch.state"
+        self.watch = Watch(lambda: trust, lambda: self.mirrors, self.evidence, memory, sample=self.sample, clock=lambda: self.clock)
 
     async def found(self) -> list[tuple[str, str]]:
         report = await self.watch.round()
@@ -227,6 +229,27 @@ async def test_a_later_head_over_a_changed_past_is_proved_to_be_rewritten(watche
     watched.mirrors[2].entries = list(watched.mirrors[0].entries)
     watched.grow(5)
     assert await watched.found() == []  # the honest ones are followed meanwhile
+
+
+async def test_of_two_continuations_of_one_past_at_most_one_is_true(watched: Round) -> None:
+    assert await watched.found() == []
+    watched.grow(20, 0, 1, 3)
+    watched.grow(10, 2, word=b"another")
+    assert await watched.found() == [("rewritten", "node2")]
+    assert (await watched.proof("rewritten")).proven
+
+
+async def test_a_node_reads_few_tiles_and_compares_every_head(watched: Round) -> None:
+    watched.sample = 1
+    watched.begin()
+    assert await watched.found() == []
+    for mirror in watched.mirrors:
+        mirror.asked.clear()
+    assert await watched.found() == []
+    assert sorted(len(mirror.asked) > 1 for mirror in watched.mirrors)[:2] == [False, False]
+    watched.grow(20, 0, 1, 3)
+    watched.grow(10, 2, word=b"another")
+    assert await watched.found() == [("rewritten", "node2")]
 
 
 async def test_a_smaller_head_over_a_changed_past_is_found_too(watched: Round) -> None:

@@ -3,7 +3,8 @@
 Law: whoever hands an entry to this node gets the sequencer's answer, or is told that there is none; a takeover in between costs time and
 nothing else, because an entry that is handed in twice stands in the log once. An entry that its author had the right to make, and that a
 sequencer leaves out of the heads that it publishes for ten seconds, is evidence: this node keeps it, cosigns none of those heads, and
-lets another node take over.
+lets another node take over. It hands the entry in again itself, to whoever orders entries by then: nobody is accused of leaving out what
+nobody gave him, and the ten seconds begin anew with each sequencer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import NodeId
-from medshard_protocol.proofs import unpack_append
+from medshard_protocol.proofs import pack_append, unpack_append
 from storenode.evidence import evidence_in
 from storenode.ledger import wire
 from storenode.ledger.engine import name_of
@@ -29,6 +30,9 @@ append_wait_s = 12.0  # the sequencer gives up first, and says why
 leaderless_wait_s = 6.0  # a takeover takes two seconds
 retry_s = 0.05
 left_out_after_s = 10.0
+again_after_s = 3.0
+again_wait_s = 2.0
+again_max = 16  # handed in again at once
 watch_every_s = 0.5
 watched_max = 4096
 
@@ -41,6 +45,8 @@ class _Watched:
     since: float  # monotonic
     published: bytes  # the newest published checkpoint when it was handed in
     size: int  # of that one
+    leader: NodeId | None  # to whom it was handed in
+    sent: float  # monotonic
     overdue: bool = False
 
 
@@ -104,13 +110,16 @@ class Forwarding:
             return
         for entry in unpack_append(body):
             if len(self._watched) < watched_max and (name := name_of(entry)):
-                self._watched.setdefault(name, _Watched(entry, time.monotonic(), published.note, published.checkpoint.size))
+                now, leader = time.monotonic(), self._ledger.mirror.leader
+                self._watched.setdefault(name, _Watched(entry, now, published.note, published.checkpoint.size, leader, now))
 
     async def watch(self) -> None:
         """Look after what was handed in. Ends by being cancelled."""
         while True:
             await asyncio.sleep(watch_every_s)
-            due = {name: item for name, item in self._watched.items() if time.monotonic() - item.since > left_out_after_s or self.left_out}
+            self._follow_leader()
+            now = time.monotonic()
+            due = {name: item for name, item in self._watched.items() if now - item.sent > again_after_s or self.left_out}
             if not due and not self.left_out:
                 continue
             try:
@@ -125,6 +134,27 @@ class Forwarding:
                     item.overdue = True
                     self._accuse(item)
             self.left_out = sum(item.overdue for item in self._watched.values())
+            waiting = [item for name, item in due.items() if name in self._watched and now - item.sent > again_after_s]
+            await asyncio.gather(*map(self._hand_in_again, waiting[:again_max]))
+
+    def _follow_leader(self) -> None:
+        """Another sequencer starts with a clean slate, and is given what the one before did not take."""
+        leader, published = self._ledger.mirror.leader, self._ledger.published
+        for item in self._watched.values():
+            if item.leader != leader and published is not None:
+                item.leader, item.since, item.sent, item.overdue = leader, time.monotonic(), 0.0, False
+                item.published, item.size = published.note, published.checkpoint.size
+
+    async def _hand_in_again(self, item: _Watched) -> None:
+        item.sent = time.monotonic()
+        leader = self._ledger.mirror.leader
+        if leader is None or not self._has_right(item):
+            return
+        try:
+            async with asyncio.timeout(again_wait_s):
+                await self._ledger.send(leader, pack_append([item.entry]), again_wait_s)
+        except (MedshardError, TimeoutError) as error:
+            _log.info("an entry was handed in again in vain: %s", error or "no answer in time")
 
     def _is_left_out(self, item: _Watched) -> bool:
         """Whether other entries were published meanwhile, and this one had, and has, every right to be."""
@@ -133,6 +163,9 @@ class Forwarding:
             return True  # not yet, so it stays
         if published is None or published.checkpoint.size <= item.size:
             return False
+        return self._has_right(item)
+
+    def _has_right(self, item: _Watched) -> bool:
         try:
             entry = Entry.from_bytes(item.entry)
             entry.verify(self._ledger.roster.origin)

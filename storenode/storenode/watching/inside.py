@@ -19,6 +19,8 @@ from storenode.watching.watch import Trust, Watch
 
 watch_key: Final = web.AppKey("watch", Watch)
 
+sample: Final = 2  # all mirrors' heads are proved in each round; the tiles of this many are read for themselves
+
 _log = logging.getLogger(__name__)
 
 
@@ -30,11 +32,11 @@ def node_watch(data: Path, trust: Callable[[], Trust], ask: Ask) -> Watch:
 
     path = data / memory_name
     try:
-        return Watch(trust, sources, evidence_in(data), path)
+        return Watch(trust, sources, evidence_in(data), path, sample=sample)
     except Damaged as error:
         _log.error("the watch forgets what it had seen: %s", error)  # a node serves on; the file stays for whoever looks into it
         os.replace(path, path.with_suffix(".damaged"))
-        return Watch(trust, sources, evidence_in(data), path)
+        return Watch(trust, sources, evidence_in(data), path, sample=sample)
 
 
 def start(watch: Watch, every_s: float) -> asyncio.Task[None]:

@@ -1,8 +1,7 @@
 """Going around: ask every source for its head, check it by itself, beside the others, and against everything seen before.
 
 Law: the anchor is the newest head that was proved, by tiles folded to its root, to continue every anchor before it; every head of every
-source is proved to be a prefix of it or a continuation, so any two heads ever seen are consistent or evidence is kept. Each source is
-read for itself, a random bundle with it, because one that answers well to others may lie to somebody.
+source is proved to be a prefix of it or a continuation (``proving``), so any two heads ever seen are consistent or evidence is kept.
 
 The watch stops nobody and decides nothing: it keeps evidence, counts, and tells. What does not answer is listed, and is no finding.
 """
@@ -21,16 +20,16 @@ from typing import Final
 
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.roster import Roster
-from medshard_protocol.tiles import TileName, tile_width
+from medshard_protocol.tiles import TileName
 from storenode.evidence import Evidence
 from storenode.watching.heads import Finding, Head, forks, laggards, read_head, rollback, stale_after_s
 from storenode.watching.memory import Memory
+from storenode.watching.proving import Proving, sources_at_once
 from storenode.watching.sources import Source
-from storenode.watching.tilereader import Fetch, HeadTiles, Withheld, WrongTile
+from storenode.watching.tilereader import Fetch
 from storenode.watching.verdict import rosters_name
 
 every_s: Final = 15.0
-sources_at_once: Final = 8
 anchor_name: Final = "the newest head before"
 
 _log = logging.getLogger(__name__)
@@ -74,6 +73,7 @@ class Watch:
         memory: Path,
         *,
         stale_s: float = stale_after_s,
+        sample: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._trust = trust
@@ -82,6 +82,7 @@ class Watch:
         self._path = memory
         self._memory = Memory.load(memory)
         self._stale_s = stale_s
+        self._sample = sample  # of how many sources the tiles are read in each round; None for all
         self._clock = clock
         self._known: dict[str, Head] | None = None  # the memory, read: the last head of each source, and the anchor
         self._shrunk: set[str] = set()  # sources that showed a smaller head than before in the last round
@@ -112,8 +113,11 @@ class Watch:
         findings += forks(heads, [*([anchor] if anchor else []), *before.values()])
         findings += self._rollbacks(heads, before)
         published = [head for head in heads if head.published]
-        best, more = await self._prove(published, {source.name: source for source in sources}, anchor, silent)
-        findings += more
+        by_name = {source.name: source for source in sources}
+        proving = Proving(anchor, lambda name: _fetch(by_name[name]))
+        best = await proving.settle(published, self._sample)
+        findings += proving.findings
+        silent += proving.silent
         findings += laggards(heads, self._stale_s) + self._freshness(published)
         findings = list({(finding.kind, finding.source): finding for finding in reversed(findings)}.values())[::-1]  # the first of each
         kept = self._keep(findings, trust)
@@ -175,54 +179,6 @@ class Watch:
         self._shrunk = shrunk
         return findings
 
-    async def _prove(
-        self, published: Sequence[Head], sources: dict[str, Source], anchor: Head | None, silent: list[tuple[str, str]]
-    ) -> tuple[Head | None, list[Finding]]:
-        """Prove every published head against the anchor. Gives the newest that continues it."""
-        findings: list[Finding] = []
-        proved: list[tuple[Head, HeadTiles]] = []
-        gate = asyncio.Semaphore(sources_at_once)
-
-        async def prove(head: Head, old: Head | None) -> None:
-            tiles = HeadTiles(head.checkpoint.size, head.checkpoint.root, _fetch(sources[head.source]))
-            try:
-                async with gate:
-                    await tiles.check_edge()
-                    if head.checkpoint.size:
-                        await tiles.bundle(random.randrange(-(-head.checkpoint.size // tile_width)))
-                    if old is not None and (finding := await _broken(old, head, tiles)):
-                        findings.append(finding)
-                    elif old is None or old.checkpoint.size != head.checkpoint.size or old.checkpoint.root == head.checkpoint.root:
-                        proved.append((head, tiles))  # else it is a fork, which was found already
-            except (WrongTile, Withheld) as error:
-                findings.append(_tile_finding(head, error))
-            except MedshardError as error:
-                silent.append((head.source, str(error)))
-
-        floor = anchor.checkpoint.size if anchor else 0
-        await asyncio.gather(*(prove(head, anchor) for head in published if head.checkpoint.size >= floor))
-        best = max(proved, key=lambda each: each[0].checkpoint.size, default=None)
-        if anchor is None and best is not None:
-            findings += await self._compare(best, [head for head, _ in proved])
-        behind = [head for head in published if head.checkpoint.size < floor]
-        await asyncio.gather(*(prove(head, None) for head in behind))
-        if best is not None:
-            findings += await self._compare(best, behind)
-        return (best[0] if best else None), findings
-
-    async def _compare(self, best: tuple[Head, HeadTiles], heads: Sequence[Head]) -> list[Finding]:
-        """Prove smaller heads to be prefixes of the best one."""
-        findings = []
-        for head in heads:
-            try:
-                if finding := await _broken(head, *best, about=head.source):
-                    findings.append(finding)
-            except (WrongTile, Withheld) as error:
-                findings.append(_tile_finding(best[0], error))
-            except MedshardError as error:
-                _log.info("%s could not be compared: %s", head.source, error)
-        return findings
-
     def _freshness(self, published: Sequence[Head]) -> list[Finding]:
         """Judge the newest head against this machine's clocks: an old one, or a clock here that is wrong."""
         newest = max(published, key=lambda head: head.at, default=None)
@@ -279,26 +235,6 @@ class Watch:
     def active(self) -> Counter[str]:
         """How many sources each kind of finding was about in the last round."""
         return Counter(kind for kind, _ in self._active)
-
-
-async def _broken(old: Head, new: Head, tiles: HeadTiles, *, about: str = "") -> Finding | None:
-    """Compare the root that ``old`` claims with what the tree of ``new`` had at that size. Equal sizes are ``forks``' business."""
-    a, b = old.checkpoint, new.checkpoint
-    if a.size >= b.size:
-        return None
-    root = await tiles.root_at(a.size)
-    if root == a.root:
-        return None
-    path = b"".join(await tiles.consistency_path(a.size))
-    text = f"shows a history of {b.size} entries that does not continue the {a.size} that {old.source} showed"
-    documents = {"note 1": old.note, "note 2": new.note, "root": root, "path": path}
-    return Finding("rewritten", about or new.source, text, documents, {"old_size": a.size, "size": b.size})
-
-
-def _tile_finding(head: Head, error: WrongTile | Withheld) -> Finding:
-    if isinstance(error, WrongTile):
-        return Finding("damaged-tile", head.source, str(error), {"note 1": head.note, **error.tiles})
-    return Finding("withheld", head.source, f"does not give out what its head stands for: {error}", {"note 1": head.note})
 
 
 def _fetch(source: Source) -> Fetch:
