@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -104,6 +105,6 @@ def _attachments(data: bytes) -> dict[str, bytes]:
         for name, files in pypdf.PdfReader(io.BytesIO(data), strict=False).attachments.items():
             if name in (proof_name, genesis_name) and files:
                 found[name] = bytes(files[0])
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, OSError) as error:
+    except (PyPdfError, ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, zlib.error) as error:
         raise Malformed(f"not a PDF that can be read ({type(error).__name__})") from None
     return found

@@ -42,6 +42,7 @@ def page(proven: Proven, proof: bytes, genesis: bytes, made: int) -> bytes:
     for name, data in ((proof_name, proof), (genesis_name, genesis)):
         attachment = writer.add_attachment(name, data)
         _compress(attachment)
+    writer.compress_identical_objects(remove_duplicates=False, remove_unreferenced=True)
     out = io.BytesIO()
     writer.write(out)
     return out.getvalue()
@@ -154,7 +155,8 @@ _HOW: Final = """To check it, offline, with the PDF file and the document:
   medshard check-proof PAGE.pdf DOCUMENT \\
     --genesis genesis.medshard
 
-Take the genesis file, or its SHA-256, from an institution of the consortium, not from here. The proof is attached to this PDF as
-proof.tlog-proof; it is a C2SP tlog-proof, which other programs read as well.
+Take the genesis file, or its SHA-256, from an institution of the consortium, not from here.
+
+The proof is attached to this PDF as proof.tlog-proof. It is a C2SP tlog-proof, which other programs read as well.
 
 It does not say that the document is still stored, nor that the key was not withdrawn later."""

@@ -42,6 +42,7 @@ from storenode.peers import Peers
 from storenode.rotation import promote, waits
 from storenode.routes import Node, node_key
 from storenode.shardstore import ShardStore
+from storenode.timestamping import Timestamping
 from storenode.watching import Watch
 from storenode.watching.inside import node_watch, start, watch_key
 from storenode.watching.watch import Trust
@@ -135,6 +136,7 @@ async def serve(config: Config) -> bool:
     )
     for name, der in (("node", keys.certificate), ("institution", keys.ca_certificate)):
         metrics.certificate(name, load_der_x509_certificate(der).not_valid_after_utc.timestamp())
+    stamping = Timestamping(ledger, keys.node, config.timestamp)
     following = Following(membership, ledger, keys.node_id, peers)
     watch = node_watch(config.data, lambda: Trust(tuple(membership.history), pack_links(membership.links(0))), peers)
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, metrics, following, watch)
@@ -154,6 +156,7 @@ async def serve(config: Config) -> bool:
         site = web.TCPSite(runner, *config.listen_address, ssl_context=context, reuse_address=True)
         await site.start()
         await following.start()
+        stamping.start()
         tasks.append(start(watch, config.limits.watch_every_s))
         async with serve_metrics(config, metrics, lambda: _gauge(parts)):
             log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex(), "roster": membership.roster.number})
@@ -164,6 +167,7 @@ async def serve(config: Config) -> bool:
     finally:
         for task in tasks:
             task.cancel()
+        await stamping.close()
         await following.close()
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
         await runner.cleanup()  # closes the socket, then waits for requests in flight
