@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,10 +27,17 @@ _record: Final = struct.Struct(">QQ")
 
 
 class Clock:
-    """The records in the file at ``path``. Made where it is not there yet."""
+    """The records in the file at ``path``, which ``open`` makes where it is not there yet."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._path = path
+        self._file = -1
+        self._count = 0
+        self._last = (0, 0)
+
+    def open(self) -> None:
+        """Take up the file."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._count = os.fstat(self._file).st_size // _record.size
         os.ftruncate(self._file, self._count * _record.size)  # a record that a power cut left half-written
         self._last = self._at(self._count - 1) if self._count else (0, 0)
@@ -65,23 +72,30 @@ class Clock:
 
 
 def equip(app: web.Application, data: Path, ledger: Ledger) -> None:
-    """Let a node keep the clock, and answer for it at POST /v1/ledger/times."""
-    data.mkdir(parents=True, exist_ok=True)
-    clock = Clock(data / clock_name)
+    """Let a node keep the clock while it runs, and answer for it at POST /v1/ledger/times."""
+    clock = app[clock_key] = Clock(data / clock_name)
 
-    def note(published: Published, heard_at: float) -> None:
-        clock.note(published.checkpoint.size, int(cosigned_at(published.note, ledger.roster)))
+    async def running(app: web.Application) -> AsyncIterator[None]:
+        clock.open()
 
-    async def post_times(request: web.Request) -> web.Response:
-        """When entries were published."""
-        places = unpack_places(await read_body(request, places_bytes_max))
-        return web.Response(body=pack_times(clock.times(places)), content_type=body_type)
+        def note(published: Published, heard_at: float) -> None:
+            clock.note(published.checkpoint.size, int(cosigned_at(published.note, ledger.roster)))
 
-    async def close(app: web.Application) -> None:
+        if (published := ledger.published) is not None:
+            note(published, 0.0)
+        ledger.journal.on_published.append(note)
+        yield
+        ledger.journal.on_published.remove(note)
         clock.close()
 
-    ledger.journal.on_published.append(note)
-    if (published := ledger.published) is not None:
-        note(published, 0.0)
+    app.cleanup_ctx.append(running)
     app.router.add_post("/v1/ledger/times", post_times)
-    app.on_cleanup.append(close)
+
+
+async def post_times(request: web.Request) -> web.Response:
+    """When entries were published."""
+    places = unpack_places(await read_body(request, places_bytes_max))
+    return web.Response(body=pack_times(request.app[clock_key].times(places)), content_type=body_type)
+
+
+clock_key: Final = web.AppKey("clock", Clock)
