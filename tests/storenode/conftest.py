@@ -57,6 +57,7 @@ class Net:
     ledgers: dict[int, Ledger] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)  # takes connections and never answers
     standbys: set[int] = field(default_factory=set)  # who takes over when node 0 is gone
+    engines: dict[int, str] = field(default_factory=dict)
     pushes: list[tuple[int, Push]] = field(default_factory=list)  # what came to which mirror
     _runners: dict[int, web.AppRunner] = field(default_factory=dict)
     _ports: dict[NodeId, int] = field(default_factory=dict)

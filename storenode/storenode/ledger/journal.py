@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, open_published
 from medshard_protocol.entries import Entry, Type, entry_version
-from medshard_protocol.errors import Damaged, MedshardError
+from medshard_protocol.errors import Damaged, MedshardError, Refused
 from medshard_protocol.ids import FileId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
@@ -270,7 +270,7 @@ class Journal:
             if claimed.size > self.head.size:
                 return  # cosigned by others before this node has the entries; kept until they come
             note, self._heard = self._heard, b""
-            checkpoint = open_published(note, self._roster_of(claimed.size))
+            checkpoint = self.open_published(note)
             if self._tree.root(checkpoint.size) != checkpoint.root:
                 raise Damaged(f"a quorum cosigned another history of {checkpoint.size} entries than this node has")
         except MedshardError as error:
@@ -280,7 +280,18 @@ class Journal:
         if self._published is None or checkpoint.size >= self._published.checkpoint.size:
             self._set_published(Published(checkpoint, note))
 
-    def _roster_of(self, size: int) -> Roster:
+    def open_published(self, note: bytes) -> Checkpoint:
+        """Read a checkpoint that a quorum published: of the roster that its size belongs to, or of a later one. Raises Malformed or
+        Refused. A head that was published before a change is published once more by the next quorum, while no entry follows."""
+        due = self.roster_of(Checkpoint.from_text(Note.from_bytes(note).text).size)
+        try:
+            return open_published(note, due)
+        except Refused:
+            if self.roster.number <= due.number:
+                raise
+            return open_published(note, self.roster)
+
+    def roster_of(self, size: int) -> Roster:
         """Whose quorum publishes a checkpoint of this size: the roster in effect after all entries but the last."""
         self.folding.fold(size - 1 - self.folding.state.size)
         state = self.folding.state

@@ -29,7 +29,13 @@ outage_s = 8.0  # how long a write keeps trying: a promotion takes some seconds
 retry_s = 0.1
 
 _T = TypeVar("_T")
-_lost = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.CannotConnectNowError, asyncpg.OperatorInterventionError)
+_lost = (  # asyncpg says many things where a connection breaks in the middle of a query
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.OperatorInterventionError,
+)
 
 _schema = """
 CREATE TABLE IF NOT EXISTS medshard_head(id int PRIMARY KEY CHECK (id = 0), format int NOT NULL, origin text NOT NULL,
@@ -233,7 +239,7 @@ class PostgresStore:
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except (OSError, TimeoutError, asyncpg.PostgresError, *_lost) as error:
             raise _translated(error) from error
 
 

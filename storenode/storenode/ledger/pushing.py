@@ -200,7 +200,8 @@ class Pushers:
                 signatures = [Signature.from_line(line) for line in wire.unpack_cosignature(answer).splitlines(keepends=True)]
                 for signature in signatures:
                     self._act.cosigned(round_, peer.node.id, signature)
-                peer.own = (end, round_.note.signed_by(signatures).to_bytes())
+                if signatures:
+                    peer.own = (end, round_.note.signed_by(signatures).to_bytes())
                 peer.round = round_
 
     async def _show_published(self, peer: _Peer, published: Published | None) -> None:

@@ -128,7 +128,10 @@ class Sequencer:
         return not self._round.done.is_set() and time.monotonic() - self._round.began > stalled_after_s
 
     def adopt(self, roster: Roster) -> None:
-        """Go by this roster from the next checkpoint on."""
+        """Go by this roster from the next checkpoint on; where it does not list this node, there is none."""
+        if not any(member.id == self._node for member in roster.nodes):
+            self.depose()
+            return
         self._roster = roster
         self._verifiers = {member.id: cosigner_verifier(roster, member.id) for member in roster.nodes}
         self._pushers.adopt(roster)
@@ -281,7 +284,7 @@ class Sequencer:
         if self._deposed:
             return
         self._round = self._sign()
-        if not self._mirror.lost:
+        if self._mirror.may_cosign:
             self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
         self._pushers.push(self._round)
 

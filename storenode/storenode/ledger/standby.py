@@ -72,6 +72,9 @@ class Standby:
         """Wait, take over, lead, and begin again. Ends by being cancelled."""
         while True:
             self.role = "standby"
+            if not self._listed(self._node):  # out of the roster, and for others to replace
+                await self._pause(look_every_s)
+                continue
             await self._until_needed()
             if not self._suspected.is_set() and await self._somebody_leads():
                 await self._pause(look_every_s)
@@ -104,7 +107,7 @@ class Standby:
         refusals = idle = 0
         while not self._suspected.is_set():
             leader = self._mirror.leader or self._roster.sequencer
-            if leader == self._node:
+            if leader == self._node or not self._listed(leader):  # a node that has left the roster orders nothing
                 return
             if time.monotonic() - self._mirror.heard_at > alive_s:
                 began = time.monotonic()
@@ -122,6 +125,9 @@ class Standby:
                     _log.warning("the sequencer %s answers and orders nothing", self._roster.node(leader).name)
                     return
             await self._pause(look_every_s)
+
+    def _listed(self, node: NodeId) -> bool:
+        return any(member.id == node for member in self._roster.nodes)
 
     async def _wait_for_turn(self) -> None:
         """Let those before this node in the roster go first."""

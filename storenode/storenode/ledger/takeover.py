@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, open_published, open_signed
-from medshard_protocol.errors import Damaged, Malformed, MedshardError, Unavailable
+from medshard_protocol.checkpoint import Checkpoint, Note, open_signed
+from medshard_protocol.errors import Damaged, Malformed, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.messages import unpack_error
@@ -134,9 +134,10 @@ class Takeover:
         newest = self._journal.published
         for note in set(notes):
             try:
-                if not note or (newest and Checkpoint.from_text(Note.from_bytes(note).text).size <= newest.checkpoint.size):
+                size = Checkpoint.from_text(Note.from_bytes(note).text).size if note else 0
+                if not size or (newest and size <= newest.checkpoint.size):
                     continue
-                newest = Published(open_published(note, self._roster), note)
+                newest = Published(self._journal.open_published(note), note)
             except MedshardError as error:
                 _log.warning("a checkpoint that a node shows as published is not believed: %s", error)
         return newest
@@ -184,7 +185,11 @@ class Takeover:
         if report.size == 0:
             return None
         try:
-            checkpoint = open_signed(Note.from_bytes(report.signed), self._roster)
+            note = Note.from_bytes(report.signed)
+            try:
+                checkpoint = open_signed(note, self._roster)
+            except Refused:  # the last sequencer may have left with the roster that listed its key
+                checkpoint = open_signed(note, self._journal.roster_of(report.size))
         except MedshardError as error:
             _log.warning("%s has entries that no log key signed: %s", self._roster.node(node).name, error)
             return None
