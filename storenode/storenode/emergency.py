@@ -36,11 +36,13 @@ class Emergencies:
         append: Callable[[Entry], Awaitable[object]],
         is_appended: Callable[[bytes], Awaitable[bool]],
         retry_s: float = retry_s,
+        on_change: Callable[[int], None] = lambda waiting: None,
     ) -> None:
         self._folder = data / folder_name
         self._append = append
         self._is_appended = is_appended
         self._retry_s = retry_s
+        self._on_change = on_change
         self._seen: dict[bytes, float] = {}  # when each was kept, by the monotonic clock
         self._waiting = asyncio.Event()
         self._keeping = asyncio.Lock()
@@ -48,6 +50,7 @@ class Emergencies:
             self._seen[bytes.fromhex(path.stem)] = time.monotonic()
         if self._seen:
             self._waiting.set()
+        on_change(self.waiting)
 
     @property
     def waiting(self) -> int:
@@ -66,6 +69,7 @@ class Emergencies:
                 raise Full("more emergency reads wait to be written down than this node keeps")
             await asyncio.to_thread(self._write, entry)
             self._seen[entry.id] = time.monotonic()
+            self._on_change(self.waiting)
             self._waiting.set()
         log.warning("emergency read", extra={"entry": entry.id.hex(), "reader": entry.author.hex()})
         return True
@@ -94,6 +98,7 @@ class Emergencies:
                 log.warning("emergency read written down", extra={"entry": path.stem})
                 path.unlink(missing_ok=True)
             self._seen.pop(bytes.fromhex(path.stem), None)
+            self._on_change(self.waiting)
         return True
 
     def _write(self, entry: Entry) -> None:

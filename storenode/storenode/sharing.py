@@ -69,7 +69,7 @@ def equip(app: web.Application, node: Node, metrics: Metrics) -> Gate:
     async def is_appended(name: bytes) -> bool:
         return bool(await ledger.journal.find([name]))
 
-    emergencies = Emergencies(node.config.data, lambda entry: ledger.append([entry]), is_appended)
+    emergencies = Emergencies(node.config.data, lambda entry: ledger.append([entry]), is_appended, on_change=metrics.emergencies_waiting)
     gate = app[gate_key] = Gate(ledger, emergencies, metrics)
     app[sealed_key] = Sealed(node.store.catalog)
     app.router.add_routes(routes())

@@ -320,10 +320,14 @@ async def test_in_an_emergency_a_marked_identity_reads_and_is_written_down_later
     assert node.ledger.published
     node.app[gate_key]._fresh_at -= 11
     assert (await node.ask("doctor", "GET", shard_path(file_id, 0), **shown))[0] == 200
+    assert node.metrics._gauges["medshard_emergency_reads_waiting"] == 1
     async with asyncio.timeout(5):
         while node.ledger.state.history(file_id)[-1][0] < node.ledger.journal.head.size - 1 or len(node.ledger.state.history(file_id)) < 2:
             await asyncio.sleep(0.02)
     assert node.ledger.state.history(file_id)[-1][1]
+    async with asyncio.timeout(5):
+        while node.metrics._gauges["medshard_emergency_reads_waiting"]:
+            await asyncio.sleep(0.02)
     assert emergency_header == "Medshard-Emergency"
     assert access_header == "Medshard-Access"
 
