@@ -139,8 +139,13 @@ class Vault:
             attributes["policy-number"] = policy_number
         await self._append_pending()
         planned = await asyncio.to_thread(plan, [Path(path) for path in paths], attributes)
-        putter = Putter(self._net, self.keys, self._index, self._ledger, self._lookup, Code(*self.roster.code))
-        report = await putter.put(planned, progress)
+        roster = self.roster
+        try:
+            report = await self._putter().put(planned, progress)
+        except Unavailable:
+            if self.roster is roster and not await self._net.follow():
+                raise
+            report = await self._putter().put(planned, progress)  # who takes shards, and how many must, was changed meanwhile
         if sum(unit.size for unit in planned.units) >= give_back_bytes:
             memory.give_back()
         return report
@@ -319,6 +324,9 @@ class Vault:
         return rows
 
     # -- parts
+
+    def _putter(self) -> Putter:
+        return Putter(self._net, self.keys, self._index, self._ledger, self._lookup, Code(*self.roster.code))
 
     def _row(self, target: Target) -> Row:
         tag = self.keys.tag(target.sha256)

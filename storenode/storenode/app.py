@@ -298,7 +298,7 @@ async def _sweep(parts: Parts) -> None:
         await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))
         # Measured by the ledger as this node knows it: a mirror that was away for days must not take registered shards for forgotten ones.
         known_until = parts.node.ledger.published_at()
-        if known_until is None:
+        if known_until is None or parts.node.ledger.state.frozen is not None:  # what an ended log still lists is all that there is of it
             continue
         try:
             swept = await parts.node.store.sweep(registered, limit, known_until)

@@ -21,10 +21,11 @@ import pytest
 from medshard import Vault
 from medshard.consortium import LocalConsortium
 from medshard.home import Home
+from medshard_protocol.canonical import decode
 from medshard_protocol.checkpoint import Note, cosigners, open_published
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
 from medshard_protocol.roster import Roster
-from medshard_protocol.rosters import follow, unpack_links
+from medshard_protocol.rosters import Link, follow
 
 size = 40_000
 settle_s = 20.0
@@ -60,16 +61,11 @@ def operate(home: Path, *words: str, refused: bool = False) -> dict[str, Any]:
 
 
 def present(trial: LocalConsortium) -> Roster:
-    """The newest roster that the first node has on disk."""
-    links = sorted((trial.home(trial.names[0]) / "data" / "rosters").glob("*.link"))
-    return Roster.from_bytes(json_free(links[-1])) if links else Roster.from_bytes((trial.folder / "genesis.medshard").read_bytes())
-
-
-def json_free(path: Path) -> bytes:
-    from medshard_protocol.canonical import decode
-    from medshard_protocol.rosters import Link
-
-    return Link.from_value(decode(path.read_bytes(), bytes_max=1 << 30, what="link")).roster
+    """The newest roster that any node has on disk."""
+    links = sorted(trial.folder.glob("nodes/*/data/rosters/*.link"), key=lambda path: path.name)
+    if not links:
+        return Roster.from_bytes((trial.folder / "genesis.medshard").read_bytes())
+    return Roster.from_bytes(Link.from_value(decode(links[-1].read_bytes(), bytes_max=1 << 30, what="link")).roster)
 
 
 def changed(trial: LocalConsortium, proposer: str, *words: str, signers: int = 2) -> dict[str, Any]:
@@ -326,7 +322,6 @@ async def test_a_node_that_slept_through_a_change_asks_the_others(trial: LocalCo
     assert said["in_effect"]
     trial.restart(name)
     everywhere(trial, number + 1)
-    assert unpack_links is not None
 
 
 async def test_a_stolen_vault_key_is_withdrawn(trial: LocalConsortium, tmp_path: Path) -> None:
@@ -354,3 +349,22 @@ async def test_a_quorum_ends_the_log_and_nothing_follows(trial: LocalConsortium,
         await stored(vault, tmp_path, "after")
     shown = operate(trial.home(two), "roster", "show")
     assert shown["frozen"]["successor"] == sha256(Path(genesis).read_bytes()).hexdigest()
+
+
+async def test_the_institution_of_the_sequencer_leaves_and_another_node_orders_entries(tmp_path: Path) -> None:
+    with LocalConsortium(tmp_path / "trial", institutions=4, code=(2, 4)) as trial:
+        assert trial.roster is not None
+        gone, heir = trial.roster.node(trial.roster.sequencer).name, "insurer-02"
+        await Vault.join(tmp_path / "vault", trial.invite(heir), "secret", fast_kdf=True)
+        async with Vault.open(tmp_path / "vault", "secret") as vault:
+            digest, data = await stored(vault, tmp_path, "before")
+            await asyncio.to_thread(
+                changed, trial, "insurer-04", "--remove-institution", gone, "--sequencer", heir, "--code", "2/3/3", signers=3
+            )
+            eventually(lambda: operate(trial.home(heir), "status")["ledger"]["role"] == "sequencer")
+            again, more = await stored(vault, tmp_path, "after")
+            for each in ((digest, data), (again, more)):
+                await assert_comes_back(vault, *each, tmp_path)
+            trial.kill(gone)
+            for each in ((digest, data), (again, more)):
+                await assert_comes_back(vault, *each, tmp_path)
