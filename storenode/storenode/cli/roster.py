@@ -63,7 +63,7 @@ def propose(session: Session, output: Path | None, dry_run: bool, ca_key: Path |
       storenode roster propose --remove-institution "Insurer 02" --code 2/3/3
       storenode roster propose --set-url hospital-01=https://new.hospital-01.example:9700
       storenode rotate && storenode roster propose --rotate-keys hospital-01.card
-      storenode roster propose --emergency-add $(medshard key --public) --dry-run
+      storenode roster propose --emergency-add $(medshard key) --dry-run
     """
     from storenode import durable
     from storenode.drafting import draft
