@@ -30,6 +30,7 @@ from medshard_protocol.rosters import pack_links, roster_header
 from storenode import clock, openapi, routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
+from storenode.draining import Draining
 from storenode.evidence import evidence_in
 from storenode.following import Following, roster_routes
 from storenode.genesis import check_membership, load_genesis
@@ -140,8 +141,10 @@ async def serve(config: Config) -> bool:
     following = Following(membership, ledger, keys.node_id, peers)
     watch = node_watch(config.data, lambda: Trust(tuple(membership.history), pack_links(membership.links(0))), peers)
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, metrics, following, watch)
+    app = build(parts, keys)
+    draining = Draining(app)
     runner = web.AppRunner(
-        build(parts, keys), access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330, lingering_time=2, read_bufsize=read_bytes
+        app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330, lingering_time=2, read_bufsize=read_bytes
     )
     await runner.setup()
     stopping = asyncio.Event()
@@ -170,7 +173,8 @@ async def serve(config: Config) -> bool:
         await stamping.close()
         await following.close()
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
-        await runner.cleanup()  # closes the socket, then waits for requests in flight
+        await draining.wait(shutdown_s)
+        await runner.cleanup()
         await ledger.close()
         await peers.close()
         store.close()

@@ -1,0 +1,120 @@
+"""A node that is told to end (SIGTERM) while it takes a shard: it finishes what it began, and leaves nothing half-done."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from medshard import Vault
+from medshard.consortium import LocalConsortium
+from medshard_protocol.errors import MedshardError
+from medshard_protocol.ids import FileId
+from medshard_protocol.messages import cell_size_header, shard_path, unpack_stored
+from medshard_protocol.shards import digests, shard_root, split
+
+cell, size = 128 * 1024, 20 * 128 * 1024
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
+    with LocalConsortium(tmp_path_factory.mktemp("stopping"), institutions=4) as consortium:
+        yield consortium
+
+
+class Sending:
+    """A shard on its way to one node, the second half of it when it is told."""
+
+    def __init__(self, vault: Vault, name: str) -> None:
+        self.file_id = FileId(os.urandom(32))
+        self.shard = os.urandom(size)
+        self.half_sent = asyncio.Event()
+        self.go_on = asyncio.Event()
+        node = next(node for node in vault.roster.nodes if node.name == name)
+        path = shard_path(self.file_id, 0)
+        self.task = asyncio.create_task(vault._net.send(node, path, size, {cell_size_header: str(cell)}, self._body()))
+
+    @property
+    def root(self) -> bytes:
+        return shard_root([digests["blake3"](part) for part in split(self.shard, cell)], digests["blake3"])
+
+    async def _body(self) -> AsyncIterator[memoryview]:
+        yield memoryview(self.shard)[: size // 2]
+        self.half_sent.set()
+        await self.go_on.wait()
+        yield memoryview(self.shard)[size // 2 :]
+
+
+async def ended(trial: LocalConsortium, name: str, within_s: float) -> int:
+    process = trial.running[name]
+    async with asyncio.timeout(within_s):
+        while process.poll() is None:
+            await asyncio.sleep(0.02)
+    return process.returncode
+
+
+def kept(trial: LocalConsortium, name: str, file_id: FileId) -> list[Path]:
+    return list((trial.home(name) / "data" / "shards").glob(f"*/{file_id.hex()}-*"))
+
+
+async def test_an_upload_in_flight_is_finished_and_acknowledged_before_the_node_ends(trial: LocalConsortium) -> None:
+    name = trial.names[-1]
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        sending = Sending(vault, name)
+        await sending.half_sent.wait()
+        await asyncio.sleep(0.2)
+        trial.running[name].terminate()
+        await asyncio.sleep(0.5)
+        assert trial.running[name].poll() is None
+        sending.go_on.set()
+        assert unpack_stored(await sending.task) == sending.root
+    assert await ended(trial, name, 10) == 0
+    (file,) = kept(trial, name, sending.file_id)
+    assert file.read_bytes() == sending.shard
+    trial.kill(name)
+    trial.restart(name)
+
+
+async def test_an_upload_that_breaks_off_meanwhile_leaves_nothing_and_the_node_ends(trial: LocalConsortium) -> None:
+    name = trial.names[-1]
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        sending = Sending(vault, name)
+        await sending.half_sent.wait()
+        await asyncio.sleep(0.2)
+        trial.running[name].terminate()
+        await asyncio.sleep(0.2)
+        sending.task.cancel()
+        with pytest.raises((asyncio.CancelledError, MedshardError)):
+            await sending.task
+    assert await ended(trial, name, 10) == 0
+    assert kept(trial, name, sending.file_id) == []
+    assert list((trial.home(name) / "data" / "tmp").iterdir()) == []
+    trial.kill(name)
+    trial.restart(name)
+
+
+async def test_a_file_that_is_put_while_a_node_ends_is_stored_whole(trial: LocalConsortium, tmp_path: Path) -> None:
+    name = trial.names[-1]
+    (tmp_path / "plain").write_bytes(os.urandom(24 * 1024 * 1024))
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        putting = asyncio.create_task(vault.put([tmp_path / "plain"]))
+        while not any((trial.home(name) / "data" / "tmp").iterdir()):
+            await asyncio.sleep(0.002)
+            if putting.done():
+                break
+        trial.running[name].terminate()
+        try:
+            (stored,) = (await putting).stored
+        except MedshardError:  # with 4 of 4 to acknowledge it may be refused, but never half-acknowledged
+            stored = None
+        assert await ended(trial, name, 35) == 0
+        assert list((trial.home(name) / "data" / "tmp").iterdir()) == []
+        trial.kill(name)
+        trial.restart(name)
+        if stored is None:
+            (stored,) = (await vault.put([tmp_path / "plain"])).stored
+        await vault.get(stored.sha256, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "plain").read_bytes()
