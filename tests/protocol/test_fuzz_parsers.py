@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import medshard_protocol
 from medshard.model import Header
-from medshard_protocol import canonical, identity, ids, messages, proofs, rosters, sharing, tiles
+from medshard_protocol import canonical, documentproof, identity, ids, messages, proofs, rosters, sharing, tiles, tlogproof
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
@@ -39,13 +39,14 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.tiles import TileName
 from storenode.invites import Issued
 from storenode.ledger import wire
+from storenode.ledger.fullhead import Lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # of serial numbers, then refused
 vectors = Path(__file__).parents[1] / "vectors"
 modules = [
     f"medshard_protocol.{found.name}" for found in pkgutil.iter_modules(medshard_protocol.__path__) if not found.name.startswith("_")
 ]
-modules += ["medshard.model", "storenode.invites", "storenode.ledger.wire"]
+modules += ["medshard.model", "storenode.invites", "storenode.ledger.wire", "storenode.ledger.fullhead"]
 parser_name = re.compile(r"unpack_\w+|from_(bytes|text|line|path|code|vkey|value)|\w+_from_hex")
 elsewhere = {"messages.unpack_error"}  # it never raises and never fails: test_messages.py
 
@@ -89,7 +90,7 @@ def whole_file(read: Callable[[bytes], Any], *seeds: bytes) -> Parser:
 
 @lru_cache
 def table() -> dict[str, Parser]:
-    return {**of_files(), **of_messages(), **of_ledger(), **of_sharing(), **of_certificates()}
+    return {**of_files(), **of_messages(), **of_ledger(), **of_proofs(), **of_sharing(), **of_certificates()}
 
 
 def of_files() -> dict[str, Parser]:
@@ -168,7 +169,36 @@ def of_ledger() -> dict[str, Parser]:
         "tiles.unpack_bundle": Parser(lambda data: tiles.unpack_bundle(data, 5), tiles.pack_bundle, (bundle,)),
         "wire.Push.from_bytes": whole_file(wire.Push.from_bytes, sent["push"]),
         "wire.unpack_cosignature": Parser(wire.unpack_cosignature, wire.pack_cosignature, (sent["cosignature"],)),
-        "wire.unpack_size": Parser(wire.unpack_size, wire.pack_size, (sent["size"],)),
+        "wire.unpack_size": Parser(wire.unpack_size, lambda value: wire.pack_size(*value), (sent["size"],)),
+        "wire.unpack_fence": Parser(wire.unpack_fence, lambda value: wire.pack_fence(value[0], value[1] or b""), (sent["fence"],)),
+        "wire.unpack_promise": Parser(wire.unpack_promise, lambda value: wire.pack_promise(*value), (sent["promise"],)),
+        "wire.Report.from_bytes": whole_file(wire.Report.from_bytes, sent["report"]),
+        "fullhead.Lines.from_bytes": whole_file(Lines.from_bytes, sent["cosignatures"]),
+        "proofs.Places.from_bytes": whole_file(proofs.Places.from_bytes, sent["places"]),
+    }
+
+
+def of_proofs() -> dict[str, Parser]:
+    text = load("ledger")["proof"]["text"].encode()
+    proof = documentproof.DocumentProof.from_bytes(text)
+    assert proof.first is not None
+    seal = documentproof.Seal(b"note", ((3, (b"h" * 32,)), (4, ())))
+    stamp = documentproof.Stamp(proof.enrolment, (b"h" * 32,))
+
+    def item(of: Any, *seeds: Any) -> Parser:
+        def read(data: bytes) -> Any:
+            return of.from_value(canonical.decode(data, bytes_max=10**6, what="item"))
+
+        return Parser(read, lambda value: canonical.encode(value.to_value()), tuple(canonical.encode(seed.to_value()) for seed in seeds))
+
+    return {
+        "tlogproof.TlogProof.from_bytes": whole_file(tlogproof.TlogProof.from_bytes, text),
+        "documentproof.DocumentProof.from_bytes": whole_file(documentproof.DocumentProof.from_bytes, text),
+        "documentproof.Place.from_value": item(documentproof.Place, proof.register, proof.enrolment),
+        "documentproof.Opening.from_value": item(documentproof.Opening, proof.opening),
+        "documentproof.First.from_value": item(documentproof.First, proof.first),
+        "documentproof.Seal.from_value": item(documentproof.Seal, seal),
+        "documentproof.Stamp.from_value": item(documentproof.Stamp, stamp),
     }
 
 

@@ -6,20 +6,25 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
 from medshard_protocol import merkle
 from medshard_protocol.canonical import decode
-from medshard_protocol.checkpoint import Note, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Entry, sign_entry, signed_bytes
+from medshard_protocol.checkpoint import Note, cosigner_verifier, log_verifier, open_published, pq_verifier
+from medshard_protocol.documentproof import DocumentProof
+from medshard_protocol.entries import Body, Entry, sign_entry, signed_bytes
+from medshard_protocol.errors import Refused
 from medshard_protocol.merkle import sha256
-from medshard_protocol.proofs import Inclusion, pack_append, pack_appended, pack_registration, unpack_append, unpack_appended
+from medshard_protocol.proofs import Inclusion, Places, pack_append, pack_appended, pack_registration, unpack_append, unpack_appended
 from medshard_protocol.roster import Roster
 from medshard_protocol.tiles import Tree, pack_bundle
 from storenode.ledger import wire
+from storenode.ledger.fullhead import Lines
 
 root_folder = Path(__file__).parents[2]
 vectors = json.loads((root_folder / "tests/vectors/ledger.json").read_text())
@@ -44,7 +49,21 @@ def test_the_roster_has_these_bytes():
     assert roster.sha256.hex() == vectors["roster"]["sha256"] == hashlib.sha256(roster.to_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("item", vectors["entries"], ids=[item["type"] for item in vectors["entries"]])
+def test_ml_dsa_keys_follow_from_their_names():
+    for name, key in vectors["pq_keys"].items():
+        assert key["seed"] == hashlib.sha256(name.encode()).hexdigest()
+        assert MLDSA44PrivateKey.from_seed_bytes(bytes.fromhex(key["seed"])).public_key().public_bytes_raw().hex() == key["public"]
+
+
+every_form = [*vectors["entries"], *vectors["forms"]]
+
+
+def test_there_is_an_entry_of_every_form():
+    bodies = {type(Entry.from_bytes(bytes.fromhex(item["entry"])).body) for item in every_form}
+    assert bodies == set(get_args(Body))
+
+
+@pytest.mark.parametrize("item", every_form, ids=[f"{n} {item['type']}" for n, item in enumerate(every_form)])
 def test_an_entry_and_what_its_author_signs_have_these_bytes(item):
     entry = Entry.from_bytes(bytes.fromhex(item["entry"]))
     assert signed_bytes(roster.origin, entry.body).hex() == item["signed"]
@@ -67,6 +86,22 @@ def test_verifier_keys_are_these():
     assert log_verifier(roster).vkey() == vectors["vkeys"]["log"]
     for number, node in enumerate(roster.nodes):
         assert cosigner_verifier(roster, node.id).vkey() == vectors["vkeys"][f"cosigner {number}"]
+        assert pq_verifier(roster, node.id).vkey() == vectors["vkeys"][f"pq {number}"]
+
+
+def test_the_full_checkpoint_has_a_quorum_of_each_kind():
+    assert open_published(vectors["full_checkpoint"].encode(), roster, pq=True).size == 5
+    with pytest.raises(Refused, match="ML-DSA"):
+        open_published(vectors["checkpoint"].encode(), roster, pq=True)
+
+
+def test_the_proof_proves_its_document():
+    text = vectors["proof"]["text"].encode()
+    proof = DocumentProof.from_bytes(text)
+    assert proof.to_bytes() == text
+    proven = proof.verify(roster)
+    assert proven.sha256 == hashlib.sha256(bytes.fromhex(vectors["proof"]["document"])).digest()
+    assert (proven.institution, proven.index, proven.known_by) == ("Institution 0", 2, 1_700_000_000)
 
 
 def test_the_inclusion_verifies_and_the_checkpoint_has_this_text():
@@ -82,10 +117,24 @@ def test_messages_have_these_bytes():
     assert pack_append(sent) == message["append"]
     assert pack_appended(unpack_appended(message["appended"], sent)) == message["appended"]
     assert pack_registration(inclusion) == message["registration"]
+    assert Places.from_bytes(message["places"]).to_bytes() == message["places"]
+    assert Places.from_bytes(message["places"]) == Places(1, (4,), ((5, 6, 7),))
     push = wire.Push.from_bytes(message["push"])
     assert (push.old_size, list(push.entries), push.to_bytes()) == (3, entries[3:], message["push"])
     assert wire.pack_cosignature(wire.unpack_cosignature(message["cosignature"])) == message["cosignature"]
-    assert wire.unpack_size(message["size"]) == 3
+    assert wire.unpack_size(message["size"]) == (3, 2)
+    assert wire.unpack_fence(message["fence"]) == (7, roster.nodes[1].id)
+    report = wire.Report.from_bytes(message["report"])
+    assert (report.leader, report.leads, report.size, report.to_bytes()) == (roster.nodes[1].id, True, 5, message["report"])
+    assert wire.promise_text(roster.origin, 7, roster.nodes[1].id) == message["promise_signed"]
+    assert wire.pack_promise(*wire.unpack_promise(message["promise"])) == message["promise"]
+    both = Lines.from_bytes(message["cosignatures"])
+    assert both.to_bytes() == message["cosignatures"]
+    for verifier, line in (
+        (cosigner_verifier(roster, roster.nodes[0].id), both.ed25519),
+        (pq_verifier(roster, roster.nodes[0].id), both.ml_dsa),
+    ):
+        assert verifier.verify(Note.from_bytes(inclusion.checkpoint).text, line) == 1_700_000_000
 
 
 def test_the_script_of_the_formats_page_checks_a_proof_without_us(consortium):
