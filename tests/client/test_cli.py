@@ -18,8 +18,11 @@ import pytest
 from medshard.cli import output, passphrase, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.main import command, main
+from medshard.cli.sharing import until
+from medshard.grants import purpose_name, purpose_number, purposes
 from medshard.model import Header, Problem, PutReport, StoredFile
 from medshard_protocol import errors
+from medshard_protocol.entries import Purpose
 from medshard_protocol.errors import MedshardError, Refused
 
 docs = Path(__file__).parent.parent.parent / "docs" / "guides"
@@ -40,9 +43,17 @@ digest = "ab" * 32
 # Parsing
 
 
-@pytest.mark.parametrize("name", sorted(command.commands))
+def words() -> list[str]:
+    """Every command, those of groups with the group's name."""
+    named = []
+    for name, each in sorted(command.commands.items()):
+        named += [f"{name} {inner}" for inner in sorted(each.commands)] if isinstance(each, click.Group) else [name]
+    return named
+
+
+@pytest.mark.parametrize("name", words())
 def test_every_command_has_help_with_examples(name: str, capsys: Captured) -> None:
-    assert main([name, "--help"]) == Exit.OK
+    assert main([*name.split(), "--help"]) == Exit.OK
     told = capsys.readouterr().out
     assert f"Usage: medshard {name}" in told
     assert "Examples:\n" in told
@@ -56,6 +67,16 @@ def test_every_command_has_help_with_examples(name: str, capsys: Captured) -> No
     [
         (["get", "abc"], "3 hexadecimal digits, not 64"),
         (["get", "x" * 64], "expected 64 hexadecimal digits"),
+        (["get", "a" * 64, "--purpose", "curiosity"], "curiosity"),
+        (["get", "a" * 64, "--break-glass", " "], "a reason has 1 to 400 bytes"),
+        (["get", "a" * 64, "--break-glass", "x" * 401], "a reason has 1 to 400 bytes"),
+        (["share", "a" * 64], "--to"),
+        (["share", "a" * 64, "--to", "x", "--until", "soon"], "write 30d, 12h"),
+        (["share", "a" * 64, "--to", "x", "--until", "2001-01-01"], "has passed"),
+        (["revoke", "a" * 64], "--from"),
+        (["revoke", "a" * 64, "--from", "x", "--grant", "7"], "--from"),
+        (["log"], "--auditor"),
+        (["log", "a" * 64, "--auditor", "key"], "--auditor"),
         (["get"], "Missing argument"),
         (["put"], "Missing argument"),
         (["put", "--tag", "novalue", "f"], "write NAME=VALUE"),
@@ -323,4 +344,24 @@ def test_an_empty_new_passphrase_is_refused(home: Path, monkeypatch: pytest.Monk
 
 def test_the_command_tree_is_whole() -> None:
     assert isinstance(command, click.Group)
-    assert set(command.commands) == {"put", "get", "ls", "find", "info", "verify", "doctor", "reindex", "join", "up", "demo"}
+    keeping = {"put", "get", "ls", "find", "info", "verify", "doctor", "reindex", "join", "up", "demo"}
+    sharing = {"share", "revoke", "shared", "log", "key", "contacts", "auditor-key"}
+    assert set(command.commands) == keeping | sharing | {"prove", "check-proof"}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("12h", 43_200), ("30d", 2_592_000), ("4w", 2_419_200), ("1y", 31_536_000)])
+def test_an_end_may_be_said_as_a_span(text: str, seconds: int) -> None:
+    assert abs(until(text) - time.time() - seconds) < 5
+
+
+def test_a_right_until_a_day_lasts_to_the_end_of_that_day() -> None:
+    assert time.localtime(until("2100-05-01"))[:6] == (2100, 5, 2, 0, 0, 0)
+    assert time.localtime(until("2100-05-01T18:30"))[:5] == (2100, 5, 1, 18, 30)
+
+
+def test_a_purpose_has_one_name_and_one_number() -> None:
+    assert [purpose_number(name) for name in purposes] == list(Purpose)
+    assert purpose_name(Purpose.PATIENT_REQUEST) == "patient-request"
+    assert purpose_name(200) == "purpose-200"
+    with pytest.raises(ValueError, match="there are"):
+        purpose_number("curiosity")

@@ -12,9 +12,9 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, run, sha256, shared
-from medshard.grants import Happened
 
 if TYPE_CHECKING:
+    from medshard.grants import Happened
     from medshard.hpke import PrivateKey
 
 _file = click.Path(dir_okay=False, allow_dash=True, path_type=Path)

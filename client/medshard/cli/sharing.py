@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import time
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, purpose, run, sha256, shared
-from medshard.grants import Shared
 from medshard_protocol.ids import Key, Sha256
+
+if TYPE_CHECKING:
+    from medshard.grants import Shared
 
 _spans = {"h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
 
