@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import pytest
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Note, cosigner_verifier, log_verifier
 from medshard_protocol.entries import Register
-from medshard_protocol.errors import Absent, Damaged, Malformed, Refused, Unavailable
+from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_names, tile_width
@@ -276,6 +278,19 @@ async def test_every_flipped_bit_in_a_tile_or_bundle_that_is_read_is_found_and_s
     assert not (await judge(Exhibit(exhibit.kind, {}, true), watched.consortium.roster)).proven
 
 
+async def test_forged_entries_behind_an_honest_right_edge_are_found(watched: Round) -> None:
+    """The known trap: a loop that folds the right edge alone believes any full tile to the left of it."""
+    forger = Shown("forger", None, watched.consortium, [b"forged", *watched.mirrors[2].entries[1:]])
+    forged = {path: forger._get(path) for path in ("tile/0/000", "tile/entries/000")}
+    watched.mirrors[2].spoil = lambda path, data: forged.get(path, data)
+    async with asyncio.timeout(10):
+        while await watched.found() != [("damaged-tile", "node2")]:
+            assert watched.watch.last.findings == ()
+    verdict = await watched.proof("damaged-tile")
+    assert verdict.proven
+    assert "tile 0/000 does not give the hash that the tile above has for it" in "\n".join(verdict.lines)
+
+
 async def test_a_head_whose_entries_are_not_given_out_is_withheld(watched: Round) -> None:
     def absent(path: str, data: bytes) -> bytes:
         if path.startswith("tile/entries"):
@@ -481,3 +496,50 @@ def test_what_nobody_shows_is_no_answer_and_what_proves_nothing_is_said_so(
     path.write_bytes(b"no evidence")
     assert main(["evidence", "verify", str(path), "--genesis", str(genesis)]) == 6
     assert "not canonical msgpack" in capsys.readouterr().err
+
+
+# -- whatever comes
+
+
+async def test_any_change_of_a_file_of_evidence_ends_in_one_of_our_errors_or_a_verdict(watched: Round) -> None:
+    watched.mirrors[3].entries[5] = b"another"
+    watched.flip(1, "tile/0/002.p/188")
+    watched.mirrors[2].entries += [b"more"]
+    watched.mirrors[2].entries[3] = b"another"
+    await watched.found()
+    files = [path.read_bytes() for path in watched.evidence.files()]
+    assert len(files) >= 2
+    rng = random.Random(7)
+    for _ in range(1500):
+        data = bytearray(rng.choice(files))
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice((0, 1, 1, 3))] = rng.randbytes(rng.choice((0, 1, 1, 2)))
+        with contextlib.suppress(MedshardError):
+            await judge(Exhibit.from_bytes(bytes(data)), watched.consortium.roster)
+
+
+async def test_documents_of_one_kind_under_the_name_of_another_end_in_one_of_our_errors_or_a_verdict(watched: Round) -> None:
+    note, entry = watched.mirrors[0].note, watched.consortium.entry("vault", Register(bytes(32), bytes(32), bytes(16))).to_bytes()
+    pieces = [note, entry, b"", bytes(32), bytes(31), Note.from_bytes(note).text.encode(), note.replace(b"700", b"0")]
+    names = [
+        "note 1",
+        "note 2",
+        "root",
+        "path",
+        "entry",
+        "before",
+        "after",
+        "published",
+        "signed",
+        "rosters",
+        "0/000",
+        "entries/000",
+        "x/y",
+    ]
+    rng = random.Random(8)
+    for _ in range(600):
+        documents = {name: rng.choice(pieces) for name in rng.sample(names, rng.randrange(len(names)))}
+        exhibit = Exhibit(rng.choice(list(evidence.kinds)), {"index": rng.choice((0, 5, 2**60))}, documents)
+        with contextlib.suppress(MedshardError):
+            await judge(exhibit, watched.consortium.roster)
