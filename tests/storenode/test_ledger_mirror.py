@@ -114,6 +114,42 @@ async def test_a_fork_is_refused_for_good(mirror, log, fork, grown):
     assert await cosigned(mirror, log, log.push(7, 9)) == 9
 
 
+def published(log, size, cosigners=(0, 2, 3)):
+    return log.consortium.note(log.consortium.checkpoint(log.entries[:size]), cosigners).to_bytes()
+
+
+def proof(log, old_size, size):
+    return tuple(merkle.consistency_path([merkle.leaf_hash(entry, sha256) for entry in log.entries[:size]], old_size, sha256))
+
+
+@pytest.mark.parametrize(("start", "end", "size"), [(3, 9, 9), (0, 9, 9), (2, 5, 5), (3, 5, 12), (3, 20, 280), (3, 280, 280)])
+async def test_a_suffix_is_dropped_for_what_a_quorum_published(mirror, log, fork, start, end, size):
+    await mirror.take(log.push(0, 270))
+    push = replace(fork.push(start, end, published(fork, size)), proof=proof(fork, end, size) if end < size else ())
+    assert await cosigned(mirror, fork, push) == end
+    assert mirror._journal.store.entries(0, end) == fork.entries[:end]
+    assert mirror._journal.state.size == end
+    assert await cosigned(mirror, fork, fork.push(end, 290)) == 290
+
+
+async def test_a_suffix_is_kept_where_nothing_published_rules_it_out(mirror, log, fork):
+    await mirror.take(log.push(0, 9))
+    refused = {
+        "too few institutions": (fork.push(3, 9, published(fork, 9, (0, 2))), Refused),
+        "one institution twice": (fork.push(3, 9, published(fork, 9, (0, 2, 2))), Refused),
+        "published before they part": (fork.push(3, 9, published(fork, 3)), Behind),
+        "published on this side": (fork.push(3, 9, published(log, 9)), Damaged),
+        "no proof": (fork.push(3, 5, published(fork, 9)), Damaged),
+        "a proof of another log": (replace(fork.push(3, 5, published(fork, 9)), proof=proof(log, 5, 9)), Damaged),
+        "nothing": (fork.push(3, 9), Behind),
+    }
+    for name, (push, error) in refused.items():
+        with pytest.raises(error):
+            await mirror.take(push)
+        assert mirror._journal.store.entries(0, 9) == log.entries[:9], name
+    assert await cosigned(mirror, log, log.push(9, 12)) == 12
+
+
 async def test_a_root_that_is_not_that_of_the_entries_is_refused(mirror, log):
     for root in (bytes(32), merkle.leaf_hash(log.entries[0], sha256)):
         with pytest.raises(Damaged):
