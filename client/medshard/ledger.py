@@ -24,6 +24,7 @@ from medshard_protocol.roster import Node
 append_timeout_s: Final = 10.0
 hedge_after_s: Final = 1.0  # a frozen node must not cost more than the takeover does
 nodes_asked_max: Final = 4  # each of them finds whoever orders entries by now
+follow_pauses_s: Final = (0.0, 0.3, 0.6)  # a node that lies about a quorum costs this long
 entries_max: Final = 256  # in one request
 seen_max: Final = 512  # notes of some 3 KB each
 
@@ -143,12 +144,18 @@ class LedgerClient:
         return proofs
 
     async def _remember(self, inclusion: Inclusion) -> None:
-        """Verify a proof from a node; where it does not hold, the quorum may be one of a roster that this vault has not followed yet."""
-        try:
-            self._verify(inclusion)
-        except Refused:
-            if not await self._net.follow():
-                raise
+        """Verify a proof from a node; where it does not hold, the quorum may be one of a roster that this vault has not followed yet.
+
+        The nodes hear of a change within a moment of each other, so those that are asked may be just behind the one that answered.
+        """
+        for pause in follow_pauses_s:
+            try:
+                self._verify(inclusion)
+                break
+            except Refused:
+                await asyncio.sleep(pause)
+                await self._net.follow()
+        else:
             self._verify(inclusion)
         self.newest = inclusion.checkpoint
 

@@ -21,7 +21,7 @@ from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
 
 ask_timeout_s: Final = 2.0
-again_after_s: Final = 1.0  # many answers that fail at once are one reason to ask
+again_after_s: Final = 0.25  # many answers that fail at once are one reason to ask
 look_every_s: Final = 60.0
 
 log = logging.getLogger(__name__)
