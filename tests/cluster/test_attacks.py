@@ -224,6 +224,10 @@ async def test_a_second_history_shown_to_others_is_found_by_every_node_and_names
     assert 'medshard_evidence{kind="fork"} 0.0' not in metrics
     assert 'medshard_evidence{kind="fork"}' in metrics
     assert trial.status(honest[0])["watch"]["evidence"]["fork"] >= 1
+    shown = subprocess.run(
+        [sys.executable, "-m", "storenode", "--home", str(trial.home(honest[0])), "status"], capture_output=True, text=True
+    )
+    assert "files of evidence, see: storenode evidence list" in shown.stdout, shown
     await assert_the_honest_rest_goes_on(vault, tmp_path)
 
 

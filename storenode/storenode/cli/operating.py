@@ -98,6 +98,7 @@ def status(session: Session) -> None:
         f" of {shown_size(capacity)} ({used / capacity:.1%}); {shown_size(free)} free",
         f"ledger       {ledger.get('origin')}, {ledger.get('role')}; {entries} entries here, {published} published",
         f"roster       number {membership.roster.number}" + ("" if document["member"] else ": WITHOUT THIS NODE, which serves reads only"),
+        f"watch        {_watched(answer.get('watch'))}",
         f"genesis      {membership.genesis.sha256.hex()}",
         f"certificate  good until {expires:%Y-%m-%d}",
     )
@@ -172,6 +173,18 @@ def _list_invites(session: Session, invites: Any, now: float) -> None:
         },
         *(f"{each.state(now):8} {_moment(each.expires)}  {each.key.hex()[:16] if each.key else '-':16}  {each.label}" for each in issued),
     )
+
+
+def _watched(watch: Any) -> str:
+    """What the watch over the other mirrors saw last, in a line."""
+    last, kept = (watch or {}).get("last"), sum((watch or {}).get("evidence", {}).values())
+    if last is None:
+        text = "has not looked yet"
+    elif last["findings"]:
+        text = "FOUND " + "; ".join(f"{each['kind']}: {each['source']} {each['text']}" for each in last["findings"])
+    else:
+        text = f"{len(last['heads'])} mirrors show one history" + (f", {len(last['silent'])} do not answer" if last["silent"] else "")
+    return text + (f" ({kept} files of evidence, see: storenode evidence list)" if kept else "")
 
 
 def _moment(seconds: int) -> str:
