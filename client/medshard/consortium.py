@@ -89,6 +89,10 @@ class LocalConsortium:
         """A node's folder."""
         return self.folder / "nodes" / name
 
+    def make(self) -> None:
+        """Make what is missing and start nothing, so that a node's configuration can be changed before it starts. Raises MedshardError."""
+        self._make()
+
     def start(self) -> None:
         """Make what is missing, start every node, wait until all answer, and join the vault. Raises MedshardError."""
         self._make()
