@@ -1,25 +1,26 @@
-"""What is kept as evidence, what it proves, and what the watch finds."""
+"""What the watch finds, what is kept of it, and what that proves."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Note, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Register
+from medshard_protocol.entries import Approve, Register
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused, Unavailable
+from medshard_protocol.identity import public_key
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
+from medshard_protocol.rosters import Link, pack_links
 from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_names, tile_width
 from storenode import evidence
 from storenode.cli.main import main
@@ -28,62 +29,6 @@ from storenode.watching import Verdict, Watch, judge
 from storenode.watching.watch import Trust
 
 now = 1_700_000_000
-
-# -- keeping
-
-
-def test_the_same_proof_is_kept_once_whoever_tells_of_it(tmp_path: Path) -> None:
-    kept = Evidence(tmp_path / "evidence")
-    first = kept.keep("fork", {"node": "a", "size": 5}, {"one": b"1", "two": b"2"})
-    assert kept.keep("fork", {"node": "b"}, {"two": b"2", "one": b"1"}) == first
-    assert kept.keep("fork", {}, {"one": b"1", "two": b"3"}) != first
-    assert kept.counts() == {"fork": 2}
-    exhibit = Exhibit.read(first)
-    assert (exhibit.kind, exhibit.details, exhibit.documents) == ("fork", {"node": "a", "size": 5}, {"one": b"1", "two": b"2"})
-    assert exhibit.file_name == first.name
-
-
-def test_a_flood_of_one_kind_keeps_its_first_and_its_last_and_leaves_the_others_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evidence, "files_max", 6)
-    kept = Evidence(tmp_path)
-    fork = kept.keep("fork", {}, {"note": b"fork"})
-    for number in range(20):
-        path = kept.keep("stale", {}, {"note": b"%d" % number})
-        os.utime(path, (number, number))
-    assert [Exhibit.read(path).documents["note"] for path in kept.files("stale")] == [b"0", b"1", b"2", b"17", b"18", b"19"]
-    assert fork.exists()
-    monkeypatch.setattr(evidence, "bytes_max", 2_500)
-    kept.keep("stale", {}, {"note": bytes(2_000)})
-    assert sum(path.stat().st_size for path in kept.files("stale")) <= 2_500
-
-
-def test_a_kind_that_nobody_knows_and_documents_beyond_the_limit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind"):
-        Evidence(tmp_path).keep("gossip", {}, {})
-    with pytest.raises(ValueError, match="bytes"):
-        Evidence(tmp_path).keep("fork", {}, {"note": bytes(evidence.evidence_bytes_max)})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_details_are_cleaned_of_what_a_terminal_would_obey(tmp_path: Path) -> None:
-    path = Evidence(tmp_path).keep("stale", {"reason": "a\x1b[31mred" + "x" * 400, "seconds": -1}, {})
-    details = Exhibit.read(path).details
-    assert details["seconds"] == 0
-    assert details["reason"] == "a?[31mred" + "x" * 291
-
-
-def test_a_file_that_is_no_evidence_is_malformed(tmp_path: Path) -> None:
-    path = Evidence(tmp_path).keep("stale", {"seconds": 90}, {"note": b"text"})
-    good = path.read_bytes()
-    for bad in (b"", good[:-1], good + b"\0", good.replace(b"stale", b"stole"), good.replace(b"note", b"N\nte")):
-        path.write_bytes(bad)
-        with pytest.raises(Malformed):
-            Exhibit.read(path)
-    with pytest.raises(Absent):
-        Exhibit.read(tmp_path / "none")
-
 
 # -- going around
 
@@ -522,24 +467,44 @@ async def test_any_change_of_a_file_of_evidence_ends_in_one_of_our_errors_or_a_v
 async def test_documents_of_one_kind_under_the_name_of_another_end_in_one_of_our_errors_or_a_verdict(watched: Round) -> None:
     note, entry = watched.mirrors[0].note, watched.consortium.entry("vault", Register(bytes(32), bytes(32), bytes(16))).to_bytes()
     pieces = [note, entry, b"", bytes(32), bytes(31), Note.from_bytes(note).text.encode(), note.replace(b"700", b"0")]
-    names = [
-        "note 1",
-        "note 2",
-        "root",
-        "path",
-        "entry",
-        "before",
-        "after",
-        "published",
-        "signed",
-        "rosters",
-        "0/000",
-        "entries/000",
-        "x/y",
-    ]
+    names = ["note 1", "note 2", "root", "path", "entry", "before", "after", "published", "signed", "rosters", "0/000", "entries/000"]
     rng = random.Random(8)
     for _ in range(600):
         documents = {name: rng.choice(pieces) for name in rng.sample(names, rng.randrange(len(names)))}
         exhibit = Exhibit(rng.choice(list(evidence.kinds)), {"index": rng.choice((0, 5, 2**60))}, documents)
         with contextlib.suppress(MedshardError):
             await judge(exhibit, watched.consortium.roster)
+
+
+async def test_heads_of_a_later_roster_are_checked_along_the_chain_from_genesis(watched: Round) -> None:
+    old = watched.consortium.roster
+    key = public_key(watched.consortium.key("a new cosigner"))
+    nodes = (*old.nodes[:3], replace(old.nodes[3], cosigner_key=key))
+    new = replace(old, number=1, previous=old.sha256, nodes=nodes)
+    approvals = [watched.consortium.entry(f"ca {number}", Approve(new.sha256, bytes(16))).to_bytes() for number in range(3)]
+    links = pack_links([Link(new.to_bytes(), tuple(approvals))])
+    trust = Trust((old, new), links)
+    assert await watched.found() == []  # under the old roster
+    watched.watch = Watch(lambda: trust, lambda: watched.mirrors, watched.evidence, watched.folder / "watch.state", clock=lambda: now)
+    verifier = cosigner_verifier(new, nodes[3].id)
+
+    def with_new_key(path: str, data: bytes) -> bytes:
+        note = Note.from_bytes(data) if path == "checkpoint" else None
+        return (
+            data
+            if note is None
+            else note.signed_by([verifier.sign(note.text, watched.consortium.key("a new cosigner").sign, now)]).to_bytes()
+        )
+
+    watched.grow(5)
+    for mirror in watched.mirrors:
+        mirror.cosigners, mirror.spoil = (0, 1), with_new_key  # with the new key it is a quorum, and without it none
+    assert await watched.found() == []
+    watched.mirrors[2].entries[3] = b"another"
+    assert ("fork", "node2") in await watched.found()
+    exhibit = Exhibit.read(watched.evidence.files("fork")[0])
+    verdict = await judge(exhibit, old)
+    assert verdict.proven
+    assert "Both have a quorum" in "\n".join(verdict.lines)
+    without = Exhibit(exhibit.kind, {}, {name: data for name, data in exhibit.documents.items() if name != "rosters"})
+    assert "Both have a quorum" not in "\n".join((await judge(without, old)).lines)
