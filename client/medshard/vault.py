@@ -286,6 +286,7 @@ class Vault:
     async def prove(self, sha256: bytes) -> tuple[DocumentProof, Proven]:
         """A proof for outsiders that one document was registered, checked against this vault's genesis file. Raises Unavailable."""
         (target,) = await self._lookup.targets([sha256])
+        await self._net.follow()  # its receiver follows the rosters from the genesis file to the one that the checkpoint is of
         return await Prover(self._net, self.home.rosters()[0], self.home.links()).prove(target)
 
     async def verify(self, sha256: bytes) -> VerifyReport:

@@ -75,6 +75,9 @@ class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     digest: Literal["sha256", "sha512"] = "sha256"
 
 
+_no_authority: Final = TimestampSection()
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: str
     listen: str = listen_default
@@ -104,7 +107,7 @@ class Config:
     public_log: bool = False
     ledger_engine: str = "sqlite"
     sequencer: bool = False  # stands by to order the ledger's entries
-    timestamp: TimestampSection = TimestampSection()
+    timestamp: TimestampSection = _no_authority
 
     @classmethod
     def load(cls, home: Path) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -157,3 +158,34 @@ def test_the_log_can_be_exported_and_audited_by_any_member(trial: LocalConsortiu
         report = storenode("log", "verify", folder, "--genesis", outsider.genesis)
         assert (report["genesis_pinned"], report["without_effect"]) == (True, 0)
         assert c2sp.check_log(folder, c2sp.Policy((folder / "policy").read_text())) if report["both_kinds"] else True
+
+
+def test_a_proof_crosses_changes_of_the_roster(trial: LocalConsortium, outsider: Outsider, tmp_path: Path) -> None:
+    """Last in this file: the consortium is another afterwards. The outsider still has the genesis file alone."""
+
+    def operate(name: str, *words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "storenode", "--home", str(trial.home(name)), "--json", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+        return dict(json.loads(done.stdout))
+
+    names = trial.names
+    for number in (1, 2):
+        document = operate(names[0], "roster", "propose", "--set-capacity", f"{names[number]}=7GB", "--yes")["sha256"]
+        signed: dict[str, Any] = {}
+        for name in names[1:4]:
+            signed = operate(name, "roster", "sign", "--yes", document)
+        assert signed["in_effect"]
+        deadline = time.monotonic() + 20
+        while not all((trial.home(name) / "data" / "rosters" / f"{number:08}.link").exists() for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    digest, proof = sha256(outsider.document.read_bytes()).hexdigest(), tmp_path / "later.tlog-proof"
+    assert main(["--home", str(trial.vault_home), "prove", digest, "-o", str(proof)]) == Exit.OK
+    code, out, err = check(outsider, proof, outsider.document, "--genesis", outsider.genesis, "--json")
+    assert (code, err) == (Exit.OK, "")
+    told = json.loads(out)
+    assert told["roster"] == 2
+    before = json.loads(check(outsider, outsider.proof, "--genesis", outsider.genesis, "--json")[1])
+    assert told["log_size"] > before["log_size"]
+    assert told["index"] == before["index"]
+    assert any((trial.home(name) / "data" / "full-checkpoint-0").exists() for name in names)  # the first roster's cosigners sealed its end
