@@ -1,21 +1,20 @@
 """Restoring: from a plaintext's SHA-256 to its bytes, every step checked.
 
 tag → manifest (from any holder; its hash is on the ledger under a quorum) → ACCESS entry → k shards → cells checked → unsealed →
-SHA-256 compared → rename. Nothing wrong is ever written under a final name.
+SHA-256 compared → rename. Nothing wrong is ever written under a final name. The entry is there before anything here begins: the net that
+is read over shows it with each request (access.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 from medshard.download import Arrived, BadCell, Download
 from medshard.encoding import Decoder
-from medshard.lookup import Lookup
 from medshard.model import Progress
 from medshard.restoring import Restore, Target, pour, publish, stripes_needed
 from medshard.smallfiles import SmallReads, object_bytes_max
@@ -31,14 +30,12 @@ OnProgress = Callable[[Progress], None]
 class Getter:
     """Restores of one vault over one set of connections."""
 
-    def __init__(self, net: Net, lookup: Lookup, announce: Callable[[Sequence[FileId]], Awaitable[bool]]) -> None:
+    def __init__(self, net: Net) -> None:
         self._net = net
-        self._lookup = lookup
-        self._announce = announce
         self.bad_cells: list[BadCell] = []
 
-    async def restore(self, restores: Sequence[Restore], progress: OnProgress | None = None) -> bool:
-        """Fill and finish every restore; whether all reads are on the ledger. On an error what is not finished leaves no trace."""
+    async def restore(self, restores: Sequence[Restore], progress: OnProgress | None = None) -> None:
+        """Fill and finish every restore. On an error what is not finished leaves no trace."""
         total = sum(restore.target.size for restore in restores)
         done = 0
 
@@ -51,7 +48,6 @@ class Getter:
         by_file: dict[FileId, list[Restore]] = defaultdict(list)
         for restore in restores:
             by_file[restore.target.manifest.file_id].append(restore)
-        access = asyncio.create_task(_as_coroutine(self._announce(list(by_file))))
         try:
             small: list[list[Restore]] = []
             for group in by_file.values():
@@ -61,17 +57,11 @@ class Getter:
                     await self._restore_large(group, advance if progress else None)
             for batch in _batches(small):
                 await self._restore_small(batch, advance)
-            # Nothing gets its final name before the read is on the ledger, or the ledger is known to be out of reach.
-            recorded = await access
             await asyncio.to_thread(publish, restores)
         except BaseException:
-            access.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await access
             for restore in restores:
                 restore.abandon()
             raise
-        return recorded
 
     async def read(self, target: Target, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` of one plaintext, by reading only the stripes they lie in."""
@@ -83,19 +73,13 @@ class Getter:
         start = target.offset + offset
         layout = target.manifest.layout
         wanted = layout.stripes_of(start, length)
-        access = asyncio.create_task(_as_coroutine(self._announce([target.manifest.file_id])))
-        try:
-            decoder = Decoder(target.seal, layout)
-            parts: list[bytes] = []
+        decoder = Decoder(target.seal, layout)
+        parts: list[bytes] = []
 
-            def take(arrived: Arrived) -> None:
-                parts.append(bytes(decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)))
+        def take(arrived: Arrived) -> None:
+            parts.append(bytes(decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)))
 
-            await Download(self._net, target.manifest, self.bad_cells.append).run(wanted, take)
-            await access
-        except BaseException:
-            access.cancel()
-            raise
+        await Download(self._net, target.manifest, self.bad_cells.append).run(wanted, take)
         skip = start - wanted.start * layout.segment_plain
         return b"".join(parts)[skip : skip + length]
 
@@ -151,10 +135,6 @@ def _batches(groups: Iterable[list[Restore]]) -> Iterable[list[list[Restore]]]:
         batch.append(group)
     if batch:
         yield batch
-
-
-async def _as_coroutine(awaitable: Awaitable[bool]) -> bool:
-    return await awaitable
 
 
 def default_destination(name: bytes, folder: Path) -> Path:

@@ -209,7 +209,7 @@ class Vault:
 
         async def work(net: Net, file_ids: frozenset[FileId]) -> None:
             nonlocal found
-            found = await Getter(net, self._lookup, _announced).read(target, offset, length)
+            found = await Getter(net).read(target, offset, length)
 
         await self._reader.read([target.manifest.file_id], Purpose.UNSPECIFIED, self.home.standing_reason(), work)
         return found
@@ -233,7 +233,7 @@ class Vault:
                 raise Damaged("the read broke off after some bytes were written out", hint="Run the command again.")
             chosen = [(target, path) for target, path in pairs if target.manifest.file_id in file_ids]
             begun[:] = _restores(chosen, out)
-            getter = Getter(net, self._lookup, _announced)
+            getter = Getter(net)
             shift = before
             try:
                 await getter.restore(begun, progress and (lambda p: progress(Progress(p.done_bytes + shift, total, p.phase, p.path))))
@@ -369,10 +369,6 @@ class Vault:
             self._index.journal_put(pending_slot, canonical.encode([entry.to_bytes() for entry in entries]))
         else:
             self._index.journal_delete(pending_slot)
-
-
-async def _announced(file_ids: Sequence[FileId]) -> bool:
-    return True  # before the getter began
 
 
 def _restores(pairs: Sequence[tuple[Target, Path | None]], out: BinaryIO | None) -> list[Restore]:
