@@ -26,6 +26,8 @@ from medshard_protocol.checkpoint import Note, cosigners, open_published
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, follow
+from storenode.asking import exchange
+from storenode.identity import NodeKeys
 
 size = 40_000
 settle_s = 20.0
@@ -193,9 +195,6 @@ async def test_puts_and_gets_go_on_while_a_node_gets_new_keys(trial: LocalConsor
 
 def published(trial: LocalConsortium) -> list[bytes]:
     """The newest checkpoint of each node that answers."""
-    from storenode.asking import exchange
-    from storenode.identity import NodeKeys
-
     roster, keys = present(trial), NodeKeys.load(trial.home(trial.names[0]))
     notes = []
     for node in roster.nodes:
@@ -283,13 +282,17 @@ async def test_an_identity_is_marked_for_emergencies(trial: LocalConsortium, vau
 
 async def test_an_institution_leaves_and_its_node_takes_nothing_any_more(trial: LocalConsortium, vault: Vault, tmp_path: Path) -> None:
     digest, data = await stored(vault, tmp_path)
-    name = "hospital-03"
+    name, before = "hospital-03", present(trial)
     assert name in members(trial)
     async with traffic(vault, tmp_path):
         await asyncio.to_thread(changed, trial, members(trial)[0], "--remove-institution", name, "--code", "2/4/3", signers=4)
     assert name not in members(trial)
     eventually(lambda: operate(trial.home(name), "status")["member"] is False)
     assert "is not in roster" in (trial.home(name) / "log").read_text()
+    gone, keys = next(node for node in before.nodes if node.name == name), NodeKeys.load(trial.home(members(trial)[0]))
+    status, body = exchange(gone, before, keys, "PUT", "/v1/rosters", b"anything")
+    assert (status, "serves reads only" in body.decode(errors="replace")) == (403, True)
+    assert exchange(gone, before, keys, "GET", "/v1/status")[0] == 200
     error = operate(trial.home(name), "roster", "propose", "--set-capacity", f"{members(trial)[0]}=2GB", "--yes", refused=True)
     assert "of no institution in roster" in error["message"]
     await assert_comes_back(vault, digest, data, tmp_path)

@@ -7,7 +7,7 @@ import socket
 import ssl
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -131,6 +131,56 @@ def test_a_node_is_known_as_the_node_of_the_roster(world: World) -> None:
     peer = peer_of(end, world.roster)
     assert peer is not None
     assert (peer.institution, peer.node) == (3, world.roster.nodes[3].id)
+
+
+def without(roster: Roster, number: int) -> Roster:
+    """The same roster without the last institution, or with another TLS key of an earlier one's node."""
+    if number == len(roster.institutions) - 1:
+        return replace(roster, institutions=roster.institutions[:number], nodes=roster.nodes[:number], code=(1, number, number))
+    other = replace(roster.nodes[number], tls_key=identity.public_key(Ed25519PrivateKey.generate()))
+    return replace(roster, nodes=(*roster.nodes[:number], other, *roster.nodes[number + 1 :]))
+
+
+def connected(world: World, number: int) -> ssl.SSLSocket:
+    """Node 0's end of a connection by another node."""
+    server = server_ssl_context(world.roster, world.members[0].keys)
+    client = client_ssl_context(world.roster.institutions[0].ca, world.members[number].keys)
+    end, failure = handshake(server, client, name_of(world.members[0]))
+    assert failure is None
+    assert isinstance(end, ssl.SSLSocket)
+    return end
+
+
+def test_who_left_the_roster_is_nobody_although_tls_still_knows_its_ca(world: World) -> None:
+    end, now_without = connected(world, 3), without(world.roster, 3)
+    assert peer_of(end, world.roster) is not None
+    assert peer_of(end, now_without) is None
+    assert peer_of(end, now_without, world.roster) is None  # not for a moment longer
+
+
+def test_a_nodes_key_of_a_moment_ago_is_still_that_node(world: World) -> None:
+    end, rotated = connected(world, 2), without(world.roster, 2)
+    after, during = peer_of(end, rotated), peer_of(end, rotated, world.roster)
+    assert after is not None
+    assert during is not None
+    assert (after.institution, after.node) == (2, None)
+    assert (during.institution, during.node) == (2, world.roster.nodes[2].id)
+
+
+def test_what_a_former_ca_issued_counts_until_it_is_dropped(world: World) -> None:
+    fresh = create_institution("Institution 1")
+    own = replace(world.roster.institutions[1], ca=fresh.certificate, key=identity.public_key(fresh.key))
+
+    def with_former(former: tuple[bytes, ...]) -> Roster:
+        return replace(
+            world.roster, institutions=(world.roster.institutions[0], replace(own, former=former), *world.roster.institutions[2:])
+        )
+
+    end = connected(world, 1)
+    kept = peer_of(end, with_former((world.members[1].institution.certificate,)))
+    assert kept is not None
+    assert (kept.institution, kept.node) == (1, world.roster.nodes[1].id)
+    assert peer_of(end, with_former(())) is None
 
 
 def test_nobody_in_particular_may_connect_and_is_nobody(world: World) -> None:

@@ -15,6 +15,7 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link
 from storenode import membership as membership_module
 from storenode.approving import Seal
+from storenode.config import write_config
 from storenode.drafting import (
     add_emergency,
     add_node,
@@ -305,6 +306,17 @@ def test_new_node_keys_wait_until_a_roster_lists_them(home):
     assert NodeKeys.load_from(folder / "keys-until-1").tls_key == keys.tls_key
 
 
+def test_keys_that_no_roster_lists_stay_where_they_are(home):
+    folder, ca, old = home
+    keys = NodeKeys.load(folder)
+    drawn = create_next(folder, keys, ca, fresh_ca=False, node_keys=True)
+    other, _ = card_of(ca, "clinic", folder.parent / "elsewhere", "Clinic")
+    new = draft(old, [rotate_keys(other)])  # lists neither those in use nor those that wait
+    assert not waits(folder, new)
+    assert promote(folder, new).tls_key == keys.tls_key
+    assert NodeKeys.load_from(folder / "keys-next").tls_key == drawn.tls_key
+
+
 def test_a_power_cut_between_the_renames_is_mended(home):
     folder, ca, old = home
     drawn = create_next(folder, NodeKeys.load(folder), ca, fresh_ca=False, node_keys=True)
@@ -336,8 +348,6 @@ def test_a_node_that_came_later_adopts_genesis_and_chain(tmp_path):
     new = draft(four.roster, [add_node(late)])
     chain = tmp_path / "chain.medshard"
     chain.write_bytes(pack_chain([link(four.roster, new)]))
-    from storenode.config import write_config
-
     write_config(tmp_path / "home", url="https://127.0.0.1:9799")
     with pytest.raises(Refused, match="the genesis file does not list this node"):
         adopt(tmp_path / "home", four.roster.to_bytes(), keys)
@@ -349,3 +359,13 @@ def test_a_node_that_came_later_adopts_genesis_and_chain(tmp_path):
         read_chain(chain)
     with pytest.raises(Absent):
         read_chain(tmp_path / "nothing")
+
+
+def test_a_forged_chain_is_adopted_by_nobody(tmp_path):
+    late, keys = card_of(create_institution("Fifth"), "fifth", tmp_path / "home", "Fifth")
+    new = draft(four.roster, [add_node(late)])
+    write_config(tmp_path / "home", url="https://127.0.0.1:9799")
+    with pytest.raises(Refused, match="approved by 2 institutions"):
+        adopt(tmp_path / "home", four.roster.to_bytes(), keys, [link(four.roster, new, (0, 1))])
+    assert not (tmp_path / "home" / "genesis.medshard").exists()
+    assert not (tmp_path / "home" / "data").exists()
