@@ -53,10 +53,13 @@ async def test_a_standby_takes_over_and_the_old_sequencer_follows_it(net):
     await net.stop(0)
     then = await net.ledgers[3].append(entries[2:])
     assert [item.index for item in (*first, *then)] == [2, 3, 4, 5]
-    assert leaders(net) == [1]
+    (leader,) = leaders(net)
+    assert leader in (1, 2)
     await net.start(0)
     await net.until(lambda: net.published(0) == 6)
-    assert (leaders(net), net.ledgers[0].status()["leader"], net.ledgers[0].mirror.epoch) == ([1], "node1", 2)
+    await net.until(lambda: len(leaders(net)) == 1)
+    await net.until(lambda: net.ledgers[0].status()["leader"] == net.roster.nodes[leaders(net)[0]].name)
+    assert net.ledgers[0].mirror.epoch >= 2
     (again,) = await net.ledgers[0].append([entries[0]])
     assert again.index == 2
 
@@ -67,7 +70,7 @@ async def test_of_two_sequencers_the_older_is_fenced_and_its_client_is_served_by
     await net.enrol()
     old = net.ledgers[0]._sequencer
     net.ledgers[1].suspect("a test")
-    await net.until(lambda: net.ledgers[1].leads)
+    await net.until(lambda: leaders(net) == [1])
     inclusions = await asyncio.gather(*(net.ledgers[number].append([net.register()]) for number in range(4)))
     assert sorted(item.index for (item,) in inclusions) == [2, 3, 4, 5]
     assert leaders(net) == [1]

@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, open_published, open_signed
+from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, open_signed
 from medshard_protocol.errors import Conflict, Damaged, Malformed, MedshardError, Refused
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
@@ -270,7 +270,7 @@ class Mirror:
         here = journal.entries(push.old_size, min(end, size))
         if list(push.entries[: len(here)]) == here:
             raise Behind(size, max(self.agreed, min(end, size)))
-        published = open_published(push.published, self._roster)
+        published = self._journal.open_published(push.published)
         if push.old_size < self.agreed or end > published.size:
             raise Behind(size, self.agreed)
         leaves = self._leaves(push, checkpoint, journal.frontier_at(push.old_size))
