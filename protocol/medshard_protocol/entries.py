@@ -1,8 +1,8 @@
 """Entries of the ledger: what may be written down, and who signed it.
 
 Law: an entry is canonical bytes of at most 2 KiB; its author signs the log's origin, the type and the body, so an entry of one log means
-nothing in another. Every body ends in a nonce: an author's nonce stands in a log once, so an entry handed in twice is one entry. Only opaque
-identifiers go in: no names, patient ids, UIDs or plaintext hashes. Whether an author had the right to say it is not decided here but
+nothing in another. Every body ends in a nonce: an author's nonce stands in a log once, so an entry handed in twice is one entry. Only
+opaque identifiers go in: no names, patient ids, UIDs or plaintext hashes. Whether an author had the right to say it is not decided here but
 in ``state``; that the author said it is checked by ``Entry.verify``.
 """
 

@@ -188,4 +188,6 @@ def test_a_proof_crosses_changes_of_the_roster(trial: LocalConsortium, outsider:
     before = json.loads(check(outsider, outsider.proof, "--genesis", outsider.genesis, "--json")[1])
     assert told["log_size"] > before["log_size"]
     assert told["index"] == before["index"]
+    audited = operate(names[0], "log", "verify", f"{trial.roster.nodes[2].url}/log")
+    assert ([each["number"] for each in audited["rosters"]], audited["genesis_pinned"], audited["both_kinds"]) == ([1, 2], True, True)
     assert any((trial.home(name) / "data" / "full-checkpoint-0").exists() for name in names)  # the first roster's cosigners sealed its end

@@ -142,6 +142,19 @@ def _trusted(session: Session, genesis_file: Path | None) -> Roster | None:
         return None
 
 
+def _own_links(session: Session, genesis: Roster | None) -> Sequence[Link]:
+    """The changes of the roster that this home's node has followed, if there is one of this log."""
+    from storenode.config import Config
+    from storenode.genesis import load_genesis
+    from storenode.membership import Membership
+
+    try:
+        config, own = Config.load(session.home), load_genesis(session.home)
+    except (Absent, Malformed):
+        return ()
+    return Membership(config.data, own, sync=False).links(0) if genesis is None or genesis == own else ()
+
+
 def _trusted_from(session: Session, url: str, genesis_file: Path | None) -> tuple[Roster, Sequence[Link], bool]:
     """Genesis file and chain for a log on the web: the user's own file, with what lies beside the log there."""
     from medshard_protocol.roster import Roster
@@ -150,9 +163,9 @@ def _trusted_from(session: Session, url: str, genesis_file: Path | None) -> tupl
 
     source, trusted = _web(url, session, _trusted(session, None)), _trusted(session, genesis_file)
     try:
-        links = unpack_links(source.read(rosters_name))
+        links: Sequence[Link] = unpack_links(source.read(rosters_name))
     except Absent:
-        links = ()
+        links = _own_links(session, trusted)  # a node's /log has the C2SP files and no others
     if trusted is not None:
         return trusted, links, True
     return Roster.from_bytes(source.read(genesis_name)), links, False
@@ -175,7 +188,7 @@ def _web(url: str, session: Session, roster: Roster | None) -> Source:
     def open_connection(host: str, port: int) -> http.client.HTTPConnection:
         return connect(node, roster, keys)
 
-    return Web(url, open_connection)
+    return Web(url, open_connection, node=True)
 
 
 def _progress(session: Session, verb: str) -> Callable[[int, int], None]:
