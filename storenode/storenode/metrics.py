@@ -132,6 +132,9 @@ class Metrics:
         self._gauges["medshard_ledger_size"] = status.get("size", 0)
         self._gauges["medshard_ledger_published_size"] = status.get("published", 0)
         self._gauges["medshard_ledger_is_sequencer"] = status.get("role") == "sequencer"
+        self._gauges["medshard_ledger_epoch"] = status.get("epoch", 0)
+        self._gauges["medshard_ledger_lost"] = bool(status.get("lost", False))
+        self._gauges["medshard_ledger_left_out_entries"] = status.get("left_out", 0)
         self._entries = {str(kind): int(count) for kind, count in dict(status.get("entries", {})).items()}
 
     def roster(self, number: int) -> None:
@@ -228,6 +231,9 @@ _help: Final = {
     "medshard_ledger_size": "Entries in this node's mirror of the ledger.",
     "medshard_ledger_published_size": "Entries under the newest checkpoint that a quorum cosigned, as far as this node knows.",
     "medshard_ledger_is_sequencer": "1 on the node that orders entries.",
+    "medshard_ledger_epoch": "Counts the takeovers of the sequencer that this node knows of.",
+    "medshard_ledger_lost": "1 on a node that lost part of its ledger and cosigns nothing until its key is replaced.",
+    "medshard_ledger_left_out_entries": "Entries handed in here that the sequencer has left out for ten seconds.",
 }
 
 

@@ -96,7 +96,9 @@ def status(session: Session) -> None:
         f"node         {node.name} of {document['institution']}, {node.url}, process {document['pid']}",
         f"stored       {answer.get('shards')} shards, {answer.get('manifests')} manifests, {shown_size(used)}"
         f" of {shown_size(capacity)} ({used / capacity:.1%}); {shown_size(free)} free",
-        f"ledger       {ledger.get('origin')}, {ledger.get('role')}; {entries} entries here, {published} published",
+        f"ledger       {ledger.get('origin')}, {ledger.get('role')}; {entries} entries here, {published} published"
+        + (": PARTLY LOST, so this node cosigns nothing until its key is replaced" if ledger.get("lost") else ""),
+        f"sequencer    {ledger.get('leader') or 'none yet'}, epoch {ledger.get('epoch')}",
         f"roster       number {membership.roster.number}" + ("" if document["member"] else ": WITHOUT THIS NODE, which serves reads only"),
         f"watch        {_watched(answer.get('watch'))}",
         f"genesis      {membership.genesis.sha256.hex()}",
