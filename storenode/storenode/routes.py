@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Self
 
 from aiohttp import web
@@ -47,6 +49,7 @@ from storenode.watching.inside import watch_key
 
 thread_cells_least: Final = 2048
 block_bytes: Final = 1024 * 1024  # one thread hop and one disk call for this much
+send_buffer_bytes: Final = 4 * 1024 * 1024  # as far as the kernel would widen it by itself in time
 paths_cells_max: Final = 64  # Merkle paths are for samples; a whole shard is checked by its digests
 
 
@@ -162,6 +165,7 @@ async def get_shard(request: web.Request) -> web.StreamResponse:
         data = await _read(node, shard, start, end - start)
         return web.Response(body=prefix + data, content_type=body_type)
     response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
+    _widen(request)
     await response.prepare(request)
     await response.write(prefix)
     for offset in range(start, end, block_bytes):
@@ -317,6 +321,23 @@ async def _read(node: Node, shard: Shard, offset: int, length: int) -> bytes:
     if shard.data is not None:
         return node.store.read(shard, offset, length)
     return await asyncio.to_thread(node.store.read, shard, offset, length)
+
+
+def _widen(request: web.Request) -> None:
+    """Let the kernel take a whole block at once: a fifth of the CPU of a large answer is waking up to give it the rest.
+
+    Where it does not allow so much (net.core.wmem_max), asking would only stop it from widening by itself.
+    """
+    if request.transport is not None and _kernel_allows() >= send_buffer_bytes:
+        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+
+
+@functools.cache
+def _kernel_allows() -> int:
+    try:
+        return int(Path("/proc/sys/net/core/wmem_max").read_text())
+    except (OSError, ValueError):
+        return 0  # not Linux
 
 
 def _head(proof: str, shard: Shard, cells: range) -> SpanHead:
