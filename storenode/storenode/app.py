@@ -30,6 +30,7 @@ from medshard_protocol.rosters import pack_links, roster_header
 from storenode import clock, openapi, routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
+from storenode.doorkeeper import Doorkeeper, prepare
 from storenode.draining import Draining
 from storenode.evidence import evidence_in
 from storenode.following import Following, roster_routes
@@ -143,14 +144,24 @@ async def serve(config: Config) -> bool:
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, metrics, following, watch)
     app = build(parts, keys)
     draining = Draining(app)
+    prepare()
+    doorkeeper = Doorkeeper(app)
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=shutdown_s, keepalive_timeout=330, lingering_time=2, read_bufsize=read_bytes
+        app,
+        access_log=None,
+        shutdown_timeout=shutdown_s,
+        keepalive_timeout=330,
+        lingering_time=2,
+        read_bufsize=read_bytes,
+        auto_decompress=False,  # nothing is inflated, not even of a body that the guard refuses for its Content-Encoding
     )
     await runner.setup()
+    server = runner.server
+    assert server is not None  # set up a line above
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    tasks = [asyncio.create_task(_sweep(parts))]
+    tasks = [asyncio.create_task(_sweep(parts)), asyncio.create_task(doorkeeper.watch(lambda: server.connections))]
     again = False
     try:
         await ledger.start()

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 from storenode.config import LogFormat, LogLevel
 
 message_chars_max: Final = 500
@@ -113,6 +115,15 @@ class TextFormatter(_Formatter):
         return head + rest + (f"\n    {error['kind']}: {error['message']}\n    {' < '.join(error['at'])}" if error else "")
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a record of aiohttp's server tells of us. Bytes that are no HTTP are the caller's mistake: for debugging, without a trace."""
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    record.levelno, record.levelname, record.exc_info = logging.DEBUG, "DEBUG", None
+    return logging.getLogger().isEnabledFor(logging.DEBUG)
+
+
 def configure(level: LogLevel, form: LogFormat = "auto", stream: TextIO | None = None) -> None:
     """Send every logger of this process to ``stream`` (standard error) in our form."""
     stream = stream or sys.stderr
@@ -124,6 +135,7 @@ def configure(level: LogLevel, form: LogFormat = "auto", stream: TextIO | None =
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, root.level))  # its debug lines tell of every selector
 
 

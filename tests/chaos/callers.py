@@ -78,24 +78,28 @@ class Door:
     async def open(self, context: ssl.SSLContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection(*self.address, ssl=context, server_hostname=node_hostname(self.node.id))
 
-    async def say(self, context: ssl.SSLContext, data: bytes, wait_s: float = 10.0) -> bytes:
-        """Send bytes and read what comes until the node hangs up, or for so long; b"" if it hung up without a word."""
+    async def say(self, context: ssl.SSLContext, data: bytes, wait_s: float = 10.0, *, head: bool = False) -> bytes:
+        """Send bytes and read what comes until the node hangs up, or for so long; b"" if it hung up without a word.
+
+        With ``head`` only what comes first is waited for.
+        """
         answer = b""
         writer = None
         try:
             async with asyncio.timeout(wait_s):
                 reader, writer = await self.open(context)
                 writer.write(data)
-                await writer.drain()
+                with suppress(OSError):  # a node that has refused reads no further: its answer counts
+                    await writer.drain()
                 while len(answer) < answer_bytes_max and (chunk := await reader.read(65536)):
                     answer += chunk
+                    if head:
+                        break
         except (OSError, TimeoutError):
             pass
         finally:
             if writer is not None:
-                writer.close()
-                with suppress(OSError, TimeoutError):
-                    await writer.wait_closed()
+                writer.transport.abort()
         return answer
 
     def complaints(self, since: int = 0) -> list[str]:
