@@ -114,15 +114,8 @@ def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
     return membership, keys
 
 
-async def serve(config: Config) -> bool:
-    """Run a node until SIGTERM or SIGINT; then finish what is in flight. True if it is to begin again at once, with new keys."""
-    membership, keys = member_keys(config)
-    peers = Peers(membership.roster, client_contexts(membership.roster, keys))
-    metrics = Metrics()
-    store = ShardStore(
-        config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max, on_fsync=metrics.fsync
-    )
-    ledger = Ledger.open(
+def _open_ledger(config: Config, membership: Membership, keys: NodeKeys, peers: Peers) -> Ledger:
+    return Ledger.open(
         config.data,
         membership.genesis,
         keys.node_id,
@@ -136,6 +129,17 @@ async def serve(config: Config) -> bool:
         marker=keys.folder / marker_name,
         pq_key=keys.cosigner_pq,
     )
+
+
+async def serve(config: Config) -> bool:
+    """Run a node until SIGTERM or SIGINT; then finish what is in flight. True if it is to begin again at once, with new keys."""
+    membership, keys = member_keys(config)
+    peers = Peers(membership.roster, client_contexts(membership.roster, keys))
+    metrics = Metrics()
+    store = ShardStore(
+        config.data, capacity=config.capacity_bytes, small_bytes_max=config.limits.small_shard_bytes_max, on_fsync=metrics.fsync
+    )
+    ledger = _open_ledger(config, membership, keys, peers)
     for name, der in (("node", keys.certificate), ("institution", keys.ca_certificate)):
         metrics.certificate(name, load_der_x509_certificate(der).not_valid_after_utc.timestamp())
     stamping = Timestamping(ledger, keys.node, config.timestamp)
