@@ -60,7 +60,7 @@ def damaged(draw: random.Random, target: Target) -> Iterator[str]:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file anew, as another inode: who has the old one open keeps it."""
-    mode = path.stat().st_mode
+    mode = path.stat().st_mode if path.exists() else 0o600
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     os.chmod(part, mode)

@@ -43,6 +43,7 @@ class Folding:
         self._known_unsigned: frozenset[int] = frozenset()
         self._parsed: dict[int, Entry] = {}  # entries that somebody else has checked already, by place
         self._saving: asyncio.Future[None] | None = None
+        self.verifying: asyncio.Future[None] | None = None  # the tables, since the start
 
     def begin(self, memory: Memory, size: int, published: int) -> None:
         """Go on from the tables if they are of this history of ``size`` entries, ``published`` of which stay; else begin anew."""
@@ -55,6 +56,15 @@ class Folding:
         self.state.settle(published)
         self._checked, self._known_unsigned = memory.checked, memory.unsigned
         self.unsigned = set(self.state.unsigned(memory.checked))  # found after the journal remembered last
+        if self.state.size:
+            self.verifying = asyncio.ensure_future(self._verify())
+
+    async def _verify(self) -> None:
+        """Read all of the tables beside everything else: a node with millions of rows must not wait for it to start."""
+        try:
+            await asyncio.to_thread(self.tables.verify)
+        except MedshardError as error:
+            _log.error("%s; %s", error, error.hint)
 
     def believe(self, place: int, parsed: Sequence[Entry]) -> None:
         """Take these entries' signatures as checked."""
@@ -124,6 +134,8 @@ class Folding:
 
     async def close(self) -> None:
         """Save and close."""
+        if self.verifying is not None:
+            await asyncio.wait([self.verifying])
         try:
             await self.save()
             await self.save()  # the first may have waited for an earlier one

@@ -27,7 +27,7 @@ from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
-from medshard_protocol.tiles import Tree, tile_width
+from medshard_protocol.tiles import TileName, Tree, tile_width
 from storenode.ledger.engine import Engine, Head, name_of
 from storenode.ledger.folding import Folding
 from storenode.ledger.store import Store
@@ -64,7 +64,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._typical_commit_s = 1.0  # until measured, a disk is slow
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self.folding = Folding(folder, roster, self.entries, lambda size: self._tree.root(size))
+        self.folding = Folding(folder, roster, self._known, lambda size: self._tree.root(size))
         self._published: Published | None = None
         self._heard = b""  # says to be published; unchecked
         self._heard_at = 0.0  # by the monotonic clock
@@ -204,6 +204,25 @@ class Journal:
         if start >= self._recent_start:
             return self._recent[start - self._recent_start : end - self._recent_start]
         return self.store.entries(start, end)
+
+    def _known(self, start: int, end: int) -> list[bytes]:
+        """Entries for the fold. Those from the disk must be the ones in the tree: nobody checks their authors' signatures again.
+
+        Raises Damaged.
+        """
+        entries = self.entries(start, end)
+        if start >= self._recent_start:
+            return entries
+        leaves = [leaf for tile in range(start // tile_width, -(-end // tile_width)) for leaf in self._leaves(tile)]
+        for place, entry in enumerate(entries, start):
+            if merkle.leaf_hash(entry, sha256) != leaves[place - start // tile_width * tile_width]:
+                raise Damaged(f"the ledger's entry {place} is damaged on this node's disk", hint="let this node mirror the log anew")
+        return entries
+
+    def _leaves(self, tile: int) -> list[bytes]:
+        width = min(tile_width, self.head.size - tile * tile_width)
+        data = self._tree.tile(TileName(0, tile, width))
+        return [data[at : at + 32] for at in range(0, len(data), 32)]
 
     @property
     def tree(self) -> Tree:

@@ -62,11 +62,11 @@ class Store:
 
     def head(self) -> Head:
         """Read how far the log goes."""
-        return Head(*self._row("SELECT size, root, note, accepted FROM head"))
+        return Head(*self._row("SELECT size, root, note, accepted FROM head", "ibbi"))
 
     def standing(self) -> Standing:
         """Read whom this node follows."""
-        return Standing(*self._row("SELECT epoch, leader, lost FROM head"))
+        return Standing(*self._row("SELECT epoch, leader, lost FROM head", "ibb"))
 
     def promise(self, epoch: int, leader: bytes) -> None:
         """Follow this sequencer from now on. Raises Conflict if a later epoch was promised, or this one to another node."""
@@ -113,16 +113,16 @@ class Store:
     def entries(self, start: int, end: int) -> list[bytes]:
         """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
         rows = self._read("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end))
-        if len(rows) != end - start:
+        if len(rows) != end - start or not all(isinstance(row[0], bytes) for row in rows):
             raise Damaged(f"the ledger lacks entries between {start} and {end}")
         return [row[0] for row in rows]
 
     def tile(self, level: int, number: int) -> bytes:
         """Read a full tile. Raises Damaged if it is missing."""
         rows = self._read("SELECT hashes FROM tile WHERE key = ?", (_tile_key(level, number),))
-        if not rows:
+        if not rows or not isinstance(rows[0][0], bytes):
             raise Damaged(f"the ledger lacks tile {number} of level {level}")
-        return bytes(rows[0][0])
+        return rows[0][0]
 
     def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
         """Find where entries stand, by their names."""
@@ -131,7 +131,7 @@ class Store:
 
     def memory(self) -> Memory:
         """Read what was remembered."""
-        checked, published = self._row("SELECT checked, published FROM memory")
+        checked, published = self._row("SELECT checked, published FROM memory", "ib")
         return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM unsigned", ())), published)
 
     def remember(self, checked: int, unsigned: Iterable[int], published: bytes) -> None:
@@ -156,8 +156,12 @@ class Store:
         except sqlite3.Error as error:
             raise _translated(error) from error
 
-    def _row(self, query: str) -> Any:
-        return self._read(query, ())[0]
+    def _row(self, query: str, kinds: str) -> Any:
+        """The one row of a table; ``kinds`` are those of its columns, i(nteger) or b(ytes), which a disk may have changed."""
+        rows = self._read(query, ())
+        if not rows or not all(isinstance(value, {"i": int, "b": bytes}[kind]) for value, kind in zip(rows[0], kinds, strict=True)):
+            raise Damaged("the ledger's database is damaged", hint="restore the node's folder, or let it mirror the log anew")
+        return rows[0]
 
 
 class _Transaction:

@@ -3,7 +3,7 @@
 Law: the file is a cache of the log. What was written stands in memory until a save puts it all into one transaction, so that the file
 always holds the state after some whole number of entries; after a crash it is a little old and the fold goes on from there. It may be
 deleted while the node stands still. A file that cannot be read, or is of another format, is thrown away; a row that a disk has changed is
-found by its checksum, and costs the file and a restart.
+found by its checksum, one that it has lost by ``verify``, and either costs the file and a restart.
 
 Two connections: reads never wait for a save, which may run in a thread. Everything else belongs to one event loop.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import logging
 import sqlite3
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgpack
 
@@ -52,6 +54,7 @@ class SqliteTables:
         self._path = path
         self._unsaved, self._saving = _Layer(), _Layer()
         self._cache: dict[tuple[Table, bytes], Row | None] = {}  # of the file
+        self._broken = False
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._open()
@@ -111,6 +114,24 @@ class SqliteTables:
         size, root = self._reader.execute("SELECT size, root FROM head").fetchone()
         return int(size), bytes(root)
 
+    def verify(self) -> None:
+        """Read the whole file, in any thread: every row against its checksum, and the order in which they are found. Raises Damaged.
+
+        A row that is gone is like one that never was, and nobody notices who asks for it alone.
+        """
+        try:
+            with closing(sqlite3.connect(f"file:{quote(str(self._path))}?mode=ro", uri=True, timeout=10)) as reader:
+                whole = reader.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+                for table in Table if whole else ():
+                    rows = reader.execute(f"SELECT key, data FROM t{int(table)}")  # noqa: S608 - a number
+                    whole = whole and all(_is_whole(key, data) for key, data in rows)
+        except sqlite3.OperationalError as error:
+            raise Unavailable(f"the state's tables cannot be read ({error})") from error
+        except sqlite3.DatabaseError:
+            whole = False
+        if not whole:
+            raise self._damaged()
+
     def begin_save(self) -> None:
         """Set aside what is to be saved. To be called between entries; then ``write``, in any thread; then ``end_save``."""
         self._saving, self._unsaved = self._unsaved, _Layer()
@@ -165,6 +186,8 @@ class SqliteTables:
         return self._row(key, found[0][0]) if found else None
 
     def _execute(self, query: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        if self._broken:
+            raise self._damaged()
         try:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.OperationalError as error:
@@ -173,12 +196,13 @@ class SqliteTables:
             raise self._damaged() from error
 
     def _row(self, key: bytes, data: bytes) -> Row:
-        if not isinstance(key, bytes) or not isinstance(data, bytes) or data[:checksum_size] != _checksum(key, data[checksum_size:]):
+        if not _is_whole(key, data):
             raise self._damaged()
         row: Row = msgpack.unpackb(data[checksum_size:], use_list=False)
         return row
 
     def _damaged(self) -> Damaged:
+        self._broken = True
         self._discard()  # the open connections go on; the next start finds nothing
         return Damaged("the state's tables are damaged on this node's disk", hint="restart this node: it makes them anew from the ledger")
 
@@ -192,6 +216,12 @@ class SqliteTables:
             gone = [(key,) for key, row in rows.items() if row is None]
             self._writer.executemany(f"INSERT OR REPLACE INTO t{int(table)} VALUES (?, ?)", kept)  # noqa: S608 - a number
             self._writer.executemany(f"DELETE FROM t{int(table)} WHERE key = ?", gone)  # noqa: S608 - a number
+
+
+def _is_whole(key: object, data: object) -> bool:
+    if not isinstance(key, bytes) or not isinstance(data, bytes):
+        return False
+    return data[:checksum_size] == _checksum(key, data[checksum_size:])
 
 
 def _checksum(key: bytes, data: bytes) -> bytes:
