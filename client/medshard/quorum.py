@@ -53,7 +53,7 @@ async def missing(net: Net) -> list[Node]:
 def no_quorum(net: Net, down: Collection[Node]) -> Unavailable:
     """That the ledger takes nothing now, and why."""
     roster = net.roster
-    there = {node.institution for node in roster.nodes if node not in down}
+    there = [node for node in roster.nodes if node.id in roster.voices and node not in down]
     names = ", ".join(sorted(node.name for node in down))
     counted = f": {len(there)} of {len(roster.institutions)} institutions answer, {roster.quorum.q} are needed" if down else ""
     hint = f"Down are {names}: start them." if names else "See `medshard doctor`."

@@ -1,6 +1,7 @@
 """Who takes part: the institutions, their nodes and their keys, and how many institutions make a quorum.
 
-Law: a quorum counts distinct institutions, never signatures, so an institution with many nodes has one voice. The genesis file is
+Law: an institution speaks through one node, the first that the roster lists for it. Were any of its nodes enough, a sequencer could show
+one history to the first and another to the second, and the honest institution would have agreed to both. The genesis file is
 ``Roster.to_bytes()``; whoever holds its SHA-256 holds all the trust there is to pin. Certificates are checked to carry the key they
 are listed under; whether they are valid today is the business of TLS, which has a clock.
 
@@ -160,9 +161,16 @@ class Roster:
         return quorum_of(len(self.institutions))
 
     def has_quorum(self, nodes: Iterable[NodeId]) -> bool:
-        """Say whether these nodes speak for enough distinct institutions. Unknown nodes speak for none."""
-        voices = {self._nodes[node].institution for node in nodes if node in self._nodes}
-        return len(voices) >= self.quorum.q
+        """Say whether enough institutions speak through these nodes. Nodes that are nobody's voice, and unknown ones, count for nothing."""
+        return len(self.voices.intersection(nodes)) >= self.quorum.q
+
+    @cached_property
+    def voices(self) -> frozenset[NodeId]:
+        """The nodes through which institutions speak: for each the first that is listed."""
+        firsts: dict[int, NodeId] = {}
+        for node in self.nodes:
+            firsts.setdefault(node.institution, node.id)
+        return frozenset(firsts.values())
 
     def node(self, node: NodeId) -> Node:
         """Find a node. Raises Absent."""

@@ -37,6 +37,7 @@ def test_a_quorum_counts_institutions_not_nodes(consortium):
     roster = consortium(4, nodes_each=2).roster
     ids = [node.id for node in roster.nodes]
     assert not roster.has_quorum([ids[0], ids[4], ids[1], ids[5]])  # two institutions, four nodes
+    assert not roster.has_quorum(ids[4:])  # the second node of each: nobody's voice
     assert roster.has_quorum([ids[0], ids[1], ids[2]])
     assert not roster.has_quorum([ids[0], ids[1], bytes(16)])
 
@@ -143,3 +144,14 @@ def test_a_changed_byte_gives_malformed_or_another_roster(consortium, data):
     packed[at] ^= data.draw(st.integers(1, 255))
     with suppress(Malformed):
         assert Roster.from_bytes(bytes(packed)) != roster
+
+
+def test_two_histories_cannot_both_have_a_quorum_by_showing_them_to_different_nodes_of_honest_institutions(consortium):
+    roster = consortium(4, nodes_each=2).roster
+    ids = [node.id for node in roster.nodes]
+    shown_one, shown_other = ids[:4], ids[4:]
+    assert roster.has_quorum(shown_one)
+    assert not roster.has_quorum(shown_other)
+    swapped = replace(roster, nodes=(*roster.nodes[4:], *roster.nodes[:4]), sequencer=ids[4])  # a later roster may choose other voices
+    assert not swapped.has_quorum(shown_one)
+    assert swapped.has_quorum(shown_other)

@@ -161,9 +161,10 @@ class FullHeads:
     async def _gather(self, published: Published, roster: Roster) -> bytes | None:
         note = Note.from_bytes(published.note)
         by_log = [line for line in note.signatures if any(each.made(line) for each in log_verifiers(roster))]
-        chosen: dict[int, Lines] = {}  # by institution
+        chosen: dict[NodeId, Lines] = {}
         async for node, lines in self._asked(note.text, roster):
-            chosen.setdefault(roster.node(node).institution, lines)
+            if node in roster.voices:
+                chosen[node] = lines
             if len(chosen) == roster.quorum.q:
                 break
         signatures = [*by_log, *(each.ed25519 for each in chosen.values()), *(each.ml_dsa for each in chosen.values())]
@@ -177,7 +178,7 @@ class FullHeads:
 
     async def _asked(self, text: str, roster: Roster) -> AsyncIterator[tuple[NodeId, Lines]]:
         """Each node's lines as they come, checked."""
-        tasks = [asyncio.create_task(self._ask(node.id, text, roster)) for node in roster.nodes if node.pq_key]
+        tasks = [asyncio.create_task(self._ask(node.id, text, roster)) for node in roster.nodes if node.pq_key and node.id in roster.voices]
         try:
             for coming in asyncio.as_completed(tasks):
                 answer = await coming

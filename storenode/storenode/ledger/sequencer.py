@@ -313,9 +313,9 @@ class Sequencer:
             self._publish(round_)
 
     def _publish(self, round_: Round) -> None:
-        voices = {self._roster.node(node).institution: signature for node, signature in round_.cosigned.items()}
+        voices = [signature for node, signature in round_.cosigned.items() if node in self._roster.voices]
         grown = self._journal.published is None or self._journal.published.checkpoint.size < round_.checkpoint.size
-        published = Published(round_.checkpoint, round_.note.signed_by(voices.values()).to_bytes())
+        published = Published(round_.checkpoint, round_.note.signed_by(voices).to_bytes())
         self._journal.publish(published)
         round_.done.set()
         served = [item for item in self._waiting if item[0] < round_.checkpoint.size]

@@ -79,18 +79,17 @@ def documents(links: Iterable[Link]) -> dict[Sha256, Roster]:
 
 
 def policy(roster: Roster) -> str:
-    """A C2SP tlog-policy: any log key, and a quorum of institutions, each by any node, with each kind of key."""
+    """A C2SP tlog-policy: any log key, and a quorum of institutions, each by the node that speaks for it, with each kind of key."""
     lines = [f"# {roster.origin}, roster {roster.number}", *(f"log {each.vkey()}" for each in log_verifiers(roster)), ""]
     kinds = {"ed25519": cosigner_verifier, "ml-dsa": pq_verifier}
     groups = []
     for kind, verifier in kinds.items():
         members = []
         for number, _ in enumerate(roster.institutions):
-            nodes = [node for node in roster.nodes if node.institution == number and (kind == "ed25519" or node.pq_key)]
-            lines += [f"witness {node.name}-{kind} {verifier(roster, node.id).vkey()}" for node in nodes]
-            if nodes:
-                members.append(f"institution-{number}-{kind}")
-                lines.append(f"group {members[-1]} any {' '.join(f'{node.name}-{kind}' for node in nodes)}")
+            node = next(node for node in roster.nodes if node.institution == number)
+            if kind == "ed25519" or node.pq_key:
+                members.append(f"{node.name}-{kind}")
+                lines.append(f"witness {members[-1]} {verifier(roster, node.id).vkey()}")
         if len(members) >= roster.quorum.q:
             groups.append(f"quorum-{kind}")
             lines += [f"group {groups[-1]} {roster.quorum.q} {' '.join(members)}", ""]

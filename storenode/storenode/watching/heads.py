@@ -69,7 +69,7 @@ def read_head(source: str, node: NodeId | None, data: bytes, rosters: Sequence[R
     head = Head(source, node, data, signed, signed.roster.has_quorum(signed.cosigned))
     findings = []
     if not head.published:
-        voices = {signed.roster.node(each).institution for each in signed.cosigned}
+        voices = signed.roster.voices.intersection(signed.cosigned)
         text = f"shows a head as published that {len(voices)} institutions cosigned; {signed.roster.quorum.q} are needed"
         findings.append(Finding("few-cosigners", source, text, {"note 1": data}))
     if node is not None and head.own_time is None:

@@ -155,8 +155,8 @@ async def _few_cosigners(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict
     lines, needed = _words("The head", note), note.roster.quorum.q
     if note.roster.has_quorum(note.cosigned):
         return Verdict(False, (*lines, "That is a quorum: nothing is missing."))
-    voices = {note.roster.node(node).institution for node in note.cosigned}
-    lines.append(f"{len(voices)} institutions cosigned it, and {needed} are needed; several nodes of one institution are one voice.")
+    voices = note.roster.voices.intersection(note.cosigned)
+    lines.append(f"{len(voices)} institutions cosigned it, and {needed} are needed; an institution speaks through its first node alone.")
     lines.append("That it was shown as published is the keeper's word.")
     return Verdict(False, tuple(lines))
 
@@ -255,7 +255,7 @@ _judges: Final[dict[str, Callable[[Exhibit, Sequence[Roster]], Awaitable[Verdict
 
 def _words(what: str, note: Signed) -> list[str]:
     head, roster = note.checkpoint, note.roster
-    voices = {roster.node(node).institution for node in note.cosigned}
+    voices = roster.voices.intersection(note.cosigned)
     quorum = f"{len(voices)} of {len(roster.institutions)} institutions, {'a' if roster.has_quorum(note.cosigned) else 'no'} quorum"
     by = ", ".join(f"{_voice(node, roster)} at {_moment(time)}" for node, time in sorted(note.cosigned.items(), key=lambda item: item[1]))
     return [
