@@ -21,7 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, open_signed
+from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, log_verifiers, open_signed
 from medshard_protocol.errors import Conflict, Damaged, Malformed, MedshardError, Refused
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
@@ -216,7 +216,11 @@ class Mirror:
                 return
             if push.old_size != size:
                 raise Behind(size, self.agreed)
-            if checkpoint.size == size and checkpoint.root != self._journal.head.root and self._journal.head.note:
+            if (
+                checkpoint.size == size
+                and checkpoint.root != self._journal.head.root
+                and self._one_signer(self._journal.head.note, push.signed)
+            ):
                 documents = {"note 1": self._journal.head.note, "note 2": push.signed}
                 self._evidence.keep("fork", {"size": size, "epoch": push.epoch}, documents)
             leaves = self._leaves(push, checkpoint, self._journal.frontier())
@@ -293,10 +297,21 @@ class Mirror:
         self._evidence.keep("abandoned", details, {name: data for name, data in documents.items() if data})
         self._dropped = self._journal.head.note
 
+    def _one_signer(self, one: bytes, other: bytes) -> bool:
+        """Whether one log key signed both. A sequencer that dies between signing and pushing leaves a head that its successor does not
+        continue, and neither has lied; a sequencer's own store has what it signed, so it never contradicts itself by accident."""
+        if not (one and other):
+            return False
+        lines = [Note.from_bytes(data).signatures for data in (one, other)]
+        return any(all(any(map(key.made, each)) for each in lines) for key in log_verifiers(self._roster))
+
     def _accuse(self) -> None:
         """As soon as a published head covers what was dropped, show that whoever signed the dropped head signed another history."""
         dropped, published, tree = Checkpoint.from_text(Note.from_bytes(self._dropped).text), self._journal.published, self._journal.tree
         if published is None or published.checkpoint.size < dropped.size:
+            return
+        if not self._one_signer(self._dropped, published.note):
+            self._dropped = b""
             return
         documents, size = {"note 1": self._dropped, "note 2": published.note}, published.checkpoint.size
         details: dict[str, str | int] = {"old_size": dropped.size, "size": size, "epoch": self.epoch}
