@@ -10,6 +10,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +93,8 @@ async def ask_everything(log: Log) -> str:
                 assert entry[0] == log.entries[place]
         return found
     finally:
-        try:
+        with suppress(MedshardError):
             await journal.close()
-        except MedshardError:
-            journal.store.close()
 
 
 async def damage(log: Log, times: int, seed: int) -> Counter[str]:

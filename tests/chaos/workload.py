@@ -27,6 +27,7 @@ class Workload:
     folder: Path
     draw: random.Random
     workers: int = 4
+    pause_s: float = 0.0  # of a worker, after each file
     acknowledged: dict[bytes, Path] = field(default_factory=dict)
     refused: int = 0
     _count: int = 0
@@ -74,6 +75,7 @@ class Workload:
             path = self.make()
             try:
                 await self.put(vault, path)
+                await asyncio.sleep(self.pause_s)
             except MedshardError:
                 self.refused += 1
                 path.unlink()
