@@ -50,7 +50,7 @@ class Store:
         except BlockingIOError:
             os.close(self._lock)
             raise Unavailable(f"another process uses the ledger in {folder}", hint="stop the node that runs from this folder") from None
-        except (sqlite3.Error, MedshardError) as error:
+        except (sqlite3.Error, UnicodeError, MedshardError) as error:
             os.close(self._lock)
             raise _translated(error) from error
 
@@ -153,7 +153,7 @@ class Store:
     def _read(self, query: str, values: tuple[object, ...]) -> list[Any]:
         try:
             return self._reader.execute(query, values).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
             raise _translated(error) from error
 
     def _row(self, query: str, kinds: str) -> Any:
@@ -173,7 +173,7 @@ class _Transaction:
     def __enter__(self) -> sqlite3.Connection:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
             raise _translated(error) from error
         return self._connection
 

@@ -58,7 +58,7 @@ class SqliteTables:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite quotes the damaged schema, which Python cannot decode
             _log.warning("the state's tables are made anew: %s", error)
             self._discard()
             self._open()
@@ -127,7 +127,7 @@ class SqliteTables:
                     whole = whole and all(_is_whole(key, data) for key, data in rows)
         except sqlite3.OperationalError as error:
             raise Unavailable(f"the state's tables cannot be read ({error})") from error
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeError):
             whole = False
         if not whole:
             raise self._damaged()
@@ -192,7 +192,7 @@ class SqliteTables:
             return self._reader.execute(query, values).fetchall()
         except sqlite3.OperationalError as error:
             raise Unavailable(f"the state's tables cannot be read ({error})") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeError) as error:
             raise self._damaged() from error
 
     def _row(self, key: bytes, data: bytes) -> Row:
@@ -234,7 +234,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         # After a power cut the file is whole and a little old, which is all that is asked of it.
         connection.execute("PRAGMA synchronous=NORMAL")
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeError):
         connection.close()
         raise
     return connection

@@ -125,7 +125,7 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError:
         raise
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
         hint = "its shards are on other nodes too: move the node's data folder away and start it, and they are made again"
         raise Damaged(f"{path} is damaged ({error})", hint=hint) from error
 
