@@ -46,6 +46,7 @@ class Catalog:
         with _whole(path):
             self._reader = _connect(path)
             self._reader.executescript(_schema)
+            self._writer = _connect(path)  # here and not in its thread: a thread that dies of a damaged file lets every write wait for ever
         self._queue: queue.SimpleQueue[tuple[Write, asyncio.Future[Any], asyncio.AbstractEventLoop] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._thread.start()
@@ -80,8 +81,7 @@ class Catalog:
         self._reader.close()
 
     def _run(self) -> None:
-        connection = _connect(self._path)
-        running = True
+        connection, running = self._writer, True
         while running:
             batch = [self._queue.get()]
             while len(batch) < batch_max:
@@ -123,9 +123,10 @@ def _whole(path: Path) -> Iterator[None]:
     """Say in our words that the file is not what SQLite wrote. What fails in operation, such as a full disk, stays what it is."""
     try:
         yield
-    except sqlite3.OperationalError:
-        raise
     except (sqlite3.DatabaseError, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
+        # An operational error without a code is the sqlite3 module's own: a blob that has become text, and is none.
+        if isinstance(error, sqlite3.OperationalError) and hasattr(error, "sqlite_errorcode"):
+            raise
         hint = "its shards are on other nodes too: move the node's data folder away and start it, and they are made again"
         raise Damaged(f"{path} is damaged ({error})", hint=hint) from error
 
