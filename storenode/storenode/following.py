@@ -107,8 +107,12 @@ class Following:
 
     def _take_over(self) -> None:
         """Go by the rosters that published entries have decided."""
-        state, published = self._ledger.journal.folded, self._ledger.published
-        for index, roster in state.decided[self._membership.roster.number :]:
+        state = self._ledger.journal.folded
+        decided = state.decided[self._membership.roster.number :]
+        if not decided:  # or every head would be verified here at once, by nodes that nobody asks
+            return
+        published = self._ledger.published
+        for index, roster in decided:
             if published is None or published.checkpoint.size <= index:
                 return
             try:

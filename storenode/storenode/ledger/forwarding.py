@@ -139,6 +139,8 @@ class Forwarding:
 
     def _follow_leader(self) -> None:
         """Another sequencer starts with a clean slate, and is given what the one before did not take."""
+        if not self._watched:
+            return
         leader, published = self._ledger.mirror.leader, self._ledger.published
         for item in self._watched.values():
             if item.leader != leader and published is not None:
