@@ -76,7 +76,7 @@ def _loads(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str
             if engine == "sqlite":
                 found[engine].append(_load(folder / "consortium", "", options.seconds))
             else:
-                with Postgres(folder) as server:
+                with Postgres(options.data) as server:
                     found[engine].append(_load(folder / "consortium", server.database("ledger"), options.seconds))
     return found
 

@@ -201,6 +201,13 @@ def test_of_foreign_entries_with_one_name_the_first_is_found(engine: Engine) -> 
     assert engine.entries(0, 5) == [b"a", b"b", b"a", b"", b"b"]
 
 
+def test_several_threads_look_for_entries_at_once(engine: Engine) -> None:
+    engine.extend(0, 0, [b"a", b"b"], [], head(2), [name(b"A"), name(b"B")], own=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: engine.find([name(b"B")]), range(200)))
+    assert found == [{name(b"B"): 1}] * 200
+
+
 def test_a_promise_goes_only_forward_and_to_one_node(opened: Callable[[], Engine], dsn: str) -> None:
     engine = opened()
     engine.promise(3, b"x" * 16)

@@ -49,7 +49,7 @@ class Memory(NamedTuple):
 
 
 class Engine(Protocol):
-    """One log in one database. Not for two threads at once, save that reads and writes may overlap.
+    """One log in one database. Writes come from one thread at a time; reads from several, also during a write.
 
     Every method raises Unavailable while the database cannot be used, and Damaged where it holds what it never should.
     """

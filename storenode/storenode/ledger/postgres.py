@@ -72,6 +72,7 @@ class PostgresStore:
         self._thread = threading.Thread(target=self._loop.run_forever, name="postgres", daemon=True)
         self._thread.start()
         self._connections: dict[str, asyncpg.Connection[Any]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}  # several threads may ask at once, and a connection carries one query at a time
         self._owner = 0
         try:
             self._owner = self._run(self._open(origin, empty_root))
@@ -205,13 +206,14 @@ class PostgresStore:
                 connection.terminate()
 
     async def _on(self, name: str, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]], timeout_s: float) -> _T:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await act(await self._connection(name))
-        except (OSError, TimeoutError, *_lost):
-            if (connection := self._connections.pop(name, None)) is not None:
-                connection.terminate()  # an answer may still come, and would be taken for that to the next query
-            raise
+        async with self._turns.setdefault(name, asyncio.Lock()):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await act(await self._connection(name))
+            except (OSError, TimeoutError, *_lost):
+                if (connection := self._connections.pop(name, None)) is not None:
+                    connection.terminate()  # an answer may still come, and would be taken for that to the next query
+                raise
 
     def _read(self, query: str, *values: object) -> list[Any]:
         return self._run(self._on("read", lambda to: to.fetch(query, *values), read_timeout_s))
