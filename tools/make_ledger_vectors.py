@@ -150,6 +150,17 @@ def roster() -> bytes:
     return pack([2, origin, 0, bytes(32), node_id(0), institutions, members, [2, 4, 4], emergency, auditors])
 
 
+def successor(genesis: bytes, note: str, leaves: Sequence[bytes]) -> dict[str, str]:
+    """The same consortium under another origin, as if its log had ended with these entries; signed by three of four."""
+    _, _, *rest = msgpack.unpackb(genesis)
+    before = [[origin, sha256(genesis), len(leaves), tree_head(leaves)]]
+    new = pack([3, "consortium.example/log-2", *rest, before])
+    signed = b"medshard/successor/v1" + sha256(genesis) + sha256(new)
+    signatures = sorted([public(f"ca {n}"), sign(f"ca {n}", signed)] for n in (0, 1, 2))
+    document = pack([1, genesis, [], note.encode(), new, signatures])
+    return {"roster": new.hex(), "signed": signed.hex(), "document": document.hex()}
+
+
 # -- entries
 
 
@@ -331,6 +342,7 @@ def pages() -> dict[str, str]:
         "checkpoint": notes[0],
         "full_checkpoint": notes[1],
         "inclusion_of_2": pack([2, entries[2], audit_path(2, leaves), notes[0].encode()]).hex(),
+        "successor": successor(genesis, notes[0], leaves),
         "messages": messages(entries, notes[0]),
         "tile_0_000.p_5": b"".join(leaves).hex(),
         "bundle_000.p_5": b"".join(len(each).to_bytes(2, "big") + each for each in entries).hex(),

@@ -54,13 +54,13 @@ class Place:
         fields = Fields(value, count=3, what="proof entry")
         return cls(fields.uint(most=size_max), fields.bytes(most=entry_bytes_max), _path(fields))
 
-    def check(self, checkpoint: Checkpoint) -> Entry:
+    def check(self, checkpoint: Checkpoint, roster: Roster) -> Entry:
         """The entry, if it is in the log that the checkpoint describes and signed by its author. Raises Malformed or Refused."""
         leaf = merkle.leaf_hash(self.entry, sha256)
         if merkle.root_from_path(leaf, self.index, checkpoint.size, self.path, sha256) != checkpoint.root:
             raise Refused(f"proof: entry {self.index} is not in the log that the checkpoint describes")
         entry = Entry.from_bytes(self.entry)
-        entry.verify(checkpoint.origin)
+        entry.verify(roster.origin_at(self.index))
         return entry
 
 
@@ -133,7 +133,7 @@ class Step:
             raise Malformed(f"proof: not every approval of roster {new.number} is shown to be in the log")
         checkpoint = open_published(self.seal.note or note, old, pq=True)
         for entry, (index, path) in zip(self.link.approvals, self.seal.approvals, strict=True):
-            Place(index, entry, path).check(checkpoint)
+            Place(index, entry, path).check(checkpoint, old)
         return new
 
 
@@ -252,7 +252,7 @@ class DocumentProof:
             rosters.append(step.check(rosters[-1], self.note))
         roster = rosters[-1]
         checkpoint = open_published(self.note, roster, pq=True)
-        entry = self.register.check(checkpoint)
+        entry = self.register.check(checkpoint, roster)
         body = entry.body
         if not isinstance(body, Register):
             raise Refused("proof: the entry registers nothing")
@@ -276,12 +276,12 @@ class DocumentProof:
             cosigned_pq=cosigned[1],
             roster_number=roster.number,
             known_by=min(self._times(roster, rosters)),
-            stamp=None if self.stamp is None else self._stamped(checkpoint),
+            stamp=None if self.stamp is None else self._stamped(checkpoint, roster),
         )
 
     def _institution(self, checkpoint: Checkpoint, owner: Key, rosters: Sequence[Roster]) -> str:
         """Who vouched for the owner's key before the registration."""
-        entry = self.enrolment.check(checkpoint)
+        entry = self.enrolment.check(checkpoint, rosters[-1])
         if not isinstance(entry.body, Enrol) or entry.body.key != owner or self.enrolment.index >= self.register.index:
             raise Refused("proof: no institution had vouched for the key that registered")
         named = [each.name for roster in rosters if (each := roster.institution_of(entry.author)) is not None]
@@ -303,20 +303,20 @@ class DocumentProof:
             except Refused as error:
                 refusal = error
                 continue
-            Place(self.register.index, self.register.entry, first.path).check(checkpoint)
+            Place(self.register.index, self.register.entry, first.path).check(checkpoint, roster)
             return _known_by(first.note, roster)
         assert refusal is not None, "there is a genesis roster at least"
         raise refusal
 
-    def _stamped(self, checkpoint: Checkpoint) -> Stamped:
+    def _stamped(self, checkpoint: Checkpoint, roster: Roster) -> Stamped:
         assert self.stamp is not None, "asked only then"
-        body = self.stamp.place.check(checkpoint).body
+        body = self.stamp.place.check(checkpoint, roster).body
         if not isinstance(body, Timestamp):
             raise Refused("proof: the entry is no timestamp")
         if body.size <= self.register.index or body.size > checkpoint.size:
             raise Refused("proof: the timestamp is of a log without the registration")
         merkle.verify_consistency(body.size, body.root, checkpoint.size, checkpoint.root, self.stamp.consistency, sha256)
-        return Stamped(Checkpoint(checkpoint.origin, body.size, body.root).text().encode(), body.token)
+        return Stamped(Checkpoint(roster.origin_at(body.size - 1), body.size, body.root).text().encode(), body.token)
 
 
 def _known_by(note: bytes, roster: Roster) -> int:

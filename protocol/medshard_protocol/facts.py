@@ -6,7 +6,7 @@ before that entry, whatever came later. Knows no clock: where a time decides, th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -89,7 +89,12 @@ def vote_key(roster: Roster, what: Type, sha256: Sha256, institution: str) -> by
 
 
 def _vote_prefix(roster: Roster, what: Type, sha256: Sha256) -> bytes:
-    return roster.number.to_bytes(4, "big") + bytes([what]) + sha256
+    return ballot_prefix(roster, roster.number, what) + sha256
+
+
+def ballot_prefix(roster: Roster, number: int, what: Type) -> bytes:
+    """Where the voices under one roster of a log begin in ``Table.VOTES``. Logs before it have rosters with the same numbers."""
+    return bytes([len(roster.before)]) + number.to_bytes(4, "big") + bytes([what])
 
 
 def row_of(value: Registration | Identity | Granted | Held) -> Row:
@@ -100,8 +105,11 @@ def row_of(value: Registration | Identity | Granted | Held) -> Row:
 class Facts:
     """The state after ``size`` entries, to be asked."""
 
-    def __init__(self, genesis: Roster, tables: Tables, documents: Documents | None = None) -> None:
+    def __init__(self, genesis: Roster, tables: Tables, documents: Documents | None = None, line: Sequence[Roster] = ()) -> None:
+        if [each.sha256 for each in line] != [each.genesis for each in genesis.before]:
+            raise ValueError("a log that goes on from others is folded from the first one's genesis file on")
         self.genesis = genesis
+        self._line = {each.begins: each for each in (*line, genesis)}  # by the place of the first entry that is its own
         self.tables = tables
         self._documents = documents
         self._rosters: list[tuple[int, Roster]] = []
@@ -116,7 +124,9 @@ class Facts:
     def _read_again(self) -> None:
         self._size = int((self.tables.get(Table.META, b"size") or (0,))[0])
         decided = self.tables.scan(Table.ROSTERS, b"", end_of_places)
-        self._rosters = [(-1, self.genesis), *((int.from_bytes(key, "big"), Roster.from_bytes(row[0])) for key, row in decided)]
+        begun = [(begins - 1, genesis) for begins, genesis in self._line.items() if begins <= self._size]
+        rosters = begun + [(int.from_bytes(key, "big"), Roster.from_bytes(row[0])) for key, row in decided]
+        self._rosters = sorted(rosters, key=lambda each: each[0])  # a log ends with a FREEZE, which decides no roster
 
     @property
     def size(self) -> int:
@@ -166,12 +176,28 @@ class Facts:
 
     @property
     def decided(self) -> list[tuple[int, Roster]]:
-        """The rosters that followed the genesis file, each with the index of the entry that decided it."""
-        return self._rosters[1:]
+        """The rosters that followed the genesis file of the present log, each with the index of the entry that decided it."""
+        return [(index, roster) for index, roster in self._rosters if index >= self.begun and roster.number]
+
+    @property
+    def begun(self) -> int:
+        """Where the log began whose entry the next one is: 0, or the size of the last log before."""
+        return max(begins for begins in self._line if begins <= self._size)
+
+    @property
+    def beginning(self) -> Roster | None:
+        """The genesis file that the next entry must name; None if the next is not a log's first."""
+        return self._line.get(self._size)
+
+    @property
+    def last_end(self) -> int | None:
+        """The entry with which a log ended last; the one that goes on begins just after it."""
+        row = self.tables.get(Table.META, b"frozen")
+        return None if row is None else int(row[0])
 
     def ballots(self, what: Type, number: int) -> dict[Sha256, dict[str, int]]:
         """What institutions voted for under the roster with this number: names, and the index of each one's entry."""
-        prefix, found = number.to_bytes(4, "big") + bytes([what]), dict[Sha256, dict[str, int]]()
+        prefix, found = ballot_prefix(self.roster, number, what), dict[Sha256, dict[str, int]]()
         for key, row in self.tables.scan(Table.VOTES, prefix, after(prefix)):
             of, name = Sha256(key[len(prefix) : len(prefix) + sha256_size]), key[len(prefix) + sha256_size :].decode()
             found.setdefault(of, {})[name] = row[0]
@@ -181,7 +207,7 @@ class Facts:
     def frozen(self) -> tuple[int, Sha256] | None:
         """The entry with which this log ended, and the genesis file of its successor (zeros for none); None while it goes on."""
         row = self.tables.get(Table.META, b"frozen")
-        return None if row is None else (row[0], Sha256(row[1]))
+        return None if row is None or row[0] < self.begun else (row[0], Sha256(row[1]))
 
     def identity(self, key: Key) -> Identity | None:
         """Who vouches for a key, or has vouched."""

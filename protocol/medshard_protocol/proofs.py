@@ -60,7 +60,7 @@ class Inclusion:
         if merkle.root_from_path(leaf, self.index, checkpoint.size, self.path, sha256) != checkpoint.root:
             raise Refused(f"inclusion: entry {self.index} is not in the ledger that the checkpoint describes")
         entry = Entry.from_bytes(self.entry)
-        entry.verify(roster.origin)
+        entry.verify(roster.origin_at(self.index))
         return checkpoint, entry
 
 

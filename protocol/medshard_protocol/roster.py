@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from medshard_protocol.canonical import Fields, Value, decode, encode
@@ -23,11 +24,14 @@ from medshard_protocol.identity import certificate_bytes_max, certificate_key
 from medshard_protocol.ids import Key, NodeId, Sha256, key_size, node_id_size, sha256_size
 
 roster_version = 2
+continuing_version = 3  # of a log that goes on from others; one that begins with itself stays version 2, whoever reads it
 roster_bytes_max = 4 << 20  # 256 institutions and 1024 nodes with generous certificates and post-quantum keys fit
 institutions_max = 256  # a Reed-Solomon code over GF(2^8) has no more shards than that to spread
 nodes_max = 1024
 name_chars_max = 64
 origin_chars_max = 128
+before_max = 16  # logs that ended before this one
+log_size_max = 2**63 - 1
 url_chars_max = 256
 capacity_bytes_max = 2**63 - 1
 shards_max = 255
@@ -89,6 +93,27 @@ class Node:
     pq_key: bytes = b""  # ML-DSA-44, for the second kind of cosignature; empty for a node that makes none
 
 
+@dataclass(frozen=True, slots=True)
+class Predecessor:
+    """A log that has ended, and that another goes on from."""
+
+    origin: str
+    genesis: Sha256  # of its genesis file
+    size: int  # it has so many entries, those of the logs before it among them
+    root: Sha256
+
+    def to_value(self) -> Value:
+        """The form to put into a canonical message."""
+        return [self.origin, self.genesis, self.size, self.root]
+
+    @classmethod
+    def from_value(cls, value: object) -> Predecessor:
+        """Parse. Raises Malformed."""
+        fields = Fields(value, count=4, what="roster log before")
+        origin, genesis = fields.text(most=origin_chars_max), Sha256(fields.bytes(exactly=sha256_size))
+        return cls(origin, genesis, fields.uint(least=1, most=log_size_max), Sha256(fields.bytes(exactly=sha256_size)))
+
+
 @dataclass(frozen=True)
 class Roster:
     """Everybody who takes part in one log, and what its clients should code with."""
@@ -102,6 +127,7 @@ class Roster:
     previous: Sha256 = genesis_previous  # SHA-256 of the roster before
     emergency: tuple[Key, ...] = ()  # identities that may read when the ledger is out of reach, sorted
     auditors: bytes = b""  # HPKE public key to which reasons for such reads are sealed; empty if there are no auditors
+    before: tuple[Predecessor, ...] = ()  # logs whose entries this one begins with, oldest first; the same in every roster of a log
 
     def __hash__(self) -> int:
         return hash((self.origin, self.number, self.sequencer))  # rosters key caches on hot paths, and there are few of them
@@ -114,14 +140,18 @@ class Roster:
         nodes: list[Value] = [
             [n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key, n.log_key, n.pq_key] for n in self.nodes
         ]
-        head: list[Value] = [roster_version, self.origin, self.number, self.previous, self.sequencer]
-        return encode([*head, institutions, nodes, list(self.code), list(self.emergency), self.auditors])
+        version = continuing_version if self.before else roster_version
+        head: list[Value] = [version, self.origin, self.number, self.previous, self.sequencer]
+        tail: list[Value] = [[each.to_value() for each in self.before]] if self.before else []
+        return encode([*head, institutions, nodes, list(self.code), list(self.emergency), self.auditors, *tail])
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Roster:
         """Parse and check a roster. Raises Malformed."""
-        fields = Fields(decode(data, bytes_max=roster_bytes_max, what="roster"), count=10, what="roster")
-        fields.uint(least=roster_version, most=roster_version)
+        value = decode(data, bytes_max=roster_bytes_max, what="roster")
+        continues = isinstance(value, list) and len(value) == 11
+        fields, version = Fields(value, count=11 if continues else 10, what="roster"), continuing_version if continues else roster_version
+        fields.uint(least=version, most=version)
         origin = fields.text(most=origin_chars_max)
         number, previous = fields.uint(most=numbers_max), Sha256(fields.bytes(exactly=sha256_size))
         sequencer = NodeId(fields.bytes(exactly=node_id_size))
@@ -132,7 +162,10 @@ class Roster:
         emergency, auditors = tuple(fields.list(most=emergency_max)), fields.bytes(most=auditors_key_size)
         if not all(isinstance(key, bytes) for key in emergency):
             raise Malformed("roster: an emergency identity is a key")
-        roster = cls(origin, sequencer, institutions, nodes, numbers, number, previous, emergency, auditors)
+        before = tuple(Predecessor.from_value(item) for item in fields.list(most=before_max)) if continues else ()
+        if continues and not before:
+            raise Malformed("roster: one that goes on from no other log has ten items")
+        roster = cls(origin, sequencer, institutions, nodes, numbers, number, previous, emergency, auditors, before)
         if complaint := _complaint(roster):
             raise Malformed(f"roster: {complaint}")
         return roster
@@ -146,6 +179,15 @@ class Roster:
     def log_key(self) -> Key:
         """The log key of the node that is sequencer when nobody had to take over. It writes the log's first entry."""
         return self.node(self.sequencer).log_key
+
+    @property
+    def begins(self) -> int:
+        """The place of this log's own first entry: those below were taken over from the logs before it."""
+        return self.before[-1].size if self.before else 0
+
+    def origin_at(self, index: int) -> str:
+        """For which log the author of the entry at this index signed it."""
+        return next((each.origin for each in self.before if index < each.size), self.origin)
 
     def institution_named(self, name: str) -> Institution | None:
         """Find an institution."""
@@ -288,6 +330,13 @@ def _succession_complaint(roster: Roster) -> str | None:
         return "a roster has a number and the SHA-256 of the one before"
     if (roster.number == 0) != (roster.previous == genesis_previous):
         return "the genesis file has number 0 and none before it, and no other roster has"
+    sizes = [0, *(each.size for each in roster.before)]
+    if len(roster.before) > before_max or any(a >= b for a, b in pairwise(sizes)):
+        return "each log before has entries of its own, and the oldest is named first"
+    if any(len(each.origin) > origin_chars_max or not _origin.match(each.origin) for each in roster.before):
+        return "a log before has an origin like a log"
+    if len({roster.origin, *(each.origin for each in roster.before)}) <= len(roster.before):
+        return "a log has another origin than those before it"
     return None
 
 

@@ -23,6 +23,7 @@ from medshard_protocol.roster import Institution, Node, Roster, institutions_max
 
 message_version = 1
 roster_header = "Medshard-Roster"  # in every answer of a node: the number of the roster it goes by
+log_header = "Medshard-Log"  # in what nodes ask each other: the origin of the log that they speak of
 links_max = 256  # in one answer
 page_bytes = 1 << 20  # an answer ends with the link that passes this; a roster of sixteen institutions has 40 KB
 link_bytes_max = roster_bytes_max + institutions_max * (entry_bytes_max + 3) + 16
@@ -107,6 +108,8 @@ def successor_complaint(old: Roster, new: Roster) -> str | None:
     """Say what rule a change breaks, if any."""
     if new.origin != old.origin:
         return "it is of another log"
+    if new.before != old.before:
+        return "the logs before this one stay what they are"
     if new.number != old.number + 1:
         return f"its number is not {old.number + 1}"
     if new.previous != old.sha256:
@@ -114,6 +117,11 @@ def successor_complaint(old: Roster, new: Roster) -> str | None:
     staying = {each.name for each in old.institutions} & {each.name for each in new.institutions}
     if len(staying) < old.quorum.q:
         return f"only {len(staying)} institutions would stay, and a quorum of {old.quorum.q} must; remove them in steps"
+    return takeover_complaint(old, new)
+
+
+def takeover_complaint(old: Roster, new: Roster) -> str | None:
+    """Say what keeps a roster from taking over keys, nodes and files of another, if anything does."""
     return _owners_complaint(old, new) or _former_complaint(old, new) or _nodes_complaint(old, new) or _room_complaint(new)
 
 

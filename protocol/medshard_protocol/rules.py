@@ -1,7 +1,8 @@
 """Who may say what, and with what effect. One rule for each type of entry; an entry without the right has no effect.
 
     entry           who                                           if                                          then
-    ROSTER 0        the log key of the genesis file's sequencer   index 0, and it names that file             the log begins
+    ROSTER 0        the log key of the genesis file's sequencer   a log's first, and it names that file; of   the log begins
+                                                                  a successor, just after the FREEZE
     ROSTER 1        an institution's CA key (*)                   key new, or its own and not withdrawn       enrolled; latest roles count
     ROSTER 2        an institution's CA key (*)                   not said before (***); with the q-th,       its voice; with the q-th, the
                                                                   the document may follow                     roster from the next entry on
@@ -75,10 +76,13 @@ def objection(facts: Facts, entry: Entry) -> MedshardError | None:
 
 
 def _genesis(facts: Facts, body: Genesis, author: Key) -> MedshardError | None:
-    if facts.size != 0:
-        return Refused("the genesis entry is entry 0 and no other")
-    if author != facts.genesis.log_key or body.genesis_sha256 != facts.genesis.sha256:
+    genesis = facts.beginning
+    if genesis is None:
+        return Refused("the genesis entry is a log's first and no other")
+    if author != genesis.log_key or body.genesis_sha256 != genesis.sha256:
         return Refused("this log follows another genesis file")
+    if genesis.before and facts.last_end != facts.size - 1:
+        return Refused("the log before has not ended there")
     return None
 
 

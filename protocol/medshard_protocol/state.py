@@ -9,6 +9,7 @@ The rights are in ``rules``, the questions in ``facts``; here is what an entry w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -41,21 +42,24 @@ from medshard_protocol.tables import MemoryTables, Row, Table, Tables, Undoable,
 
 _T = TypeVar("_T")
 
-meaning_version = 1  # of these rules and rows: tables of another version are cleared and made anew
+meaning_version = 2  # of these rules and rows: tables of another version are cleared and made anew
 
 
 class State(Facts):
     """The fold's result. Grows in place by ``apply``, shrinks by ``rewind``, and changes by nothing else.
 
     ``tables`` may hold an earlier state of the same log, which is gone on from. Tables of another log or of another version are cleared.
+    ``line`` are the genesis files of the logs before this one, oldest first: their entries are its first.
     """
 
-    def __init__(self, genesis: Roster, tables: Tables | None = None, documents: Documents | None = None) -> None:
+    def __init__(
+        self, genesis: Roster, tables: Tables | None = None, documents: Documents | None = None, line: Sequence[Roster] = ()
+    ) -> None:
         tables = MemoryTables() if tables is None else tables
         if tables.get(Table.META, b"of") != (meaning_version, genesis.sha256):
             tables.clear()
             tables.put(Table.META, b"of", (meaning_version, genesis.sha256))
-        super().__init__(genesis, tables, documents)
+        super().__init__(genesis, tables, documents, line)
         self._writes = Undoable(tables)
         self._settled = 2**63
 
@@ -79,6 +83,8 @@ class State(Facts):
         self._count(entry.body.type.name if entry is not None and effective else "void")
         self._size += 1
         self._put(Table.META, b"size", (self._size,))
+        if (begins := self.beginning) is not None:
+            self._rosters.append((self._size - 1, begins))  # the log has ended; what follows is its successor's
         if self._size <= self._settled:
             self.tables.put(Table.META, b"settled", (self._size,))
         return effective

@@ -35,7 +35,8 @@ from medshard_protocol.invite import Invite, pack_join, pack_joined, unpack_join
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import SpanHead
 from medshard_protocol.proofs import Inclusion
-from medshard_protocol.roster import Roster
+from medshard_protocol.roster import Predecessor, Roster
+from medshard_protocol.succession import Successor
 from medshard_protocol.tiles import TileName
 from storenode.invites import Issued
 from storenode.ledger import wire
@@ -150,8 +151,15 @@ def of_ledger() -> dict[str, Parser]:
     def read_link(data: bytes) -> rosters.Link:
         return rosters.Link.from_value(canonical.decode(data, bytes_max=10**6, what="link"))
 
+    def read_before(data: bytes) -> Predecessor:
+        return Predecessor.from_value(canonical.decode(data, bytes_max=10**6, what="log before"))
+
+    before = canonical.encode(Roster.from_bytes(bytes.fromhex(ledger["successor"]["roster"])).before[0].to_value())
+
     return {
-        "roster.Roster.from_bytes": whole_file(Roster.from_bytes, bytes.fromhex(ledger["roster"]["bytes"])),
+        "roster.Roster.from_bytes": whole_file(Roster.from_bytes, *raw(ledger["roster"]["bytes"], ledger["successor"]["roster"])),
+        "roster.Predecessor.from_value": Parser(read_before, lambda value: canonical.encode(value.to_value()), (before,)),
+        "succession.Successor.from_bytes": whole_file(Successor.from_bytes, *raw(ledger["successor"]["document"])),
         "rosters.Link.from_value": Parser(
             read_link, lambda value: canonical.encode(value.to_value()), (canonical.encode(links[0].to_value()),)
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +23,8 @@ from medshard_protocol.errors import Refused
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion, Places, pack_append, pack_appended, pack_registration, unpack_append, unpack_appended
 from medshard_protocol.roster import Roster
+from medshard_protocol.succession import Successor
+from medshard_protocol.succession import signed_bytes as signed_for
 from medshard_protocol.tiles import Tree, pack_bundle
 from storenode.ledger import wire
 from storenode.ledger.fullhead import Lines
@@ -53,6 +56,18 @@ def test_ml_dsa_keys_follow_from_their_names():
     for name, key in vectors["pq_keys"].items():
         assert key["seed"] == hashlib.sha256(name.encode()).hexdigest()
         assert MLDSA44PrivateKey.from_seed_bytes(bytes.fromhex(key["seed"])).public_key().public_bytes_raw().hex() == key["public"]
+
+
+def test_the_successor_has_these_bytes():
+    given = {name: bytes.fromhex(value) for name, value in vectors["successor"].items()}
+    document = Successor.from_bytes(given["document"])
+    change = document.check()
+    assert (change.rosters, change.genesis.to_bytes(), document.genesis) == ((roster,), given["roster"], given["roster"])
+    assert signed_for(change) == given["signed"]
+    unsigned = replace(document, signatures=())
+    for name in ("ca 2", "ca 0", "ca 1"):
+        unsigned = unsigned.signed(private(name).public_key().public_bytes_raw(), private(name).sign)
+    assert unsigned.to_bytes() == given["document"]
 
 
 every_form = [*vectors["entries"], *vectors["forms"]]
