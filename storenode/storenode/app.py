@@ -26,7 +26,8 @@ from medshard_protocol.errors import Full, MedshardError, Refused
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
-from medshard_protocol.rosters import pack_links, roster_header
+from medshard_protocol.rosters import log_header, pack_links, roster_header
+from medshard_protocol.succession import successor_path
 from storenode import clock, openapi, routes, sharing
 from storenode.callers import caller, peer_key
 from storenode.config import Config
@@ -38,19 +39,21 @@ from storenode.genesis import check_membership, load_genesis
 from storenode.identity import NodeKeys, Peer, client_contexts, peer_of, server_ssl_context, trust
 from storenode.join import join_routes
 from storenode.ledger import Ledger, marker_name
-from storenode.membership import Membership
+from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
 from storenode.rotation import promote, waits
 from storenode.routes import Node, node_key
 from storenode.shardstore import ShardStore
+from storenode.succession import archive_prefix, successor_routes
 from storenode.timestamping import Timestamping
 from storenode.watching import Watch
 from storenode.watching.inside import node_watch, start, watch_key
 from storenode.watching.watch import Trust
 
 log = logging.getLogger("storenode")
-open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join"})  # the only ones that answer without a certificate
+open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", successor_path})  # answer without a certificate
+public_prefixes: Final = ("/log/", archive_prefix)  # so do these, where the operator says so
 writes: Final = frozenset({"/v1/files", "/v1/ledger/append", "/v1/join"})  # beside every PUT and DELETE; not for a node that has left
 again_after_s: Final = 2.0  # what the others get to hear of a roster with our new keys, before we begin again with those
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
@@ -90,6 +93,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_get("/v1/genesis", get_genesis, allow_head=False)
     app.router.add_get(openapi.path, openapi.get_document, allow_head=False)
     app.router.add_routes(roster_routes(parts.membership, parts.following))
+    app.router.add_routes(successor_routes(parts.membership, parts.node.ledger))
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
@@ -115,9 +119,10 @@ def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
 
 
 def _open_ledger(config: Config, membership: Membership, keys: NodeKeys, peers: Peers) -> Ledger:
+    genesis, marker = membership.genesis, keys.folder / marker_name
     return Ledger.open(
-        config.data,
-        membership.genesis,
+        log_folder(config.data, genesis),
+        genesis,
         keys.node_id,
         keys.cosigner,
         keys.log,
@@ -126,8 +131,10 @@ def _open_ledger(config: Config, membership: Membership, keys: NodeKeys, peers: 
         documents=membership.document,
         engine=config.ledger_engine,
         standby=config.sequencer,
-        marker=keys.folder / marker_name,
+        marker=marker.with_name(f"{marker_name}-{len(genesis.before)}") if genesis.before else marker,
         pq_key=keys.cosigner_pq,
+        line=membership.line,
+        evidence=config.data,
     )
 
 
@@ -144,7 +151,8 @@ async def serve(config: Config) -> bool:
         metrics.certificate(name, load_der_x509_certificate(der).not_valid_after_utc.timestamp())
     stamping = Timestamping(ledger, keys.node, config.timestamp)
     following = Following(membership, ledger, keys.node_id, peers)
-    watch = node_watch(config.data, lambda: Trust(tuple(membership.history), pack_links(membership.links(0))), peers)
+    log_at = log_folder(config.data, membership.genesis)
+    watch = node_watch(config.data, lambda: Trust(tuple(membership.history), pack_links(membership.links(0))), peers, log=log_at)
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, metrics, following, watch)
     app = build(parts, keys)
     draining = Draining(app)
@@ -235,8 +243,10 @@ def _guard(parts: Parts) -> Middleware:
         route = resource.canonical if resource else "unknown"
         status, sent = 500, 0
         try:
-            if request.path not in open_paths and not (parts.node.config.public_log and request.path.startswith("/log/")):
+            if request.path not in open_paths and not (parts.node.config.public_log and request.path.startswith(public_prefixes)):
                 caller(request)
+            if request.headers.get(log_header, parts.roster.origin) != parts.roster.origin:
+                raise Refused(f"this node goes by the log {parts.roster.origin}")
             if (request.method in ("PUT", "DELETE") or request.path in writes) and not members.lists(parts.node.id):
                 raise Refused("this node is no longer in the consortium and serves reads only", hint="follow the roster to the other nodes")
             if request.headers.get("Content-Encoding", "identity") != "identity":

@@ -1,6 +1,7 @@
 """Signing for a new roster, or for the end of a log, as an institution.
 
     FOLDER/signed/roster-NUMBER-PREVIOUS   the SHA-256 of the one document that this institution approved as the successor of PREVIOUS
+    FOLDER/signed/successor-of-SHA256      the genesis file of the log that it signed goes on from the one with that genesis file
     FOLDER/signed/end-of-SHA256            the successor that it named when it signed for the end of the log with that genesis file
 
 Law: an institution signs one successor of a roster and no other, for that is what keeps the chain of rosters from forking. The note of it
@@ -23,6 +24,7 @@ from medshard_protocol.identity import public_key
 from medshard_protocol.ids import Key, Sha256
 from medshard_protocol.roster import Institution, Roster
 from medshard_protocol.rosters import check_successor, institution_signing
+from medshard_protocol.succession import Successor
 from storenode import durable
 from storenode.identity import load_key
 
@@ -54,6 +56,13 @@ class Seal:
         self._note(f"end-of-{genesis.sha256.hex()}", successor, "the log's successor")
         nonce = _nonce(b"freeze", roster.sha256 + successor)  # voices are counted under one roster: each may be asked again
         return self._sign(roster.origin, Freeze(successor, nonce))
+
+    def succeed(self, document: Successor) -> Successor:
+        """Sign that a log that has ended goes on in that one. Raises Refused, also if another successor was signed before."""
+        change = document.look()
+        self.institution(change.last)
+        self._note(f"successor-of-{change.rosters[0].sha256.hex()}", change.genesis.sha256, "the log that goes on")
+        return document.signed(self.public, self._key.sign)
 
     def withdraw(self, roster: Roster, key: Key) -> Entry:
         """Take back the institution's word for a key. Raises Refused."""

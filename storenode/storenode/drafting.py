@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
+from medshard_protocol.checkpoint import Checkpoint
 from medshard_protocol.errors import Absent, Conflict, Malformed
 from medshard_protocol.identity import check_institution
 from medshard_protocol.ids import Key
-from medshard_protocol.roster import Institution, Node, Roster, former_max
+from medshard_protocol.roster import Institution, Node, Roster, former_max, genesis_previous
 from medshard_protocol.rosters import check_successor
+from medshard_protocol.succession import line_after
 from storenode.genesis import Card, default_code
 
 Change: TypeAlias = Callable[[Roster], Roster]
@@ -32,6 +34,18 @@ def draft(old: Roster, changes: Iterable[Change]) -> Roster:
     if replace(new, number=old.number, previous=old.previous) == old:
         raise Malformed("these changes change nothing")
     check_successor(old, new)
+    return new
+
+
+def draft_successor(genesis: Roster, last: Roster, end: Checkpoint, origin: str, changes: Iterable[Change]) -> Roster:
+    """Make the genesis file of the log that goes on from one that has ended. Raises as ``draft`` does."""
+    new = replace(last, origin=origin, number=0, previous=genesis_previous, before=line_after(genesis, end))
+    for change in changes:
+        new = change(new)
+    try:
+        new.to_bytes()
+    except ValueError as error:
+        raise Malformed(f"these changes make no roster: {error}", hint=_hint(last, new)) from None
     return new
 
 

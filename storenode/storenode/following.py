@@ -127,6 +127,9 @@ class Following:
             self._membership.approved(document)
             if self._membership.document(document) is None:
                 await self._fetch(document)
+        missing = self._ledger.journal.folding.missing  # of an earlier roster, perhaps
+        if missing is not None and self._membership.document(missing) is None:
+            await self._fetch(missing)
 
     def _link(self, state: State, index: int, roster: Roster) -> Link:
         """The change that this entry decided, with the approvals up to it."""
@@ -187,6 +190,8 @@ def roster_routes(membership: Membership, following: Following) -> list[web.Rout
         after = request.query.get("after", "0")
         if not after.isascii() or not after.isdigit() or len(after) > 10:
             raise Malformed("rosters: after=NUMBER names the roster that you have")
+        if request.query.get("of", membership.genesis.sha256.hex()) != membership.genesis.sha256.hex():
+            return web.Response(body=pack_links(()), content_type=body_type)  # of another log: its end is told by /v1/successor
         return web.Response(body=pack_links(membership.links(int(after))), content_type=body_type)
 
     async def get_document(request: web.Request) -> web.Response:

@@ -2,6 +2,8 @@
 
     DATA/rosters/00000001.link   the change to roster 1: the document and the approvals that decided it (docs/formats/roster.md)
     DATA/rosters/SHA256.roster   a document by its hash: proposed, approved, or in the chain
+    DATA/rosters-1/              the same of the first successor, and so on
+    DATA/before/SHA256.successor what came after the log with that genesis file (docs/formats/roster.md)
 
 Law: the chain grows only by links that a quorum of the roster before signed, and is on disk before anybody acts on it. Where a link came
 from, the ledger or another node, does not matter: its signatures are checked. A document that some institution approved is
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -24,9 +26,11 @@ from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed,
 from medshard_protocol.ids import NodeId, Sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, check_approvals, check_successor, follow, link_bytes_max
+from medshard_protocol.succession import Change, Successor
 from storenode import durable
 
 folder_name: Final = "rosters"
+before_name: Final = "before"
 open_documents_max: Final = 64  # that nobody has approved yet; the oldest makes room
 grace_s: Final = 60.0  # how long the keys of the roster before are still taken for those of nodes that stay
 chain_file_links_max: Final = 1 << 20
@@ -41,11 +45,12 @@ class Membership:
 
     def __init__(self, data: Path, genesis: Roster, *, sync: bool = True) -> None:
         self.genesis = genesis
-        self._folder = data / folder_name
+        self._data, self._folder = data, rosters_folder(data, genesis)
+        self.successions = read_successions(data, genesis)  # one for each log before, oldest first
         self._sync = sync
         self._links: list[Link] = []
         self._rosters: list[Roster] = [genesis]  # by number
-        self._documents: dict[Sha256, Roster] = {}
+        self._documents: dict[Sha256, Roster] = {each.sha256: each for change, _ in self.successions for each in change.rosters}
         self._open: dict[Sha256, None] = {}  # documents that nobody has approved, oldest first
         self._adopt: list[Adopt] = []
         self._changed = -grace_s
@@ -74,6 +79,11 @@ class Membership:
     def history(self) -> Sequence[Roster]:
         """All rosters from genesis on, by number."""
         return self._rosters
+
+    @property
+    def line(self) -> list[Roster]:
+        """The genesis files of the logs that this one goes on from, oldest first."""
+        return [change.rosters[0] for change, _ in self.successions]
 
     def on_change(self, adopt: Adopt) -> None:
         """Be told of each new roster, once it is on disk."""
@@ -174,12 +184,9 @@ class Membership:
                 raise Damaged(f"{path}: {error}", hint=hint) from None
             self._links.append(link)
             self._documents[self.roster.sha256] = self.roster
-        for path in sorted(self._folder.glob("*.roster"), key=lambda each: each.stat().st_mtime_ns):
-            try:
-                roster = Roster.from_bytes(path.read_bytes())
-            except Malformed:
-                log.warning("not a roster: %s", path)  # a proposal that was never approved, cut off by a full disk
-                continue
+        for change, _ in self.successions:  # whoever folds the log needs what was approved before it went on
+            self._documents |= {roster.sha256: roster for roster in _documents_in(rosters_folder(self._data, change.rosters[0]))}
+        for roster in _documents_in(self._folder):
             if roster.sha256 not in self._documents:
                 self._documents[roster.sha256] = roster
                 self._open[roster.sha256] = None  # until the ledger, read again, says that somebody approved it
@@ -195,6 +202,48 @@ class Membership:
         del self._open[document]
         del self._documents[document]
         (self._folder / f"{document.hex()}.roster").unlink(missing_ok=True)
+
+
+def _documents_in(folder: Path) -> Iterator[Roster]:
+    """The documents in a folder, oldest file first."""
+    for path in sorted(folder.glob("*.roster"), key=lambda each: each.stat().st_mtime_ns):
+        try:
+            yield Roster.from_bytes(path.read_bytes())
+        except Malformed:
+            log.warning("not a roster: %s", path)  # a proposal that was never approved, cut off by a full disk
+
+
+def rosters_folder(data: Path, genesis: Roster) -> Path:
+    """Where the chain of a log lies."""
+    return data / (f"{folder_name}-{len(genesis.before)}" if genesis.before else folder_name)
+
+
+def log_folder(data: Path, genesis: Roster) -> Path:
+    """Where the entries of a log lie. Those of the logs before it stay where they were."""
+    return data / f"log-{len(genesis.before)}" if genesis.before else data
+
+
+def successor_file(data: Path, before: Sha256) -> Path:
+    """Where it lies what came after the log with this genesis file."""
+    return data / before_name / f"{before.hex()}.successor"
+
+
+def read_successions(data: Path, genesis: Roster) -> list[tuple[Change, Successor]]:
+    """How it came from the first log to this one. Raises Absent where a document is missing, Damaged for one that is none."""
+    found = []
+    for number, ended in enumerate(genesis.before, 1):
+        path = successor_file(data, ended.genesis)
+        try:
+            document = Successor.from_bytes(path.read_bytes())
+            change = document.look()  # who signed it was checked before it was put there
+        except FileNotFoundError:
+            raise Absent(f"{path} is missing: how {ended.origin} ended", hint="storenode successor adopt FILE") from None
+        except MedshardError as error:
+            raise Damaged(f"{path}: {error}", hint="get it from another node: storenode successor adopt FILE") from None
+        if change.genesis.before != genesis.before[:number] or change.rosters[0].sha256 != ended.genesis:
+            raise Damaged(f"{path} is of another log")
+        found.append((change, document))
+    return found
 
 
 def _link(data: bytes) -> Link:

@@ -111,7 +111,7 @@ class Office:
 
     def _catch_up(self) -> None:
         while True:
-            path = f"/v1/rosters?after={self.roster.number}"
+            path = f"/v1/rosters?after={self.roster.number}&of={self.rosters[0].sha256.hex()}"
             links = unpack_links(ask_any(self.roster, self.keys, "GET", path)[1])
             if not links:
                 return

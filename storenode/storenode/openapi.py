@@ -29,6 +29,9 @@ _schemas: Final[dict[str, dict[str, Any]]] = {
     "sha256": _hex64,
     "index": {"type": "integer", "minimum": 0, "maximum": 254},
     "name": {"type": "string", "pattern": "^(entries|[0-9]{1,2})/([x0-9/]+)(\\.p/[0-9]{1,3})?$"},
+    "of": _hex64,
+    "number": {"type": "integer", "minimum": 0, "maximum": 15},
+    "path": {"type": "string", "pattern": "^(checkpoint|rosters|genesis\\.medshard|tile/[a-z0-9/.]+)$"},
     "start": _place,
     "end": _place,
     "after": _place,
@@ -86,7 +89,8 @@ operations: Final = (
     Operation("DELETE", "/v1/grants/{file}/{grant}", "Destroy the sealed key of a grant", "access", good=(200, 204)),
     Operation("GET", "/v1/grants", "What is granted to the caller", "access", query=("after",)),
     # rosters
-    Operation("GET", "/v1/rosters", "The chain of rosters", "roster", query=("after",), open=True),
+    Operation("GET", "/v1/rosters", "The chain of rosters", "roster", query=("after", "of"), open=True),
+    Operation("GET", "/v1/successor", "What came after a log that has ended", "roster", query=("of",), open=True),
     Operation("GET", "/v1/rosters/votes", "Who approved what", "roster", gives=json_type),
     Operation("GET", "/v1/rosters/{sha256}", "A roster document", "roster"),
     Operation("PUT", "/v1/rosters", "Hand in a roster document, between nodes", "roster", body_type, good=_kept),
@@ -99,6 +103,7 @@ operations: Final = (
     Operation("GET", "/v1/ledger/identities/{key}", "Who vouches for a key", "access"),
     Operation("GET", "/log/checkpoint", "The newest published checkpoint", "checkpoint", gives=text_type, query=("full", "roster")),
     Operation("GET", "/log/tile/{name}", "A tile or entry bundle", "ledger", gives=bytes_type),
+    Operation("GET", "/before/{number}/log/{path}", "A file of an earlier log, as it ended", "ledger", gives=bytes_type),
     # between the ledger's nodes
     Operation("GET", "/v1/ledger/mirror", "The sequencer's channel (WebSocket)", "ledger", good=(101,)),
     Operation("GET", "/v1/ledger/ask", "How this node stands to the log", "ledger"),

@@ -12,6 +12,7 @@ from medshard_protocol.errors import Unavailable
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Roster
+from medshard_protocol.rosters import log_header
 
 answer_bytes_max = 6 * 1024 * 1024  # nothing that nodes tell each other is larger; a hostile one must not fill our memory
 
@@ -40,6 +41,7 @@ class Peers:
                     method,
                     target.url + path,
                     data=body or None,
+                    headers={log_header: self._roster.origin},
                     ssl=self._contexts[target.institution],
                     server_hostname=node_hostname(node),
                     allow_redirects=False,
@@ -63,6 +65,7 @@ class Peers:
             async with asyncio.timeout(timeout_s):
                 return await self._session.ws_connect(
                     target.url + path,
+                    headers={log_header: self._roster.origin},
                     ssl=self._contexts[target.institution],
                     server_hostname=node_hostname(node),
                     max_msg_size=message_bytes_max,

@@ -103,7 +103,7 @@ def freeze() -> None:
 @click.option(
     "--successor", type=click.Path(dir_okay=False, path_type=Path), metavar="GENESIS", help="Genesis file of the one that goes on."
 )
-@click.option("--no-successor", is_flag=True, help="Nothing goes on.")
+@click.option("--no-successor", is_flag=True, help="Name none: nothing goes on, or what `storenode successor` founds afterwards.")
 @ca_key_option
 @yes_option
 @shared
@@ -124,7 +124,7 @@ def propose_freeze(session: Session, successor: Path | None, no_successor: bool,
 
 @freeze.command("sign")
 @click.argument("successor", required=False, type=click.Path(dir_okay=False, path_type=Path), metavar="GENESIS")
-@click.option("--no-successor", is_flag=True, help="Nothing goes on.")
+@click.option("--no-successor", is_flag=True, help="Name none: nothing goes on, or what `storenode successor` founds afterwards.")
 @ca_key_option
 @yes_option
 @shared
@@ -153,7 +153,7 @@ def _freeze(session: Session, successor: Roster | None, ca_key: Path | None, *, 
     name = Sha256(bytes(32)) if successor is None else successor.sha256
     lines = [f"The log {office.roster.origin} ends here, for good, for all {len(office.roster.institutions)} institutions."]
     if successor is None:
-        lines.append("Nothing goes on.")
+        lines.append("Nothing goes on, unless a quorum founds a log afterwards that takes everything over: storenode successor found.")
     else:
         lines.append(f"{successor.origin} goes on, genesis {successor.sha256.hex()}:")
         lines += [f"  {each.name}" for each in successor.institutions]

@@ -20,6 +20,7 @@ from storenode.cli.options import Session, shared
 if TYPE_CHECKING:
     from medshard_protocol.roster import Roster
     from medshard_protocol.rosters import Link
+    from medshard_protocol.succession import Successor
     from storenode.logtool.source import Source
 
 folder = click.Path(file_okay=False, path_type=Path)
@@ -50,13 +51,14 @@ def export_command(session: Session, target: Path, url: str | None) -> None:
     from storenode.genesis import load_genesis
     from storenode.logtool.export import export
     from storenode.logtool.source import Database
-    from storenode.membership import Membership
+    from storenode.membership import Membership, log_folder
 
     genesis = load_genesis(session.home)
     data = Config.load(session.home).data
     membership = Membership(data, genesis, sync=False)
-    source: Source = Database(data) if url is None else _web(url, session, membership.roster)
-    done = export(source, target, genesis, membership.links(0), _progress(session, "copied"))
+    source: Source = Database(log_folder(data, genesis)) if url is None else _web(url, session, membership.roster)
+    before = [document for _, document in membership.successions]
+    done = export(source, target, genesis, membership.links(0), _progress(session, "copied"), before=before)
     document = {"size": done.size, "files": done.files_new, "both_kinds": done.full, "folder": str(target)}
     kinds = "both kinds of cosignature" if done.full else "Ed25519 cosignatures only; ask again when all nodes answer"
     session.tell(document, f"{done.size} entries in {target}, {done.files_new} files new; the checkpoint carries {kinds}")
@@ -78,22 +80,27 @@ def verify_command(session: Session, place: str, genesis_file: Path | None, proc
       storenode log verify /srv/www/log --genesis genesis.medshard
       storenode log verify https://log.hospital-02.example/ --genesis genesis.medshard --json
     """
+    from medshard_protocol.roster import Roster
     from storenode.logtool.audit import audit
-    from storenode.logtool.export import documents, export, read_rosters
+    from storenode.logtool.export import documents, export, read_before, read_rosters
+    from storenode.logtool.source import Folder
 
     with ExitStack() as stack:
         if "://" in place:
             where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medshard-log-")))
             genesis, links, pinned = _trusted_from(session, place, genesis_file)
-            export(_web(place, session, genesis), where, genesis, links, _progress(session, "fetched"))
+            before = _before_from(session, place, genesis)
+            export(_web(place, session, genesis), where, genesis, links, _progress(session, "fetched"), before=before)
         else:
             where = Path(place)
             genesis, links = read_rosters(where)
             trusted = _trusted(session, genesis_file)
             pinned = trusted is not None
             genesis = trusted or genesis
+            before = read_before(Folder(where), genesis)
+        line = [Roster.from_bytes(document.before) for document in before]
         began = time.monotonic()
-        report = audit(where, genesis, documents(links), processes=processes, progress=_progress(session, "checked"))
+        report = audit(where, genesis, documents(links, before), line, processes=processes, progress=_progress(session, "checked"))
     took = time.monotonic() - began
     shown: dict[str, Any] = {
         "origin": report.origin,
@@ -169,6 +176,18 @@ def _trusted_from(session: Session, url: str, genesis_file: Path | None) -> tupl
     if trusted is not None:
         return trusted, links, True
     return Roster.from_bytes(source.read(genesis_name)), links, False
+
+
+def _before_from(session: Session, url: str, genesis: Roster) -> Sequence[Successor]:
+    """How it came from the logs before: of this home, or from beside the log."""
+    from storenode.config import Config
+    from storenode.logtool.export import read_before
+    from storenode.membership import read_successions
+
+    try:
+        return [document for _, document in read_successions(Config.load(session.home).data, genesis)]
+    except (Absent, Malformed):
+        return read_before(_web(url, session, genesis), genesis)
 
 
 def _web(url: str, session: Session, roster: Roster | None) -> Source:

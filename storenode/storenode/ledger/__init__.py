@@ -97,17 +97,20 @@ class Ledger:
         marker: Path | None = None,
         pq_key: MLDSA44PrivateKey | None = None,
         clock: Callable[[], float] = time.time,
+        line: Sequence[Roster] = (),
+        evidence: Path | None = None,
     ) -> Ledger:
         """Open the ledger's database and files in ``folder``, under the present roster if that is not genesis any more.
 
         The roster's sequencer always stands by to order entries, another node if ``standby`` says so; both need the log key. ``marker``
-        is a file that outlives the folder and says that the cosigner key has been used. Raises ValueError for keys that are not the
-        roster's, Damaged for files that are not of this log or not whole, and Unavailable if another process has them open.
+        is a file that outlives the folder and says that the cosigner key has been used. ``line`` are the genesis files of the logs that
+        this one goes on from; ``evidence`` is where the folder of evidence lies, if not in ``folder``. Raises ValueError for keys that
+        are not the roster's, Damaged for files that are not of this log or not whole, and Unavailable if another process has them open.
         """
         roster = roster or genesis
         leads = standby or node == roster.sequencer
         _check_keys(roster, node, cosigner_key, log_key if leads else None, leads=leads)
-        journal = Journal(folder, genesis, open_engine(engine, folder, genesis.origin, merkle.sha256(b"")))
+        journal = Journal(folder, genesis, open_engine(engine, folder, genesis.origin, merkle.sha256(b"")), line=line, evidence=evidence)
         journal.roster = roster
         if documents is not None:
             journal.folding.documents = documents

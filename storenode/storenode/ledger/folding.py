@@ -30,13 +30,21 @@ _log = logging.getLogger(__name__)
 class Folding:
     """One journal's state. Lives in the journal's event loop."""
 
-    def __init__(self, folder: Path, genesis: Roster, entries: Callable[[int, int], Sequence[bytes]], root: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        genesis: Roster,
+        entries: Callable[[int, int], Sequence[bytes]],
+        root: Callable[[int], bytes],
+        line: Sequence[Roster] = (),
+    ) -> None:
         self.documents: Documents = lambda sha256: None
         self.tables = SqliteTables(folder / tables_name)
-        self.state = State(genesis, self.tables, lambda sha256: self.documents(sha256))
+        self._line = line
+        self.state = State(genesis, self.tables, lambda sha256: self.documents(sha256), line)
         self.unsigned: set[int] = set()  # found since the start
         self.missing: Sha256 | None = None  # the proposed roster without which the fold cannot go on
-        self._origin = genesis.origin
+        self._origin_at = genesis.origin_at
         self._entries = entries
         self._root = root
         self._checked = 0  # entries below were checked before the start
@@ -52,7 +60,7 @@ class Folding:
             if self.state.size:
                 _log.warning("the state's tables are of another history and are made anew")
             self.tables.clear()
-            self.state = State(self.state.genesis, self.tables, lambda sha256: self.documents(sha256))
+            self.state = State(self.state.genesis, self.tables, lambda sha256: self.documents(sha256), self._line)
         self.state.settle(published)
         self._checked, self._known_unsigned = memory.checked, memory.unsigned
         self.unsigned = set(self.state.unsigned(memory.checked))  # found after the journal remembered last
@@ -151,7 +159,7 @@ class Folding:
         entry = _parse(data)
         try:
             if entry is not None:
-                entry.verify(self._origin)
+                entry.verify(self._origin_at(place))
         except MedshardError:
             entry = None
         if entry is None:

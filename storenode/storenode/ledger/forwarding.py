@@ -184,7 +184,7 @@ class Forwarding:
             "epoch": ledger.mirror.epoch,
         }
         documents = {"entry": item.entry, "before": item.published, "after": published.note}
-        evidence_in(ledger.journal.folder).keep("left-out", details, documents)
+        evidence_in(ledger.journal.evidence).keep("left-out", details, documents)
         ledger.suspect(f"{ledger.leader_name} leaves out an entry that was handed in")
 
     def _objection(self) -> str:

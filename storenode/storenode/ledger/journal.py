@@ -56,15 +56,18 @@ class Published(NamedTuple):
 class Journal:
     """One node's copy of the log. Lives in one event loop; ``start`` and ``close`` it there."""
 
-    def __init__(self, folder: Path, roster: Roster, engine: Engine | None = None) -> None:
+    def __init__(
+        self, folder: Path, roster: Roster, engine: Engine | None = None, *, line: Sequence[Roster] = (), evidence: Path | None = None
+    ) -> None:
         self.roster = roster
         self.folder = folder
+        self.evidence = evidence or folder
         self.store: Engine = engine or Store(folder, roster.origin, sha256(b""))
         self._disk = asyncio.Lock()  # one write at a time
         self._thread = ThreadPoolExecutor(1, "ledger")
         self._typical_commit_s = 1.0  # until measured, a disk is slow
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self.folding = Folding(folder, roster, self._known, lambda size: self._tree.root(size))
+        self.folding = Folding(folder, roster, self._known, lambda size: self._tree.root(size), line)
         self._published: Published | None = None
         self._heard = b""  # says to be published; unchecked
         self._heard_at = 0.0  # by the monotonic clock

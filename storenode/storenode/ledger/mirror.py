@@ -74,7 +74,7 @@ class Mirror:
         self._node = node
         self._key = key
         self._clock = clock
-        self._evidence = evidence_in(journal.folder)
+        self._evidence = evidence_in(journal.evidence)
         self._marker = marker  # lies beside the key from its first cosignature on
         self._listed = any(member.id == node for member in roster.nodes)
         if self._listed:
@@ -244,6 +244,7 @@ class Mirror:
             leaves = [merkle.leaf_hash(entry, sha256) for entry in entries]
             for at, leaf in enumerate(leaves, start + 1):
                 frontier.append(leaf)
+                self._check_before(frontier)
                 if published is not None and at == published.checkpoint.size and frontier.root() != published.checkpoint.root:
                     raise Damaged("its log is not the one that was published")
             head = Head(frontier.size, frontier.root(), signed, journal.head.accepted)
@@ -259,9 +260,16 @@ class Mirror:
         leaves = [merkle.leaf_hash(entry, sha256) for entry in push.entries]
         for leaf in leaves:
             frontier.append(leaf)
+            self._check_before(frontier)
         if frontier.root() != checkpoint.root:
             raise Damaged(f"the log shows another history of {checkpoint.size} entries than this mirror has: not cosigned")
         return leaves
+
+    def _check_before(self, frontier: merkle.Frontier) -> None:
+        """The entries of the logs before this one are those that its genesis file names by their root."""
+        for ended in self._roster.before:
+            if ended.size == frontier.size and ended.root != frontier.root():
+                raise Damaged(f"these are not the {ended.size} entries of {ended.origin} that this log goes on from: not cosigned")
 
     def _check_not_frozen(self, push: Push) -> None:
         frozen = self._journal.frozen

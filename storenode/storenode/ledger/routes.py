@@ -15,12 +15,11 @@ from aiohttp import web
 from medshard_protocol.checkpoint import Note
 from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent, Malformed, TooLarge, Unavailable
-from medshard_protocol.facts import Facts
+from medshard_protocol.facts import Facts, ballot_prefix
 from medshard_protocol.ids import FileId, file_id_from_hex
 from medshard_protocol.messages import body_type
 from medshard_protocol.proofs import Places, append_bytes_max, pack_registration
-from medshard_protocol.roster import Roster
-from medshard_protocol.tables import Table, after, end_of_places
+from medshard_protocol.tables import Table, after
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width
 from storenode.ledger.fullhead import with_line
 
@@ -107,9 +106,8 @@ def places_of(facts: Facts, file_id: FileId) -> Places:
         raise Absent("no entry registers this file")
     stamps = (index for index, size, _ in facts.timestamps() if size > registration.index)
     approvals = []
-    for key, row in facts.tables.scan(Table.ROSTERS, b"", end_of_places):
-        decided, new = int.from_bytes(key, "big"), Roster.from_bytes(row[0])
-        prefix = (new.number - 1).to_bytes(4, "big") + bytes([Type.ROSTER]) + new.sha256
+    for decided, new in facts.decided:
+        prefix = ballot_prefix(new, new.number - 1, Type.ROSTER) + new.sha256
         votes = (int(vote[0]) for _, vote in facts.tables.scan(Table.VOTES, prefix, after(prefix)))
         approvals.append(tuple(sorted(index for index in votes if index <= decided)))
     return Places(identity.first, tuple(islice(stamps, 1)), tuple(approvals))

@@ -92,8 +92,11 @@ class Sequencer:
     async def start(self) -> None:
         """Write the genesis entry if this is a new log, have the present head cosigned, and take entries. Raises Conflict if deposed."""
         genesis: list[_Queued] = []
-        if self._journal.head.size == 0:
-            body = Genesis(self._roster.sha256, bytes(nonce_size))
+        if self._journal.head.size < self._roster.begins:
+            raise Unavailable("this node has not all entries of the log before")
+        if self._journal.head.size == self._roster.begins:
+            nonce = self._roster.sha256[:nonce_size] if self._roster.before else bytes(nonce_size)
+            body = Genesis(self._roster.sha256, nonce)
             entry = sign_entry(self._roster.origin, body, self._roster.log_key, self._key.sign)
             genesis = [_Queued(entry.to_bytes(), name_of(entry.to_bytes()), entry)]
         await self._store(genesis)  # if only to note that this log is, in full, that of the new epoch

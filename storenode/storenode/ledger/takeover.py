@@ -71,7 +71,8 @@ class Takeover:
         if epoch > wire.epoch_max:
             raise Unavailable("somebody has used up the epochs: this log needs a successor")
         signature = self._key.sign(wire.promise_text(self._roster.origin, epoch, self._node))
-        if self._journal.head.size == 0 and self._node != self._roster.sequencer and not await self._somebody_has_entries():
+        new = self._journal.head.size <= self._roster.begins
+        if new and self._node != self._roster.sequencer and not await self._somebody_has_entries():
             raise Unavailable("the log is new, and its first sequencer has not begun it")
         try:
             await self._mirror.promise(epoch, self._node, signature)
@@ -93,7 +94,7 @@ class Takeover:
     async def _somebody_has_entries(self) -> bool:
         others = [node.id for node in self._roster.nodes if node.id != self._node]
         answers = await asyncio.gather(*(ask(self._call, node, promise_wait_s) for node in others), return_exceptions=True)
-        return any(isinstance(answer, Report) and answer.size > 0 for answer in answers)
+        return any(isinstance(answer, Report) and answer.size > self._roster.begins for answer in answers)
 
     async def _promises(self, epoch: int, body: bytes) -> dict[NodeId, Report]:
         """Ask everybody; give the answers once a quorum of institutions, this one among them, has promised."""

@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -27,9 +28,8 @@ from medshard_protocol.ids import Sha256
 from medshard_protocol.merkle import sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
-from medshard_protocol.tables import Table
 from medshard_protocol.tiles import TileName, tile_height, tile_width, unpack_bundle
-from storenode.logtool.hashing import Run, check_run, compare
+from storenode.logtool.hashing import Origins, Run, check_run, compare
 from storenode.logtool.source import Folder
 from storenode.logtool.tables import AuditTables
 
@@ -62,11 +62,14 @@ def audit(
     folder: Path,
     genesis: Roster,
     documents: Mapping[Sha256, Roster],
+    line: Sequence[Roster] = (),
     *,
     processes: int | None = None,
     progress: OnProgress = lambda done, of: None,
 ) -> Report:
-    """Check everything. Raises Damaged for a file that is not what the entries give, Refused for a checkpoint without its quorum, Malformed
+    """Check everything. ``line`` are the genesis files of the logs that this one goes on from, oldest first.
+
+    Raises Damaged for a file that is not what the entries give, Refused for a checkpoint without its quorum, Malformed
     for one that is none, Absent for a missing file or roster."""
     source = Folder(folder)
     note = source.read("checkpoint")
@@ -75,12 +78,16 @@ def audit(
         raise Refused(f"the log calls itself {claimed.origin!r}, and the genesis file is of {genesis.origin!r}")
     with tempfile.TemporaryDirectory(prefix="medshard-audit-") as scratch:
         tables = AuditTables(Path(scratch))
-        state = State(genesis, tables, documents.get)
-        upper = _Upper(source)
-        for run in _runs(folder, genesis.origin, claimed.size, processes or os.cpu_count() or 1):
+        state = State(genesis, tables, documents.get, line)
+        upper = _Upper(source, [each.size for each in genesis.before])
+        origins = (*((each.size, each.origin) for each in genesis.before), (claimed.size, genesis.origin))
+        for run in _runs(folder, origins, claimed.size, processes or os.cpu_count() or 1):
             upper.take(run)
             _fold(state, run)
             progress(state.size, claimed.size)
+        for ended in genesis.before:
+            if upper.passed.get(ended.size) != ended.root:
+                raise Damaged(f"its first {ended.size} entries are not those of {ended.origin}, from which it goes on")
         if upper.finish(claimed.size) != claimed.root:
             raise Damaged("the entries do not give the root that the checkpoint states")
         report = _report(note, claimed, state, tables)
@@ -88,11 +95,11 @@ def audit(
     return report
 
 
-def _runs(folder: Path, origin: str, size: int, processes: int) -> Iterator[Run]:
+def _runs(folder: Path, origins: Origins, size: int, processes: int) -> Iterator[Run]:
     """The checked runs in order, a few of them ahead."""
     bundles = -(-size // tile_width)
     starts = range(0, bundles, run_bundles)
-    jobs = ((folder, origin, size, start, min(start + run_bundles, bundles)) for start in starts)
+    jobs = ((folder, origins, size, start, min(start + run_bundles, bundles)) for start in starts)
     if processes == 1 or len(starts) < 2:
         for job in jobs:
             yield check_run(*job)
@@ -113,7 +120,9 @@ def _runs(folder: Path, origin: str, size: int, processes: int) -> Iterator[Run]
 class _Upper:
     """The tiles above the leaves, as they become complete."""
 
-    def __init__(self, source: Folder) -> None:
+    def __init__(self, source: Folder, stops: Sequence[int]) -> None:
+        self.passed: dict[int, bytes] = {}  # the root at each of the sizes ``stops``
+        self._stops = stops
         self._source = source
         self._rows: list[list[bytes]] = []  # the tile in the making, at level 1 and above
         self._full: list[int] = []  # how many tiles are complete
@@ -122,10 +131,20 @@ class _Upper:
 
     def take(self, run: Run) -> None:
         """Go on by one run."""
-        for root in run.tile_roots:
-            self._tree.append(root)
-            self._add(0, root)
+        for bundle, root in zip_longest(run.bundles, run.tile_roots):
+            for size in self._stops:
+                if size >> tile_height == self._tree.size:
+                    self._stop(size, unpack_bundle(bundle, len(run.edge) if root is None else tile_width))
+            if root is not None:
+                self._tree.append(root)
+                self._add(0, root)
         self._edge = run.edge
+
+    def _stop(self, size: int, entries: Sequence[bytes]) -> None:
+        edge = merkle.Frontier(sha256)
+        for entry in entries[: size % tile_width]:
+            edge.append(merkle.leaf_hash(entry, sha256))
+        self.passed[size] = merkle.fold([*self._tree.peaks, *edge.peaks], sha256)
 
     def finish(self, size: int) -> bytes:
         """Compare what is left, and give the root of the whole tree."""
@@ -177,7 +196,7 @@ def _report(note: bytes, claimed: Checkpoint, state: State, tables: AuditTables)
         pq_quorum = False
     parsed, counts = Note.from_bytes(note), dict(state.counts)
     times = [{roster.node(node).name: at for node, at in cosigners(parsed, roster, pq=pq).items()} for pq in (False, True)]
-    changes = [(int.from_bytes(key, "big"), Roster.from_bytes(row[0]).number) for key, row in tables.scan(Table.ROSTERS, b"", b"\xff" * 9)]
+    changes = [(index, roster.number) for index, roster in state.decided]
     return Report(
         origin=claimed.origin,
         size=claimed.size,

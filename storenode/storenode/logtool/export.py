@@ -16,10 +16,11 @@ from typing import Final
 
 from medshard_protocol.canonical import encode
 from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_verifier, log_verifiers, open_published, pq_verifier
-from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError
+from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused
 from medshard_protocol.ids import Sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
+from medshard_protocol.succession import Successor
 from medshard_protocol.tiles import TileName, tile_names, tile_width, unpack_bundle
 from storenode import durable
 from storenode.logtool.source import Folder, Source, size_of
@@ -28,6 +29,7 @@ threads: Final = 8
 genesis_name: Final = "genesis.medshard"
 rosters_name: Final = "rosters"
 policy_name: Final = "policy"
+before_name: Final = "before-{}"
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,24 @@ class Exported:
 
 
 def export(
-    source: Source, folder: Path, genesis: Roster, links: Sequence[Link], progress: Callable[[int, int], None] = lambda done, of: None
+    source: Source,
+    folder: Path,
+    genesis: Roster,
+    links: Sequence[Link],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    before: Sequence[Successor] = (),
 ) -> Exported:
-    """Bring ``folder`` up to the source's checkpoint. Raises Refused for one without a quorum, Damaged where the source has forked."""
+    """Bring ``folder`` up to the source's checkpoint; ``before`` tells how it came to this log.
+
+    Raises Refused for one without a quorum, Damaged where the source has forked."""
     note = source.read("checkpoint")
     roster = follow(genesis, links)
     checkpoint = _published(note, genesis, links)
     folder.mkdir(parents=True, exist_ok=True)
-    before = _size_before(folder)
-    if before > checkpoint.size:
-        raise Damaged(f"{folder} has {before} entries and the source {checkpoint.size}: a log never shrinks")
+    had = _size_before(folder)
+    if had > checkpoint.size:
+        raise Damaged(f"{folder} has {had} entries and the source {checkpoint.size}: a log never shrinks")
     missing = [name for name in tile_names(checkpoint.size) if not (folder / "tile" / name.path()).exists()]
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(lambda name: _copy(source, folder, name), missing), 1):
@@ -57,6 +67,8 @@ def export(
     _prune(folder, checkpoint.size)
     for name, data in ((genesis_name, genesis.to_bytes()), (rosters_name, encode([1, [link.to_value() for link in links]]))):
         durable.replace(folder / name, data, mode=0o644)
+    for number, document in enumerate(before):
+        durable.replace(folder / before_name.format(number), document.to_bytes(), mode=0o644)
     durable.replace(folder / policy_name, policy(roster).encode(), mode=0o644)
     durable.replace(folder / "checkpoint", note, mode=0o644)
     return Exported(checkpoint.size, len(missing), _is_full(note, roster))
@@ -72,9 +84,17 @@ def read_rosters(folder: Path) -> tuple[Roster, tuple[Link, ...]]:
         return genesis, ()
 
 
-def documents(links: Iterable[Link]) -> dict[Sha256, Roster]:
-    """The rosters of a chain by their SHA-256."""
-    rosters = [Roster.from_bytes(link.roster) for link in links]
+def read_before(source: Source, genesis: Roster) -> list[Successor]:
+    """How it came to this log from those before it, as it lies beside an exported log. Raises Absent, Malformed or Refused."""
+    found = [Successor.from_bytes(source.read(before_name.format(number))) for number, _ in enumerate(genesis.before)]
+    if [document.check().rosters[0].sha256 for document in found] != [each.genesis for each in genesis.before]:
+        raise Refused("what lies beside the log does not say how it came from the logs before it")
+    return found
+
+
+def documents(links: Iterable[Link], before: Iterable[Successor] = ()) -> dict[Sha256, Roster]:
+    """The rosters of a chain, and of the logs before, by their SHA-256."""
+    rosters = [Roster.from_bytes(link.roster) for link in (*links, *(link for each in before for link in each.links))]
     return {roster.sha256: roster for roster in rosters}
 
 

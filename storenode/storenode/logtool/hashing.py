@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -26,6 +26,7 @@ from medshard_protocol.tiles import TileName, pack_bundle, tile_width, unpack_bu
 from storenode.logtool.source import Folder
 
 authors_max: Final = 4096
+Origins: TypeAlias = tuple[tuple[int, str], ...]
 
 _body = slice(3, -100)  # of an entry: array, version and type are a byte each; author and signature have two bytes before them
 _author = slice(-98, -66)
@@ -44,8 +45,11 @@ class Run:
     unsigned: frozenset[int]  # places of entries that are malformed or not signed by their authors
 
 
-def check_run(folder: Path, origin: str, size: int, first: int, end: int) -> Run:
-    """Hash the bundles from ``first`` up to but not including ``end`` of a log of ``size`` entries. Raises Damaged or Absent."""
+def check_run(folder: Path, origins: Origins, size: int, first: int, end: int) -> Run:
+    """Hash the bundles from ``first`` up to but not including ``end`` of a log of ``size`` entries. Raises Damaged or Absent.
+
+    ``origins`` are the logs for which its entries were signed, each with the place where it ended; the last is this one.
+    """
     source = Folder(folder)
     bundles: list[bytes] = []
     roots: list[bytes] = []
@@ -62,7 +66,7 @@ def check_run(folder: Path, origin: str, size: int, first: int, end: int) -> Run
         leaves = [hashlib.sha256(b"\x00" + entry).digest() for entry in entries]
         compare(source, TileName(0, number, width), leaves)
         _compare_older(source, name, entries)
-        unsigned.update(_unsigned(entries, number * tile_width, origin))
+        unsigned.update(_unsigned(entries, number * tile_width, origins))
         bundles.append(data)
         if width == tile_width:
             roots.append(merkle.root(leaves, sha256))
@@ -97,15 +101,15 @@ def _older(source: Folder, name: TileName) -> Iterable[int]:
     return sorted(int(each.name) for each in path.iterdir() if _partial.match(each.name) and int(each.name) < name.width)
 
 
-def _unsigned(entries: list[bytes], start: int, origin: str) -> Iterable[int]:
+def _unsigned(entries: list[bytes], start: int, origins: Origins) -> Iterable[int]:
     """Places of entries whose author's signature does not hold.
 
     The signed body and the signature are cut out where a canonical entry has them, which saves half the time of parsing; that the
     entry is canonical is found out where it is folded.
     """
-    name = origin.encode()
-    before = label + len(name).to_bytes(2, "big") + name
+    befores = [(end, label + len(origin.encode()).to_bytes(2, "big") + origin.encode()) for end, origin in origins]
     for place, data in enumerate(entries, start):
+        before = next(before for end, before in befores if place < end)
         try:
             _public(data[_author]).verify(data[_signature], before + data[2:3] + data[_body])
         except (InvalidSignature, ValueError):

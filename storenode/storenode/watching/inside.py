@@ -24,13 +24,16 @@ sample: Final = 2  # all mirrors' heads are proved in each round; the tiles of t
 _log = logging.getLogger(__name__)
 
 
-def node_watch(data: Path, trust: Callable[[], Trust], ask: Ask) -> Watch:
-    """Watch all nodes of the newest roster, this one among them: it is asked as others ask it."""
+def node_watch(data: Path, trust: Callable[[], Trust], ask: Ask, *, log: Path | None = None) -> Watch:
+    """Watch all nodes of the newest roster, this one among them: it is asked as others ask it.
+
+    Evidence lies in ``data``; what was seen of the log in the folder of that ``log``, if it is another.
+    """
 
     def sources() -> list[Source]:
         return [Mirror(node.name, node.id, ask) for node in trust().rosters[-1].nodes]
 
-    path = data / memory_name
+    path = (log or data) / memory_name
     try:
         return Watch(trust, sources, evidence_in(data), path, sample=sample)
     except Damaged as error:
