@@ -17,7 +17,7 @@ from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, cosigners, open_published
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Damaged, MedshardError, Unavailable
-from medshard_protocol.roster import Node
+from medshard_protocol.roster import Node, Roster
 from medshard_protocol.tiles import tile_names, unpack_bundle
 
 timeout_s: Final = 15.0
@@ -44,7 +44,7 @@ async def _read(net: Net, node: Node, checkpoint: Checkpoint, teller: Teller, pr
     teller.begin()
     async for bundle in _bundles(net, node, checkpoint.size):
         start = frontier.size
-        happened += await asyncio.to_thread(_tell, teller, net.roster.origin, start, bundle)
+        happened += await asyncio.to_thread(_tell, teller, net.roster, start, bundle)
         for entry in bundle:
             frontier.append(merkle.leaf_hash(entry, merkle.sha256))
         if progress:
@@ -54,12 +54,12 @@ async def _read(net: Net, node: Node, checkpoint: Checkpoint, teller: Teller, pr
     return happened
 
 
-def _tell(teller: Teller, origin: str, start: int, bundle: Iterable[bytes]) -> list[Happened]:
+def _tell(teller: Teller, roster: Roster, start: int, bundle: Iterable[bytes]) -> list[Happened]:
     told: list[Happened] = []
     for index, data in enumerate(bundle, start):
         try:
             entry = Entry.from_bytes(data)
-            entry.verify(origin)
+            entry.verify(roster.origin_at(index))
         except MedshardError:
             continue  # without an effect for everybody
         happened = teller.tell(index, entry)

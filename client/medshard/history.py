@@ -141,7 +141,7 @@ class Teller:
     def _read(self, index: int, author: Key, body: Access, file_id: FileId | None) -> tuple[str, dict[str, Any]]:
         told: dict[str, Any] = {"purpose": purpose_name(body.purpose)}
         if body.reason:
-            told |= self._reason(body.reason)
+            told |= self._reason(index, body.reason)
         wanted = body.file_ids if file_id is None else (file_id,)
         rights = [self._right(index, author, each) for each in wanted]
         standing = next((right for right in rights if isinstance(right, _Standing)), None)
@@ -158,13 +158,15 @@ class Teller:
         standing = [each for each in candidates if each.revoked is None or each.revoked > index]
         return max(standing, key=lambda each: each.grant.until or 2**63, default=None)
 
-    def _reason(self, sealed: bytes) -> dict[str, Any]:
+    def _reason(self, index: int, sealed: bytes) -> dict[str, Any]:
         if self._auditors is None:
             return {"sealed_reason": True}
-        try:
-            return {"reason": open_reason(self._auditors, self._roster.origin, sealed)}
-        except MedshardError:
-            return {"sealed_reason": True}
+        for origin in (self._roster.origin_at(index), *(each.origin for each in self._roster.before)):  # read before the end, written after
+            try:
+                return {"reason": open_reason(self._auditors, origin, sealed)}
+            except MedshardError:
+                continue
+        return {"sealed_reason": True}
 
     def _institution(self, key: Key) -> str:
         return self._institutions.get(key) or self._names.institutions.get(key, "")

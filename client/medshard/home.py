@@ -2,7 +2,8 @@
 
 vault.key            the root key under a passphrase: the one thing that must be backed up
 genesis.medshard     the roster that this vault began with, and trusts
-rosters/             the changes since, each as the nodes told of it: NUMBER.link (docs/formats/roster.md)
+rosters/             the changes since, each as the nodes told of it: NUMBER.link (docs/formats/roster.md); rosters-1/ in a first successor
+before/              what came after earlier logs: SHA-256 of the genesis file of each, .successor
 certificate.der      the institution's word for the vault's key
 index.sqlite         a cache: search, manifests, unfinished puts
 contacts.sealed      names for other vaults' keys, which stand nowhere else
@@ -14,13 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from medshard.durable import write_durably
 from medshard_protocol.canonical import decode, encode
 from medshard_protocol.errors import Absent
+from medshard_protocol.ids import Sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, link_bytes_max
+from medshard_protocol.succession import Change
+
+_continuing = b"\x9b"  # an array of eleven: a roster of a log that goes on from others
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,10 @@ class Home:
         """Read all rosters by number, the genesis file first. Raises as ``roster`` does."""
         return [Roster.from_bytes(self._read(self.genesis)), *(Roster.from_bytes(link.roster) for link in self.links())]
 
+    def genesis_sha256(self) -> Sha256:
+        """What the pinned roster is known by."""
+        return Sha256(sha256(self._read(self.genesis)).digest())
+
     def links(self) -> list[Link]:
         """Read the changes since the genesis file, as far as they were followed. Raises Malformed."""
         found = []
@@ -85,9 +95,18 @@ class Home:
         for number, link in enumerate(links, after + 1):
             write_durably(self._rosters / f"{number:08}.link", encode(link.to_value()))
 
+    def succeed(self, document: bytes, change: Change) -> None:
+        """Go by the log that goes on from this one, durably. The caller has checked that it does. The old rosters stay where they are."""
+        folder = self.folder / "before"
+        folder.mkdir(exist_ok=True)
+        write_durably(folder / f"{change.rosters[0].sha256.hex()}.successor", document)
+        write_durably(self.genesis, change.genesis.to_bytes())
+
     @property
     def _rosters(self) -> Path:
-        return self.folder / "rosters"
+        data = self._read(self.genesis)
+        before = Roster.from_bytes(data).before if data[:1] == _continuing else ()
+        return self.folder / (f"rosters-{len(before)}" if before else "rosters")
 
     def certificate_bytes(self) -> bytes:
         """Read the certificate. Raises Absent."""

@@ -56,8 +56,17 @@ class LedgerClient:
         return await self._append(bodies)
 
     async def append_signed(self, entries: Sequence[Entry]) -> list[Inclusion]:
-        """Put entries on the ledger that were signed before; those that are there already stay where they are."""
-        return await self._submit_all([entry.to_bytes() for entry in entries])
+        """Put entries of this vault on the ledger that were signed before; those that are there already stay where they are.
+
+        If the log has ended and another goes on from it, they are signed anew for that one: what was taken is in the inclusions.
+        """
+        try:
+            return await self._submit_all([entry.to_bytes() for entry in entries])
+        except Refused:
+            await self._net.follow()
+            if not self._signed_before(entries):
+                raise
+            return await self._submit_all([self.sign(entry.body).to_bytes() for entry in entries])
 
     def sign(self, body: Body) -> Entry:
         """An entry in the name of this vault, for this log."""
@@ -93,8 +102,15 @@ class LedgerClient:
         if body.manifest_sha256 != manifest.sha256:
             raise Damaged("the manifest is not the one whose hash is on the ledger")
 
+    def _signed_before(self, entries: Sequence[Entry]) -> bool:
+        """Whether this vault signed these for a log from which the present one goes on. What it signed for a strange log stays that."""
+        origins = [each.origin for each in self._net.roster.before]
+        return bool(origins) and all(
+            entry.author == self._keys.public and any(_signed_for(entry, origin) for origin in origins) for entry in entries
+        )
+
     async def _append(self, bodies: Sequence[Body]) -> list[Inclusion]:
-        return await self._submit_all([self.sign(body).to_bytes() for body in bodies])
+        return await self.append_signed([self.sign(body) for body in bodies])
 
     async def _submit_all(self, entries: list[bytes]) -> list[Inclusion]:
         proofs: list[Inclusion] = []
@@ -173,3 +189,11 @@ class LedgerClient:
         roster = self._net.roster
         first = self._answered or roster.sequencer
         return sorted(roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id != first))
+
+
+def _signed_for(entry: Entry, origin: str) -> bool:
+    try:
+        entry.verify(origin)
+    except Refused:
+        return False
+    return True

@@ -16,9 +16,11 @@ from typing import Final
 
 from medshard.home import Home
 from medshard.transport import Net
-from medshard_protocol.errors import MedshardError
+from medshard_protocol.errors import Absent, MedshardError, Refused
+from medshard_protocol.ids import Sha256
 from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
+from medshard_protocol.succession import Change, Successor, successor_path
 
 ask_timeout_s: Final = 2.0
 again_after_s: Final = 0.25  # many answers that fail at once are one reason to ask
@@ -78,19 +80,50 @@ class Follower:
                 if chain is not None:
                     answered += 1
                     links = max(links, chain, key=len)
-        if not links or self._net.roster is not roster:
+        if self._net.roster is not roster:
             return False
+        if not links:
+            return await self._succeed(roster)
         newest = Roster.from_bytes(links[-1].roster)
         await asyncio.to_thread(self._home.keep_links, roster.number, links)
         self._net.adopt(newest, await asyncio.to_thread(self._contexts, newest))
         log.info("roster %d is in effect", newest.number)
         return True
 
+    async def _succeed(self, roster: Roster) -> bool:
+        """Go on with the successor of a log that has ended, if some node tells of one that a quorum of its institutions signed."""
+        genesis, answered = self._home.genesis_sha256(), 0
+        for node in self._candidates(roster):
+            if answered > roster.quorum.f:
+                break
+            try:
+                path = f"{successor_path}?of={genesis.hex()}"
+                answer = await self._net.call(node, "GET", path, timeout_s=ask_timeout_s, ok=(200,))
+                answered += 1
+            except Absent:
+                answered += 1  # as a rule there is none
+                continue
+            except MedshardError:
+                continue
+            try:
+                change = await asyncio.to_thread(_changed, answer, genesis, roster)
+            except MedshardError as error:
+                log.warning("%s tells of a successor that does not hold: %s", node.name, error)
+                continue
+            if self._net.roster is not roster:
+                return False
+            await asyncio.to_thread(self._home.succeed, answer, change)
+            self._net.adopt(change.genesis, await asyncio.to_thread(self._contexts, change.genesis))
+            log.warning("the log %s has ended; this vault goes on in %s", roster.origin, change.genesis.origin)
+            return True
+        return False
+
     async def _ask(self, node: Node, roster: Roster) -> Sequence[Link] | None:
         """What a node tells, as far as it holds; None if it tells nothing."""
+        genesis = self._home.genesis_sha256()
         try:
-            answer = await self._net.call(node, "GET", f"/v1/rosters?after={roster.number}", timeout_s=ask_timeout_s, ok=(200,))
-            links = unpack_links(answer)
+            path = f"/v1/rosters?after={roster.number}&of={genesis.hex()}"
+            links = unpack_links(await self._net.call(node, "GET", path, timeout_s=ask_timeout_s, ok=(200,)))
         except MedshardError:
             return None
         good: list[Link] = []
@@ -109,6 +142,14 @@ class Follower:
         first = {node.institution: node for node in reversed(order)}
         yield from (node for node in order if first[node.institution] is node)
         yield from (node for node in order if first[node.institution] is not node)
+
+
+def _changed(document: bytes, genesis: Sha256, roster: Roster) -> Change:
+    """What a successor's document says, if it is about the log of this genesis file and roster. Raises Malformed or Refused."""
+    change = Successor.from_bytes(document).check()
+    if change.rosters[0].sha256 != genesis or roster not in change.rosters:
+        raise Refused("it is about another log than this vault's")
+    return change
 
 
 @contextlib.asynccontextmanager

@@ -25,7 +25,7 @@ from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, 
 from medshard_protocol.ids import FileId, Sha256
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import manifest_path
-from medshard_protocol.roster import Node
+from medshard_protocol.roster import Node, Roster
 from medshard_protocol.tiles import tile_names, unpack_bundle
 
 timeout_s: Final = 10.0
@@ -88,7 +88,7 @@ async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[
     mine: dict[FileId, tuple[int, bytes]] = {}
     granted: dict[Sha256, tuple[int, Grant]] = {}
     ended: dict[Sha256, int] = {}
-    for number, entry in _mine(entries, keys, net.roster.origin):
+    for number, entry in _mine(entries, keys, net.roster):
         match entry.body:
             case Register(file_id=file_id, manifest_sha256=digest):
                 mine.setdefault(file_id, (number, digest))  # the first registration counts, as in the ledger's state
@@ -112,12 +112,12 @@ async def _entries(net: Net, checkpoint: Checkpoint, node: Node):  # type: ignor
                 yield entry
 
 
-def _mine(entries: list[bytes], keys: VaultKeys, origin: str) -> Iterator[tuple[int, Entry]]:
+def _mine(entries: list[bytes], keys: VaultKeys, roster: Roster) -> Iterator[tuple[int, Entry]]:
     for number, data in enumerate(entries):
         try:
             entry = Entry.from_bytes(data)
             if isinstance(entry.body, Register | Grant | Revoke) and entry.author == keys.public:
-                entry.verify(origin)
+                entry.verify(roster.origin_at(number))
                 yield number, entry
         except MedshardError:
             continue  # an entry of another type or a void one: the fold ignores it too

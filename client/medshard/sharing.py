@@ -133,7 +133,7 @@ class Sharing:
         if not entries:
             return []
         inclusions = await waiting_for_the_ledger(self._net, self._ledger.append_signed(entries))
-        known = [each for entry, inclusion in zip(entries, inclusions, strict=True) for each in _known(inclusion.index, entry)]
+        known = [each for inclusion in inclusions for each in _known(inclusion.index, Entry.from_bytes(inclusion.entry))]
         with self._index.together():
             for each in known:
                 self._index.put_grant(each)

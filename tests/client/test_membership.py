@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from tests.conftest import Consortium, consortium_of
+from tests.conftest import Consortium, consortium_of, key_named
 
 from medshard.home import Home
 from medshard.membership import Follower, following
 from medshard.transport import Net
-from medshard_protocol.entries import Approve
-from medshard_protocol.errors import Malformed, Unavailable
+from medshard_protocol.entries import Approve, Genesis
+from medshard_protocol.errors import Absent, Malformed, Unavailable
+from medshard_protocol.identity import public_key
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, pack_links
+from medshard_protocol.succession import Successor, label, line_after
 
 four = consortium_of(4)
 
@@ -45,13 +47,15 @@ class Told(Net):
         self.asked: list[NodeId] = []
 
     async def call(self, node: Node, method: str, path: str, body: bytes = b"", **_: object) -> bytes:  # type: ignore[override]
+        if path.startswith("/v1/successor?of="):
+            raise Absent("there is none")
         assert (method, path.split("=")[0]) == ("GET", "/v1/rosters?after")
         self.asked.append(node.id)
         await asyncio.sleep(0)
         answer = self.answers[node.id]
         if answer is None:
             raise Unavailable("no answer")
-        return answer if isinstance(answer, bytes) else pack_links(answer[int(path.split("=")[1]) :])
+        return answer if isinstance(answer, bytes) else pack_links(answer[int(path.split("=")[1].removesuffix("&of")) :])
 
 
 @pytest.fixture
@@ -192,3 +196,75 @@ async def test_a_holder_that_has_left_is_away_and_no_error(home):
             await net.call(stand_in, "GET", "/healthz", timeout_s=1.0)
         with pytest.raises(Unavailable, match="no longer in the roster"):
             await net.call(gone, "GET", "/healthz", timeout_s=1.0)
+
+
+# -- after the log has ended
+
+
+entries = [Consortium(four.roster).entry("log", Genesis(four.roster.sha256, bytes(16))).to_bytes()]
+end = four.checkpoint(entries)
+later = replace(four.roster, origin="consortium.example/log-2", before=line_after(four.roster, end))
+
+
+def succession(genesis: Roster = later, by: Sequence[int] = (0, 1, 2)) -> bytes:
+    """Who signs for a successor that must not be signs for its bytes all the same."""
+    message = label + four.roster.sha256 + genesis.sha256
+    signatures = sorted((public_key(key_named(f"ca {i}")), key_named(f"ca {i}").sign(message)) for i in by)
+    note = four.note(end, (1, 2, 3)).to_bytes()
+    return Successor(four.roster.to_bytes(), (), note, genesis.to_bytes(), tuple(signatures)).to_bytes()
+
+
+class Ending(Told):
+    """A net whose nodes also tell of a successor."""
+
+    def __init__(self, *successors: bytes | None) -> None:
+        super().__init__([[]] * 4)
+        self.successors = dict(zip((node.id for node in four.roster.nodes), successors, strict=True))
+
+    async def call(self, node: Node, method: str, path: str, body: bytes = b"", **more: object) -> bytes:  # type: ignore[override]
+        if path == f"/v1/successor?of={four.roster.sha256.hex()}":
+            answer = self.successors[node.id]
+            if answer is None:
+                raise Absent("there is none")
+            return answer
+        return await super().call(node, method, path, body, **more)
+
+
+async def test_a_vault_goes_on_in_the_successor_that_a_quorum_signed(home, follower):
+    net = Ending(*[succession()] * 4)
+    assert await follower(net).follow()
+    assert net.roster == later == home.roster()
+    assert home.links() == []
+    kept = (home.folder / "before" / f"{four.roster.sha256.hex()}.successor").read_bytes()
+    assert Successor.from_bytes(kept).check().rosters == (four.roster,)
+    after_later = replace(later, number=1, previous=later.sha256)
+    home.keep_links(0, [Link(after_later.to_bytes(), ())])
+    assert home.rosters() == [later, after_later]
+
+
+bad_successors = {
+    "too few signatures": succession(by=(0, 1)),
+    "another root": succession(replace(later, before=(replace(later.before[0], root=bytes(32)),))),
+    "another log": succession(replace(later, before=(replace(later.before[0], genesis=bytes(32)),))),
+    "no successor at all": b"\x00",
+}
+
+
+@pytest.mark.parametrize("name", bad_successors)
+async def test_a_vault_stays_where_a_successor_does_not_hold(home, follower, name):
+    net = Ending(*[bad_successors[name]] * 4)
+    assert not await follower(net).follow()
+    assert net.roster == four.roster == home.roster()
+
+
+async def test_one_node_that_tells_the_truth_is_enough(home, follower):
+    for place in range(4):
+        answers: list[bytes | None] = [bad_successors["too few signatures"]] * 4
+        answers[place] = succession()
+        net = Ending(*answers)
+        made = follower(net)
+        for _ in range(50):
+            made._asked_at = -1.0
+            await made.follow()
+        assert net.roster == later
+        home.genesis.write_bytes(four.roster.to_bytes())
