@@ -331,12 +331,15 @@ def test_the_smallest_and_the_largest_are_read() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_a_changed_byte_never_proves_something_else(log: Log, data: st.DataObject) -> None:
+def test_a_changed_byte_is_refused_or_proves_the_same(log: Log, data: st.DataObject) -> None:
     good = proof_of(log)
     packed = bytearray(good.to_bytes())
     packed[data.draw(st.integers(0, len(packed) - 1))] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(MedshardError):
-        DocumentProof.from_bytes(bytes(packed)).verify(log.c.roster)
+    try:
+        proven = DocumentProof.from_bytes(bytes(packed)).verify(log.c.roster)
+    except MedshardError:
+        return
+    assert proven == good.verify(log.c.roster)  # one byte says how many members a pack has, which is no claim
 
 
 values = st.recursive(
