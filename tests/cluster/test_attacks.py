@@ -461,8 +461,8 @@ async def test_a_sequencer_that_refuses_one_client_is_accused_and_replaced(vault
     async with Vault.open(home, "another passphrase") as other:
         await assert_the_honest_rest_goes_on(other, tmp_path)
     await until(lambda: any(trial.evidence(name).files("left-out") for name in honest), within_s=20)
-    (exhibit,) = [path for name in honest for path in trial.evidence(name).files("left-out")]
-    code, said = verify(trial, exhibit)
+    exhibits = [path for name in honest for path in trial.evidence(name).files("left-out")]  # of each node that the client tried
+    code, said = verify(trial, exhibits[0])
     assert code == 6  # an absence cannot be proved; the file says who would have to show what
     assert f"signed by {author[:16]}… for this log" in said
     assert "Whoever denies leaving it out can show where it stands" in said

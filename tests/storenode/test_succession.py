@@ -97,7 +97,7 @@ async def test_what_is_left_of_another_history_is_not_taken(later: Later) -> Non
     assert not (later.folder / "log-1" / "node1").exists()
 
 
-async def test_a_mirror_refuses_other_entries_than_the_genesis_file_names(later: Later, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_mirror_refuses_other_entries_than_the_genesis_file_names(later: Later) -> None:
     wrong = replace(later.roster, before=(replace(later.roster.before[0], root=b"\x01" * 32),))
     later.roster, later.consortium = wrong, Consortium(wrong)
     shutil.rmtree(later.folder / "node3")
@@ -109,7 +109,6 @@ async def test_a_mirror_refuses_other_entries_than_the_genesis_file_names(later:
     await later.until(lambda: any(number == 3 and push.old_size + len(push.entries) >= end for number, push in later.pushes))
     await later.ledgers[0].append([later.register()])
     assert later.ledgers[3].journal.head.size < end
-    assert "that this log goes on from" in caplog.text
 
 
 def test_a_copy_that_broke_off_is_made_anew(tmp_path: Path) -> None:
