@@ -12,26 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import queue
-import select
-import socket
-import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
-from medshard.line import Address, BrokenOff, Line, Steps, read_bytes
+from medshard.line import Line, Steps
+from medshard.polling import Course, Failure, Poller
 from medshard.transport import Net, connect_timeout_s, explain, without_name
 from medshard_protocol import merkle
 from medshard_protocol.errors import Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import SpanHead, error_bytes_max, shard_path, span_head_bytes_max, unpack_error
-from medshard_protocol.roster import Node
 from medshard_protocol.shards import digests, shard_root
 
 window_stripes: Final = 8  # being received and being opened, together: at 10/16 and 128 KiB cells 10 MiB
@@ -54,19 +50,14 @@ class Arrived:
     cells: dict[int, memoryview]
 
 
-@dataclass(eq=False, slots=True)
-class _Stream:
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Stream(Course):
     index: int
-    node: Node
     at: int
     moved_at: float = field(default_factory=time.monotonic)
-    steps: Generator[int, None, None] | None = None
-    line: Line | None = None
     cell: memoryview = field(default_factory=lambda: memoryview(b""))
-    registered: tuple[int, int] | None = None  # file descriptor and events
     waits_for_room: bool = False
     waited_for_since: float = math.inf
-    is_done: bool = False
 
 
 class Download:
@@ -85,17 +76,13 @@ class Download:
         self._streams: dict[int, _Stream] = {}
         self._failures: dict[str, str] = {}
         self._expected: dict[int, Expected] = {}  # by shard: does this cell have this digest?
-        self._scratch = memoryview(bytearray(read_bytes))
-        self._poll = select.poll()
-        self._by_descriptor: dict[int, _Stream] = {}
-        # Between the threads: whole stripes one way, their buffers back, and a byte to wake the poll.
+        self._poller: Poller
+        # Between the threads: whole stripes one way, their buffers back.
         self._whole: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
         self._free: deque[memoryview] = deque()
         self._made = 0
         self._hungry = False
         self._stopping = False
-        self._bell, self._ear = socket.socketpair()
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, wanted: range, take: Callable[[Arrived], None]) -> None:
         """Call ``take`` for every stripe in ``wanted``, in a thread, one after the other; its buffers are its own only so long.
@@ -103,21 +90,20 @@ class Download:
         Raises Unavailable when fewer than k holders give good cells, and what ``take`` raises. No thread is left when it returns.
         """
         self._now, self._end = wanted.start, wanted.stop
-        self._loop = asyncio.get_running_loop()
+        loop, self._poller = asyncio.get_running_loop(), Poller(self._net, self._ended)
         pool = ThreadPoolExecutor(2, thread_name_prefix="medshard-get")
-        taking = self._loop.run_in_executor(pool, self._hand_on, take)
-        receiving = self._loop.run_in_executor(pool, self._receive)
+        taking = loop.run_in_executor(pool, self._hand_on, take)
+        receiving = loop.run_in_executor(pool, self._receive)
         try:
             await asyncio.wait([taking, receiving])
         finally:
             self._stopping = True
-            self._ring()
+            self._poller.ring()
             while not (taking.done() and receiving.done()):
                 with contextlib.suppress(asyncio.CancelledError):  # a second Ctrl-C: the threads end by themselves, at once
                     await asyncio.wait([taking, receiving])
             pool.shutdown()  # both have ended: this only joins them
-            self._bell.close()
-            self._ear.close()
+            self._poller.close()
         for part in (taking, receiving):
             part.result()
 
@@ -130,97 +116,44 @@ class Download:
                 arrived.cells.clear()
                 self._free.append(arrived.stripe)
                 if self._hungry:
-                    self._ring()
+                    self._poller.ring()
         finally:
             self._stopping = True
-            self._ring()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # full of rings already, or closed
-            self._bell.send(b"!", socket.MSG_DONTWAIT)
+            self._poller.ring()
 
     # -- the thread that receives
 
     def _receive(self) -> None:
-        self._poll.register(self._ear, select.POLLIN)
         try:
             for _ in range(self._shape.k):
                 self._start_spare()
             looked = time.monotonic()
             while self._now < self._end and not self._stopping:
-                for descriptor, _ in self._poll.poll(hedge_s * 1000 / 4):
-                    if descriptor == self._ear.fileno():
-                        self._answer_ring()
-                    elif stream := self._by_descriptor.get(descriptor):
-                        self._resume(stream)
+                if self._poller.turn(hedge_s / 4):
+                    self._hungry = False
+                    for stream in [stream for stream in self._streams.values() if stream.waits_for_bell]:
+                        self._poller.resume(stream)
                 if (now := time.monotonic()) - looked > hedge_s / 4:
                     looked = now
                     self._hedge(now)
                 self._top_up()
         finally:
-            for stream in list(self._streams.values()):
-                self._end_stream(stream)
+            for stream in self._streams.values():
+                self._poller.drop(stream)
             self._whole.put(None)
 
-    def _answer_ring(self) -> None:
-        self._hungry = False
-        with contextlib.suppress(BlockingIOError):
-            self._ear.recv(64, socket.MSG_DONTWAIT)
-        for stream in [stream for stream in self._streams.values() if stream.registered is None and not stream.is_done]:
-            self._resume(stream)
-
-    def _resume(self, stream: _Stream) -> None:
-        """Let a stream go on until it waits again."""
-        if stream.steps is None or self._streams.get(stream.index) is not stream:
-            return
-        try:
-            events = next(stream.steps)
-        except StopIteration:
-            self._retire(stream)
-        except MedshardError as error:
+    def _ended(self, stream: _Stream, error: Failure | None) -> None:
+        """A stream gave all that was wanted, or failed."""
+        if isinstance(error, MedshardError):
             self._give_up(stream, without_name(stream.node, error))
-        except (OSError, ssl.SSLError, BrokenOff) as error:
+        elif error is not None:
             self._net.health.suspect(stream.node.id)
             self._give_up(stream, explain(error))
-        else:
-            self._watch(stream, events)
-
-    def _watch(self, stream: _Stream, events: int) -> None:
-        line = stream.line.socket if stream.line else None
-        wanted = (line.fileno(), events) if line and events else None
-        if wanted == stream.registered:
-            return
-        if stream.registered:
-            self._poll.unregister(stream.registered[0])
-            del self._by_descriptor[stream.registered[0]]
-        if wanted:
-            self._poll.register(*wanted)
-            self._by_descriptor[wanted[0]] = stream
-        stream.registered = wanted
-
-    def _end_stream(self, stream: _Stream) -> None:
-        """Hang up."""
-        self._watch(stream, 0)
-        if stream.steps is not None:
-            stream.steps.close()
-            stream.steps = None
-        if stream.line is not None:
-            stream.line.close()
-            stream.line = None
-
-    def _retire(self, stream: _Stream) -> None:
-        """It gave all that was wanted."""
-        self._watch(stream, 0)
-        stream.is_done = True
-        stream.steps = None
-        if stream.line is not None:
-            self._net.lines.give(stream.line)
-            stream.line = None
 
     def _give_up(self, stream: _Stream, why: str) -> None:
         self._failures[stream.node.name] = why
         self._streams.pop(stream.index, None)
-        self._end_stream(stream)
+        self._poller.drop(stream)
 
     def _top_up(self) -> None:
         """Replace what failed. Raises Unavailable when too few are left."""
@@ -248,17 +181,17 @@ class Download:
 
     def _is_waited_for(self, stream: _Stream) -> bool:
         """Whether all others are as far ahead of this one as they may be."""
-        return all(other.waits_for_room or other.is_done for other in self._streams.values() if other is not stream)
+        return all(other.waits_for_room or other.steps is None for other in self._streams.values() if other is not stream)
 
     def _start_spare(self) -> bool:
         choice = self._next_holder()
         if choice is None:
             return False
         self._tries[choice] = self._tries.get(choice, 0) + 1
-        stream = _Stream(choice, self._net.roster.node(self._manifest.shards[choice].node), self._now)
+        stream = _Stream(self._net.roster.node(self._manifest.shards[choice].node), index=choice, at=self._now)
         stream.steps = self._run(stream)
         self._streams[choice] = stream
-        self._resume(stream)
+        self._poller.resume(stream)
         return True
 
     def _next_holder(self) -> int | None:
@@ -307,59 +240,19 @@ class Download:
         """A line on which the answer's body comes next."""
         tries = 0
         while True:
-            line, head = yield from self._answered(stream, path)
+            line = yield from self._poller.asked(stream, "GET", path, self._net.shard_headers())
+            head = yield from line.answer()
             if head.status == 200:
                 return line
             if head.length > error_bytes_max:
                 raise Unavailable(f"answered {head.status}")
             error = unpack_error(head.status, (yield from line.read(head.length)), stream.node.name)
             self._net.health.well(stream.node.id)
-            self._watch(stream, 0)
-            stream.line = None
-            self._net.lines.give(line)
+            self._poller.release(stream)
             tries += 1
-            if not (yield from self._waited(self._net.helped(stream.node, error, tries))):
+            if not (yield from self._poller.waited(self._net.helped(stream.node, error, tries))):
                 raise error
             stream.moved_at = time.monotonic()
-
-    def _answered(self, stream: _Stream, path: str) -> Steps[tuple[Line, Any]]:
-        place, headers = self._net.place(stream.node), self._net.shard_headers()
-        stream.line = self._net.lines.take(place, self._scratch)
-        if stream.line is not None:
-            try:
-                return stream.line, (yield from stream.line.get(path, headers))
-            except (OSError, BrokenOff):
-                # The node closed an idle line just as we took it: it has not failed yet.
-                touched = stream.line.touched
-                self._watch(stream, 0)
-                stream.line.close()
-                if touched:
-                    raise
-        addresses = yield from self._addresses(*place.host)
-        stream.line = Line(place, self._scratch)
-        yield from stream.line.connect(addresses)
-        return stream.line, (yield from stream.line.get(path, headers))
-
-    def _addresses(self, host: str, port: int) -> Steps[list[Address]]:
-        try:
-            number = ipaddress.ip_address(host)
-        except ValueError:
-            assert self._loop is not None
-            found = yield from self._waited(self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-            return [(family, address) for family, _, _, _, address in found]
-        return [(socket.AF_INET if number.version == 4 else socket.AF_INET6, (host, port))]
-
-    def _waited(self, work: Any) -> Steps[Any]:
-        """What the event loop answers."""
-        assert self._loop is not None
-        future: Future[Any] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        future.add_done_callback(lambda _: self._ring())
-        try:
-            while not future.done():
-                yield 0
-        finally:
-            future.cancel()
-        return future.result()
 
     def _check_head(self, stream: _Stream, head: SpanHead, first: int, last: int) -> Expected:
         """A test for each cell's digest. Raises Damaged unless the digests belong to the shard's root."""

@@ -1,4 +1,4 @@
-"""The least of HTTP/1.1 that a GET of a shard needs (RFC 9112): a request's bytes, and an answer's head. Pure; a node is not trusted here.
+"""The least of HTTP/1.1 that a GET or PUT of a shard needs (RFC 9112): the heads of requests and answers. Pure; no node is trusted here.
 
 Law: an answer says its length in one Content-Length and comes as it is. Chunks, codings and interim answers, which no node sends for a
 shard, are refused rather than understood.
@@ -27,9 +27,9 @@ class Head:
     keep: bool
 
 
-def get_request(host: str, path: str, headers: Mapping[str, str]) -> bytes:
-    """The bytes of a GET. Raises ValueError for what would break the lines."""
-    lines = [f"GET {path} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
+def request_head(method: str, host: str, path: str, headers: Mapping[str, str]) -> bytes:
+    """What precedes a request's body. Raises ValueError for what would break the lines."""
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
     if any(not line.isprintable() or not line.isascii() for line in lines):
         raise ValueError("a request's lines are printable ASCII")
     return "\r\n".join(lines).encode("ascii") + _end

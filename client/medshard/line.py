@@ -1,7 +1,7 @@
 """One TLS connection to a node, below asyncio: bytes go from the socket through OpenSSL straight into the reader's buffer.
 
 A line has no thread and waits for nothing. What takes time is a generator that yields the poll events it waits for (0: to be woken) and is
-resumed by whoever polls (download.py). Errors leave it as they come (OSError, ssl.SSLError, BrokenOff, Malformed); the caller translates.
+resumed by whoever polls (polling.py). Errors leave it as they come (OSError, ssl.SSLError, BrokenOff, Malformed); the caller translates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from medshard.http1 import Head, get_request, head_bytes_max, split_head
+from medshard.http1 import Head, head_bytes_max, request_head, split_head
 from medshard_protocol.errors import Malformed
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.roster import Node
@@ -93,12 +93,35 @@ class Line:
                 yield from self.fill()
         yield from self._flush()
 
-    def get(self, path: str, headers: Mapping[str, str]) -> Steps[Head]:
-        """Send a GET and read its answer's head; the body is read next, whole, before another request."""
-        self.touched = False
+    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Steps[None]:
+        """Send the head of a request. Its body is sent next, if it has one, and then the answer read to its end."""
+        self.touched = self._keep = False
         host, port = self.place.host
-        self._tls.write(get_request(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", path, headers))
+        self._tls.write(request_head(method, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", path, headers))
         yield from self._flush()
+
+    def send(self, data: memoryview) -> Steps[bool]:
+        """Send a part of the request's body. False if an answer comes before all of it went out: it is not wanted."""
+        self._tls.write(data)
+        sealed = memoryview(self._out.read())
+        while sealed:
+            if self.socket is None:
+                raise BrokenOff
+            try:
+                sealed = sealed[self.socket.send(sealed) :]
+            except BlockingIOError:
+                if self._has_news():
+                    return False
+                yield select.POLLOUT | select.POLLIN
+        return True
+
+    def heard(self) -> Steps[None]:
+        """Wait until something comes."""
+        if not self._in.pending:
+            yield from self.fill()
+
+    def answer(self) -> Steps[Head]:
+        """Read an answer's head."""
         data = bytearray()
         room = memoryview(bytearray(head_bytes_max))
         while (found := split_head(data)) is None:
@@ -164,21 +187,24 @@ class Line:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing came on an idle line. What comes unasked is a farewell, or nonsense."""
-        if self.socket is None or time.monotonic() - self.idle_since > idle_s:
-            return False
-        try:
-            self.socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return self.socket is not None and time.monotonic() - self.idle_since <= idle_s and not self._has_news()
 
     def close(self) -> None:
         """Hang up, without a farewell that could block."""
         if self.socket is not None:
             self.socket.close()
             self.socket = None
+
+    def _has_news(self) -> bool:
+        """Whether bytes, or the end, wait to be read."""
+        try:
+            if self.socket is not None:
+                self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _decrypt(self, room: memoryview) -> int:
         try:

@@ -1,6 +1,6 @@
 """Talking to nodes: TLS connections, requests, answers turned into values or errors, and a memory of who was slow.
 
-Large bodies do not come this way: download.py reads shards over lines of its own (line.py), which are kept here between downloads.
+Large shards do not come and go this way, but over lines of their own (line.py), which are kept here in between.
 
 It knows who a node is (the roster, and its certificate under its institution's CA), and nothing of keys, files or codes.
 """
@@ -129,14 +129,6 @@ class Net:
             if response.status not in (200, 204):
                 raise Unavailable(f"{node.name}: answered {response.status}")
             return response.headers.get(header, "")
-
-    async def send(self, node: Node, path: str, size: int, headers: Mapping[str, str], body: AsyncIterator[memoryview]) -> bytes:
-        """PUT ``size`` bytes as they come. No deadline of its own: whoever feeds it watches for a stall."""
-        async with self._open(node, "PUT", path, body, {**headers, "Content-Length": str(size)}, None) as response:
-            data = await _read_all(response)
-            if response.status not in (200, 201):
-                raise unpack_error(response.status, data, node.name)
-            return data
 
     def place(self, node: Node) -> Place:
         """Where a line to this node leads. Raises Unavailable for a node that has left."""

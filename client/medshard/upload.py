@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from medshard.encoding import Stripe
+from medshard.sending import Outgoing, Sending
 from medshard.transport import Net, without_name
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import FileId
@@ -30,11 +31,12 @@ patience_s: Final = 30.0  # with fewer than w others, a slow node is better than
 class _Sender:
     index: int
     node: Node
-    queue: asyncio.Queue[memoryview | None]
-    taken: int = 0
-    moved_at: float = field(default_factory=time.monotonic)
-    task: asyncio.Task[bytes] | None = None
+    outgoing: Outgoing
     failure: str = ""
+
+    @property
+    def is_going(self) -> bool:
+        return not self.failure and not self.outgoing.answer.done()
 
 
 class Upload:
@@ -52,33 +54,31 @@ class Upload:
         self._produced = 0
         self._moved = asyncio.Event()
         self._started = time.monotonic()
-        self._senders = [_Sender(i, node, asyncio.Queue()) for i, node in enumerate(holders) if i not in skip]
-        for sender in self._senders:
-            sender.task = asyncio.create_task(self._send(sender))
+        self._sending = Sending(net, self._moved.set)
+        self._senders = [_Sender(i, node, self._begin(node, i)) for i, node in enumerate(holders) if i not in skip]
 
     async def feed(self, burst: Sequence[Stripe]) -> None:
         """Hand every sender its cells; waits while the window is full. Raises Unavailable when fewer than w can go on."""
         for sender in self._live():
             for stripe in burst:
-                sender.queue.put_nowait(stripe.cells[sender.index])
+                sender.outgoing.parts.append(stripe.cells[sender.index])
+        self._sending.ring()
         self._produced += len(burst)
-        while any(self._produced - sender.taken > window_stripes for sender in self._live()):
-            await self._wait_or_drop(lambda sender: self._produced - sender.taken > window_stripes)
+        while any(self._produced - sender.outgoing.taken > window_stripes for sender in self._live()):
+            await self._wait_or_drop(lambda sender: self._produced - sender.outgoing.taken > window_stripes)
         self._require()
 
     async def finish(self, roots: Sequence[bytes]) -> set[int]:
         """The shards that are durable on their nodes, at least w. A slow rest is waited for a little, then left behind."""
-        for sender in self._live():
-            sender.queue.put_nowait(None)
         while self._live() and not self._enough():
             # Nobody is dropped for a slow fsync before w have theirs; only one that is silent for `patience_s` is.
-            await self._wait_or_drop(lambda sender: time.monotonic() - sender.moved_at > patience_s)
+            await self._wait_or_drop(lambda sender: time.monotonic() - sender.outgoing.moved_at > patience_s)
             self._harvest(roots)
             self._require()
         grace = max(0.3, min(1.0, (time.monotonic() - self._started) / 2))
         slow = [sender for sender in self._live() if not self._net.health.is_suspect(sender.node.id)]
         if slow:
-            await asyncio.wait([sender.task for sender in slow if sender.task], timeout=grace)
+            await asyncio.wait([sender.outgoing.answer for sender in slow], timeout=grace)
         for sender in self._live():
             self._leave_behind(sender, "slower than the others")
         self._harvest(roots)
@@ -87,33 +87,20 @@ class Upload:
 
     async def close(self) -> None:
         """Stop whatever is still going."""
-        tasks = [sender.task for sender in self._senders if sender.task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for sender in self._senders:
+            if not sender.outgoing.answer.cancel() and not sender.outgoing.answer.cancelled():
+                sender.outgoing.answer.exception()  # looked at, or asyncio would complain
+        await self._sending.close()
 
     def failures(self) -> dict[str, str]:
         """Node name to what went wrong, for those that do not have their shard."""
         return {sender.node.name: sender.failure for sender in self._senders if sender.failure}
 
-    async def _send(self, sender: _Sender) -> bytes:
-        async def cells() -> AsyncIterator[memoryview]:
-            while (cell := await sender.queue.get()) is not None:
-                yield cell
-                sender.taken += 1
-                sender.moved_at = time.monotonic()
-                self._moved.set()
-
-        try:
-            return await self._net.send(
-                sender.node,
-                shard_path(self._file_id, sender.index),
-                self._layout.shard_size,
-                {cell_size_header: str(self._layout.cell_size)},
-                cells(),
-            )
-        finally:
-            self._moved.set()
+    def _begin(self, node: Node, index: int) -> Outgoing:
+        path, headers = shard_path(self._file_id, index), {cell_size_header: str(self._layout.cell_size)}
+        outgoing = self._sending.begin(node, path, self._layout.shard_size, headers)
+        outgoing.answer.add_done_callback(lambda _: self._moved.set())
+        return outgoing
 
     async def _wait_or_drop(self, behind: Callable[[_Sender], bool]) -> None:
         self._moved.clear()
@@ -125,20 +112,20 @@ class Upload:
             for sender in [s for s in self._live() if behind(s)]:
                 allowed = stall_suspect_s if self._net.health.is_suspect(sender.node.id) else stall_s
                 spare = self._reachable() - {sender.node.institution}
-                if now - sender.moved_at > (allowed if len(spare) >= self._w else patience_s):
-                    self._leave_behind(sender, f"stalled for {now - sender.moved_at:.1f} s")
+                if now - sender.outgoing.moved_at > (allowed if len(spare) >= self._w else patience_s):
+                    self._leave_behind(sender, f"stalled for {now - sender.outgoing.moved_at:.1f} s")
         self._notice_failures()
 
     def _leave_behind(self, sender: _Sender, why: str) -> None:
         sender.failure = why
         self._net.health.suspect(sender.node.id)
-        if sender.task:
-            sender.task.cancel()
+        sender.outgoing.answer.cancel()
 
     def _notice_failures(self) -> None:
         for sender in self._senders:
-            if sender.task and sender.task.done() and not sender.failure and not sender.task.cancelled():
-                error = sender.task.exception()
+            answer = sender.outgoing.answer
+            if answer.done() and not sender.failure and not answer.cancelled():
+                error = answer.exception()
                 if isinstance(error, MedshardError):
                     sender.failure = without_name(sender.node, error)
                 elif error is not None:
@@ -147,10 +134,10 @@ class Upload:
     def _harvest(self, roots: Sequence[bytes]) -> None:
         self._notice_failures()
         for sender in self._senders:
-            if sender.index in self._done or sender.failure or not (sender.task and sender.task.done()):
+            if sender.index in self._done or sender.failure or not sender.outgoing.answer.done():
                 continue
             try:
-                stored = unpack_stored(sender.task.result())
+                stored = unpack_stored(sender.outgoing.answer.result())
             except MedshardError as error:
                 sender.failure = without_name(sender.node, error)
                 continue
@@ -160,7 +147,7 @@ class Upload:
                 sender.failure = "stored other bytes than were sent"
 
     def _live(self) -> list[_Sender]:
-        return [sender for sender in self._senders if not sender.failure and not (sender.task and sender.task.done())]
+        return [sender for sender in self._senders if sender.is_going]
 
     def _reachable(self) -> set[int]:
         stored = {self._holders[i].institution for i in self._done}

@@ -1,152 +1,25 @@
-"""Downloads from nodes that lie, stall, break off, or say too much: four servers behind real TLS, of which any two are enough."""
+"""Reading from nodes that lie, stall, drip, break off or say too much: four servers behind real TLS, of which any two are enough."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from tests.client.servers import Four, Talk, cell, endless_head, hang_up, http, nonsense, stand_still
 
 from medshard import download
 from medshard.download import Arrived, Download
-from medshard.encoding import Decoder, Encoder
-from medshard.model import Description
-from medshard.sealing import FileSeal
-from medshard.source import Part, Source
-from medshard.tls import context_for
 from medshard.transport import Net
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
-from medshard_protocol.identity import node_certificate, to_pem
-from medshard_protocol.ids import Key
-from medshard_protocol.manifest import Manifest, ShardRef
 from medshard_protocol.messages import SpanHead, pack_error
 from medshard_protocol.roster import Node
-from medshard_protocol.shards import Layout, digests, split
-
-k, n, cell = 2, 4, 64 * 1024
-Talk = Callable[[ssl.SSLSocket, bytes], None]  # a connection, and the honest answer to its request
-
-
-class Server:
-    """One node: answers every request for cells of its shard, honestly unless told otherwise."""
-
-    def __init__(self, context: ssl.SSLContext, shard: bytes) -> None:
-        self.shard = shard
-        self.talk: Talk = lambda connection, answer: connection.sendall(answer)
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.closed = threading.Event()
-        self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self.closed.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, raw: socket.socket) -> None:
-        with contextlib.suppress(OSError, ssl.SSLError), self._context.wrap_socket(raw, server_side=True) as connection:
-            while not self.closed.is_set():
-                request = b""
-                while b"\r\n\r\n" not in request:
-                    if not (got := connection.recv(65536)):
-                        return
-                    request += got
-                self.requests.append(request)
-                self.talk(connection, self.answer(request))
-
-    def answer(self, request: bytes) -> bytes:
-        first, _, last = request.split(b"cells=")[1].split(b"&")[0].partition(b"-")
-        cells = range(int(first), int(last) + 1)
-        known = b"".join(digests["blake3"](part) for part in split(self.shard, cell))
-        head = SpanHead(cells.start, len(cells), known, ()).to_bytes()
-        return http(200, len(head).to_bytes(4, "big") + head + self.shard[cells.start * cell : cells.stop * cell])
-
-
-def http(status: int, body: bytes) -> bytes:
-    return f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-class Four:
-    """Four servers, what they hold, and a download of it."""
-
-    def __init__(self, servers: list[Server], net: Net, manifest: Manifest, seal: FileSeal, plain: bytes) -> None:
-        self.servers = servers
-        self.net = net
-        self.manifest = manifest
-        self.seal = seal
-        self.plain = plain
-        self.bad: list[tuple[str, int, int]] = []
-
-    async def get(self, wanted: range | None = None) -> bytes:
-        decoder, parts = Decoder(self.seal, self.manifest.layout), []
-
-        def take(arrived: Arrived) -> None:
-            parts.append(bytes(decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)))
-
-        await Download(self.net, self.manifest, self.bad.append).run(wanted or range(self.manifest.layout.stripes), take)
-        return b"".join(parts)
-
-
-@pytest.fixture
-async def four(consortium: Callable[..., Any], tmp_path: Path) -> AsyncIterator[Four]:
-    made = consortium(n)
-    roster = made.roster
-    seal, plain = FileSeal.fresh(), os.urandom(k * cell * 20 + 12345)
-    layout = Layout.for_plain(len(plain), k, n, cell)
-    (tmp_path / "plain").write_bytes(plain)
-    source = Source([Part.at(tmp_path / "plain", b"plain", Description("application/dicom"))])
-    encoder, columns = Encoder(source, seal, layout), [bytearray() for _ in range(n)]
-    while encoder:
-        for column, part in zip(columns, encoder.next().cells, strict=True):
-            column += part
-    source.close()
-    servers, nodes = [], []
-    for number, node in enumerate(roster.nodes):
-        servers.append(Server(_server_context(made, number, tmp_path), bytes(columns[number])))
-        nodes.append(replace(node, url=f"https://127.0.0.1:{servers[-1].port}"))
-    roster = replace(roster, nodes=tuple(nodes))
-    refs = tuple(ShardRef(node.id, root) for node, root in zip(nodes, encoder.roots(), strict=True))
-    manifest = Manifest(seal.file_id, layout, "blake3", seal.commitment, refs, Key(bytes(32)), b"", b"", (), b"")
-    contexts = {number: context_for(institution.ca) for number, institution in enumerate(roster.institutions)}
-    each = Four(servers, Net(roster, contexts), manifest, seal, plain)
-    async with each.net:
-        yield each
-    for server in servers:
-        server.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("medshard-get")]
-
-
-def _server_context(made: Any, number: int, folder: Path) -> ssl.SSLContext:
-    ca, key = made.roster.institutions[number].ca, made.key(f"tls {number}")
-    certificate = node_certificate(made.key(f"ca {number}"), ca, made.roster.nodes[number].tls_key, datetime.now(UTC))
-    path = folder / f"node{number}.pem"
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + to_pem(certificate).encode())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0
-    context.load_cert_chain(path)
-    return context
+from medshard_protocol.shards import digests, split
 
 
 async def test_every_stripe_comes_back_and_lines_are_used_again(four: Four) -> None:
@@ -181,23 +54,12 @@ def half_then(rest: Talk) -> Talk:
     return talk
 
 
-def hang_up(connection: ssl.SSLSocket, answer: bytes) -> None:
-    connection.shutdown(socket.SHUT_RDWR)
-
-
 def say_it_is_shorter(connection: ssl.SSLSocket, answer: bytes) -> None:
     connection.sendall(http(200, answer.partition(b"\r\n\r\n")[2][:-1]))
 
 
 def say_it_is_longer(connection: ssl.SSLSocket, answer: bytes) -> None:
     connection.sendall(http(200, answer.partition(b"\r\n\r\n")[2] + b"!"))
-
-
-def endless_head(connection: ssl.SSLSocket, answer: bytes) -> None:
-    with contextlib.suppress(OSError):
-        connection.sendall(b"HTTP/1.1 200 OK\r\n")
-        while True:
-            connection.sendall(b"X-More: and more\r\n" * 100)
 
 
 def endless_error(connection: ssl.SSLSocket, answer: bytes) -> None:
@@ -211,10 +73,6 @@ def long_proof(connection: ssl.SSLSocket, answer: bytes) -> None:
     connection.sendall(http(200, b"\xff\xff\xff\xff" + bytes(1000)))
 
 
-def nonsense(connection: ssl.SSLSocket, answer: bytes) -> None:
-    connection.sendall(os.urandom(3000))
-
-
 def chunks(connection: ssl.SSLSocket, answer: bytes) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
 
@@ -225,11 +83,6 @@ def other_cells(connection: ssl.SSLSocket, answer: bytes) -> None:
 
 def absent(connection: ssl.SSLSocket, answer: bytes) -> None:
     connection.sendall(http(*pack_error(Absent("this shard is not here"))))
-
-
-def stand_still(connection: ssl.SSLSocket, answer: bytes) -> None:
-    with contextlib.suppress(OSError):
-        connection.recv(1)  # nothing comes
 
 
 broken_off = half_then(hang_up)
@@ -339,7 +192,7 @@ async def test_a_download_that_is_cancelled_leaves_no_thread_and_no_line(four: F
         await task
     assert time.monotonic() - began < 0.5
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("medshard-get")]
-    assert not four.net.lines._idle
+    assert not any(four.net.lines._idle.values())
 
 
 async def test_what_the_taker_raises_ends_the_download(four: Four) -> None:

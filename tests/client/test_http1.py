@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medshard.http1 import Head, get_request, head_bytes_max, split_head
+from medshard.http1 import Head, head_bytes_max, request_head, split_head
 from medshard_protocol.errors import Malformed
 
 
@@ -70,7 +70,7 @@ def test_whatever_comes_is_a_head_or_waited_for_or_malformed(data: bytes) -> Non
 
 
 def test_a_request_cannot_be_made_to_hold_another() -> None:
-    assert get_request("h:1", "/p", {"A": "b"}) == b"GET /p HTTP/1.1\r\nHost: h:1\r\nA: b\r\n\r\n"
+    assert request_head("GET", "h:1", "/p", {"A": "b"}) == b"GET /p HTTP/1.1\r\nHost: h:1\r\nA: b\r\n\r\n"
     for path, header in (("/p\r\nX: y", "b"), ("/p", "b\r\n\r\nGET /q"), ("/ä", "b")):
         with pytest.raises(ValueError, match="printable"):
-            get_request("h:1", path, {"A": header})
+            request_head("GET", "h:1", path, {"A": header})

@@ -17,14 +17,15 @@ import pytest
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
-from medshard.http1 import Head
 from medshard.ledger import LedgerClient
 from medshard.line import Line, Steps
+from medshard.sending import Outgoing, Sending
 from medshard_protocol.entries import Access, Entry
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path
 from medshard_protocol.proofs import Inclusion
+from medshard_protocol.roster import Node
 
 small, large = 30_000, 9_000_000  # one object that is sent whole, one that is streamed in several stripes
 
@@ -217,18 +218,18 @@ async def test_an_interrupted_put_is_finished_without_sending_a_stored_shard_aga
         raise Unavailable("cut off here")
 
     sent: list[str] = []
-    send, call = Net.send, Net.call
+    begin, call = Sending.begin, Net.call
 
-    async def counting_send(self: Net, node: object, path: str, *rest: object) -> bytes:
+    def counting_begin(self: Sending, node: Node, path: str, size: int, headers: Mapping[str, str]) -> Outgoing:
         sent.append(path)
-        return await send(self, node, path, *rest)  # type: ignore[arg-type]
+        return begin(self, node, path, size, headers)
 
     async def counting_call(self: Net, node: object, method: str, path: str, *rest: object, **more: object) -> bytes:
         if path == "/v1/files":
             sent.append(path)
         return await call(self, node, method, path, *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Net, "send", counting_send)
+    monkeypatch.setattr(Sending, "begin", counting_begin)
     monkeypatch.setattr(Net, "call", counting_call)
     paths = [make(tmp_path, small, "small"), make(tmp_path, large, "large")]
     for path in paths:
@@ -292,13 +293,14 @@ async def test_a_member_of_a_pack_is_read_by_only_the_stripes_it_lies_in(
     files = [make(folder, 900_000, f"{i:02d}") for i in range(12)]
     report = await vault.put([folder])
     asked: list[str] = []
-    get = Line.get
+    ask = Line.ask
 
-    def noting(self: Line, path: str, headers: Mapping[str, str]) -> Steps[Head]:
-        asked.append(path)
-        return get(self, path, headers)
+    def noting(self: Line, method: str, path: str, headers: Mapping[str, str]) -> Steps[None]:
+        if method == "GET":
+            asked.append(path)
+        return ask(self, method, path, headers)
 
-    monkeypatch.setattr(Line, "get", noting)
+    monkeypatch.setattr(Line, "ask", noting)
     await vault.get(report.stored[6].sha256, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == files[6].read_bytes()
     first, last = (int(part) for part in asked[0].split("cells=")[1].split("&")[0].split("-"))
@@ -391,11 +393,12 @@ async def test_every_read_is_on_the_ledger_and_reads_of_one_file_within_ten_minu
 async def test_an_unregistered_shard_is_not_a_file(vault: Vault, trial: LocalConsortium, tmp_path: Path) -> None:
     """A shard that was sent and never registered is nobody's file: it is swept, and no lookup finds it."""
     node = vault.roster.nodes[0]
-
-    async def body() -> AsyncIterator[memoryview]:
-        yield memoryview(bytes(5000))
-
-    await vault._net.send(node, shard_path(FileId(os.urandom(32)), 0), 5000, {cell_size_header: "5000"}, body())
+    sending = Sending(vault._net, lambda: None)
+    outgoing = sending.begin(node, shard_path(FileId(os.urandom(32)), 0), 5000, {cell_size_header: "5000"})
+    outgoing.parts.append(memoryview(bytes(5000)))
+    sending.ring()
+    await outgoing.answer
+    await sending.close()
     with pytest.raises(Absent):
         await vault.get(sha256(bytes(5000)).digest(), tmp_path / "back")
 

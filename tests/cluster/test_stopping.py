@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
+from medshard.sending import Sending
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.ids import FileId
 from medshard_protocol.messages import cell_size_header, shard_path, unpack_stored
@@ -25,27 +26,28 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]
         yield consortium
 
 
-class Sending:
+class Halves:
     """A shard on its way to one node, the second half of it when it is told."""
 
     def __init__(self, vault: Vault, name: str) -> None:
         self.file_id = FileId(os.urandom(32))
         self.shard = os.urandom(size)
-        self.half_sent = asyncio.Event()
-        self.go_on = asyncio.Event()
+        self.sending = Sending(vault._net, lambda: None)
         node = next(node for node in vault.roster.nodes if node.name == name)
-        path = shard_path(self.file_id, 0)
-        self.task = asyncio.create_task(vault._net.send(node, path, size, {cell_size_header: str(cell)}, self._body()))
+        self.outgoing = self.sending.begin(node, shard_path(self.file_id, 0), size, {cell_size_header: str(cell)})
+        self.send(memoryview(self.shard)[: size // 2])
 
     @property
     def root(self) -> bytes:
         return shard_root([digests["blake3"](part) for part in split(self.shard, cell)], digests["blake3"])
 
-    async def _body(self) -> AsyncIterator[memoryview]:
-        yield memoryview(self.shard)[: size // 2]
-        self.half_sent.set()
-        await self.go_on.wait()
-        yield memoryview(self.shard)[size // 2 :]
+    def send(self, *parts: memoryview) -> None:
+        self.outgoing.parts += parts
+        self.sending.ring()
+
+    async def half_sent(self) -> None:
+        while not self.outgoing.taken:
+            await asyncio.sleep(0.02)
 
 
 async def ended(trial: LocalConsortium, name: str, within_s: float) -> int:
@@ -63,17 +65,18 @@ def kept(trial: LocalConsortium, name: str, file_id: FileId) -> list[Path]:
 async def test_an_upload_in_flight_is_finished_and_acknowledged_before_the_node_ends(trial: LocalConsortium) -> None:
     name = trial.names[-1]
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
-        sending = Sending(vault, name)
-        await sending.half_sent.wait()
+        halves = Halves(vault, name)
+        await halves.half_sent()
         await asyncio.sleep(0.2)
         trial.running[name].terminate()
         await asyncio.sleep(0.5)
         assert trial.running[name].poll() is None
-        sending.go_on.set()
-        assert unpack_stored(await sending.task) == sending.root
+        halves.send(memoryview(halves.shard)[size // 2 :])
+        assert unpack_stored(await halves.outgoing.answer) == halves.root
+        await halves.sending.close()
     assert await ended(trial, name, 10) == 0
-    (file,) = kept(trial, name, sending.file_id)
-    assert file.read_bytes() == sending.shard
+    (file,) = kept(trial, name, halves.file_id)
+    assert file.read_bytes() == halves.shard
     trial.kill(name)
     trial.restart(name)
 
@@ -81,16 +84,15 @@ async def test_an_upload_in_flight_is_finished_and_acknowledged_before_the_node_
 async def test_an_upload_that_breaks_off_meanwhile_leaves_nothing_and_the_node_ends(trial: LocalConsortium) -> None:
     name = trial.names[-1]
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
-        sending = Sending(vault, name)
-        await sending.half_sent.wait()
+        halves = Halves(vault, name)
+        await halves.half_sent()
         await asyncio.sleep(0.2)
         trial.running[name].terminate()
         await asyncio.sleep(0.2)
-        sending.task.cancel()
-        with pytest.raises((asyncio.CancelledError, MedshardError)):
-            await sending.task
+        halves.outgoing.answer.cancel()
+        await halves.sending.close()
     assert await ended(trial, name, 10) == 0
-    assert kept(trial, name, sending.file_id) == []
+    assert kept(trial, name, halves.file_id) == []
     assert list((trial.home(name) / "data" / "tmp").iterdir()) == []
     trial.kill(name)
     trial.restart(name)
