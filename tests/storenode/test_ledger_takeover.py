@@ -120,6 +120,7 @@ async def test_what_nothing_published_rules_out_is_never_dropped(net):
     """Two of four institutions have other entries: without a quorum for one of the histories, each keeps its own."""
     await net.start(0, 1, 2, 3)
     await net.enrol()
+    await net.until(lambda: all(net.ledgers[number].journal.head.size == 2 for number in range(4)))  # a quorum is three of them
     await net.stop(0, 1, 2, 3)
     one, two = net.register().to_bytes(), net.register().to_bytes()
     for number, entry in ((0, one), (1, one), (2, two), (3, two)):
