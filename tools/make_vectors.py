@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire}.json. No medshard code: a second implementation, on other libraries.
+"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire,repair}.json without medshard: a second implementation.
 
 The program seals with `cryptography` and its own C kernel; this seals with pycryptodome and reedsolo. Equal bytes therefore say that
 the documents in docs/formats/ are what both do. Run it after a change of a format, and read the difference.
@@ -18,11 +18,11 @@ import msgpack
 from blake3 import blake3
 from Crypto.Cipher import AES
 from Crypto.Hash import SHA256
-from Crypto.Protocol import HPKE
+from Crypto.Protocol import DH, HPKE
 from Crypto.Protocol.KDF import HKDF, scrypt
 from Crypto.PublicKey import ECC, Hybrid
 from Crypto.Signature import eddsa
-from reedsolo import RSCodec
+from reedsolo import RSCodec, gf_inverse, gf_mul
 
 folder = Path(__file__).parent.parent / "tests" / "vectors"
 hashers: dict[str, Callable[[bytes], bytes]] = {
@@ -394,6 +394,71 @@ def messages() -> list[dict[str, Any]]:
     return [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
 
 
+# -- repair.json
+
+
+def repairs() -> list[dict[str, Any]]:
+    """A parity shard from the data shards, and a data shard from a parity shard and the rest."""
+    made = []
+    for what, k, n, target, chain in (("a parity shard", 3, 6, 4, (2, 0, 1)), ("a data shard", 2, 4, 0, (3, 1))):
+        cells = [drawn(f"repair {what}: cell {i}", 40) for i in range(k)]
+        cells += parity(cells, k, n)
+        units = [bytes(int(i == j) for j in range(k)) for i in range(k)]
+        rows = units + [bytes(row) for row in zip(*(RSCodec(n - k, nsize=n).encode(unit)[k:] for unit in units), strict=True)]
+        if target >= k:
+            factors = [rows[target][shard] for shard in chain]
+        else:  # p = a·x0 + b·x1, so x0 = p/a + (b/a)·x1
+            a, b = rows[chain[0]]
+            factors = [gf_inverse(a), gf_mul(gf_inverse(a), b)]
+        seeds, order = [drawn(f"repair {what}: seed {i}", 32) for i in range(k)], drawn(f"repair {what}: order", 32)
+        private = [drawn(f"repair {what}: key {i}", 32) for i in range(k)]
+        total, sums = bytes(40), []
+        for place, (shard, factor) in enumerate(zip(chain, factors, strict=True)):
+            total = added(total, bytes(gf_mul(factor, byte) for byte in cells[shard]))
+            shared = [pair_secret(private, place, other, order) for other in range(k) if other != place]
+            for secret in (seeds[place], *shared):
+                total = added(total, AES.new(secret, AES.MODE_CTR, nonce=b"", initial_value=0).encrypt(bytes(40)))
+            sums.append(total)
+        for seed in seeds:
+            total = added(total, AES.new(seed, AES.MODE_CTR, nonce=b"", initial_value=0).encrypt(bytes(40)))
+        assert total == cells[target], what
+        made.append({"what": what, "k": k, "n": n, "shard": target, "chain": list(chain), "cells": [c.hex() for c in cells]}
+                    | {"coefficients": factors, "order_sha256": order.hex(), "seeds": [seed.hex() for seed in seeds]}
+                    | {"private_keys": [each.hex() for each in private], "sums": [s.hex() for s in sums]})  # fmt: skip
+    return made
+
+
+def pair_secret(private: Sequence[bytes], place: int, other: int, order: bytes) -> bytes:
+    """What two helpers share, by X25519 and HKDF."""
+    mine, theirs = (DH.import_x25519_private_key(private[each]) for each in (place, other))
+    shared: bytes = DH.key_agreement(static_priv=mine, static_pub=theirs.public_key(), kdf=bytes)
+    return hkdf(shared, b"", b"medshard/repair-mask/v1" + order + bytes(sorted((place, other))))
+
+
+def repair_orders() -> dict[str, Any]:
+    origin, seed, file_id = "consortium.example/log", drawn("repair: tls key", 32), drawn("repair: file", 32)
+    chain = [[drawn(f"repair: node {i}", 16), i] for i in (0, 2, 5)]
+    body = [1, file_id, 3, 77, chain, 12, drawn("repair: nonce", 16)]
+    name = origin.encode()
+    order = pack([*body, signed(seed, b"medshard/repair-order/v1" + len(name).to_bytes(2, "big") + name + pack(body))])
+    order_id, offered = hashlib.sha256(order).digest(), drawn("repair: offered", 32)
+    bodies: dict[str, Any] = {
+        "seed": [1, order, drawn("repair: seed", 32)],
+        "offer": [1, offered, signed(seed, b"medshard/repair-key/v1" + len(name).to_bytes(2, "big") + name + order_id + offered)],
+        "keys": [1, order_id, [[offered, drawn("repair: signature", 64)]]],
+        "ask": [1, hashlib.sha256(order).digest()],
+        "moves": [1, [[0, chain[0][0], 77], [4, chain[1][0], 90]]],
+        "wish": [1, [3], 0, 1],
+    }
+    messages = [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
+    told = {"origin": origin, "tls_key": raw_public(seed).hex(), "value": as_json(body), "order": order.hex()}
+    return {"order": told, "messages": messages}
+
+
+def added(a: bytes, b: bytes) -> bytes:
+    return bytes(x ^ y for x, y in zip(a, b, strict=True))
+
+
 def page(about: str, content: dict[str, Any]) -> str:
     head = {
         "about": f"{about} Bytes are hex. Made by tools/make_vectors.py with msgpack, pycryptodome, reedsolo and blake3, not with medshard."
@@ -441,6 +506,9 @@ def pages() -> dict[str, str]:
         "sharing": page(
             "Keys to seal to, sealed grants and sealed reasons, see docs/formats/sharing.md.",
             {"keys": sealing_keys(), "grants": grants(sealing_keys()), "reasons": reasons()},
+        ),
+        "repair": page(
+            "Sums of a chain, its order, and the bodies of a repair, see docs/formats/repair.md.", {"chains": repairs(), **repair_orders()}
         ),
         "wire": page("Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()}),
     }

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import medshard_protocol
 from medshard.model import Header
-from medshard_protocol import canonical, documentproof, identity, ids, messages, proofs, rosters, sharing, tiles, tlogproof
+from medshard_protocol import canonical, documentproof, identity, ids, messages, proofs, repairorder, rosters, sharing, tiles, tlogproof
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
@@ -91,7 +91,7 @@ def whole_file(read: Callable[[bytes], Any], *seeds: bytes) -> Parser:
 
 @lru_cache
 def table() -> dict[str, Parser]:
-    return {**of_files(), **of_messages(), **of_ledger(), **of_proofs(), **of_sharing(), **of_certificates()}
+    return {**of_files(), **of_messages(), **of_ledger(), **of_proofs(), **of_sharing(), **of_repair(), **of_certificates()}
 
 
 def of_files() -> dict[str, Parser]:
@@ -231,6 +231,25 @@ def of_sharing() -> dict[str, Parser]:
         "sharing.Shared.from_bytes": whole_file(sharing.Shared.from_bytes, shared.to_bytes(), sharing.Shared(b"", (), False).to_bytes()),
         "sharing.History.from_bytes": whole_file(sharing.History.from_bytes, sharing.History(note, told, False).to_bytes()),
         "sharing.Vouched.from_bytes": whole_file(sharing.Vouched.from_bytes, sharing.Vouched("Klinik", 0, 7, True).to_bytes()),
+    }
+
+
+def of_repair() -> dict[str, Parser]:
+    page, r = load("repair"), repairorder
+    sent = {each["what"]: bytes.fromhex(each["bytes"]) for each in page["messages"]}
+    return {
+        "repairorder.Order.from_bytes": whole_file(r.Order.from_bytes, *raw(page["order"]["order"])),
+        "repairorder.unpack_seed": Parser(r.unpack_seed, lambda value: r.pack_seed(*value), (sent["seed"],)),
+        "repairorder.Offer.from_value": Parser(
+            lambda data: r.Offer.from_value(canonical.decode(data, bytes_max=10**6, what="key")),
+            lambda value: canonical.encode(value.to_value()),
+            (canonical.encode([b"p" * 32, b"s" * 64]),),
+        ),
+        "repairorder.unpack_offer": Parser(r.unpack_offer, r.pack_offer, (sent["offer"],)),
+        "repairorder.unpack_keys": Parser(r.unpack_keys, lambda value: r.pack_keys(*value), (sent["keys"],)),
+        "repairorder.unpack_ask": Parser(r.unpack_ask, r.pack_ask, (sent["ask"],)),
+        "repairorder.unpack_moves": Parser(r.unpack_moves, r.pack_moves, (sent["moves"], r.pack_moves({}))),
+        "repairorder.unpack_wish": Parser(r.unpack_wish, r.pack_wish, (sent["wish"], r.pack_wish(r.Wish()))),
     }
 
 
