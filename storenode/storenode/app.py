@@ -42,6 +42,7 @@ from storenode.ledger import Ledger, marker_name
 from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
+from storenode.repairing import routes as repairing
 from storenode.rotation import promote, waits
 from storenode.routes import Node, node_key
 from storenode.shardstore import ShardStore
@@ -97,6 +98,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
+    repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
     app.router.add_routes(parts.node.ledger.routes())
     app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys)))
     return app

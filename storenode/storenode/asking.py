@@ -35,14 +35,14 @@ class _Connection(http.client.HTTPSConnection):
         self.sock = self._tls.wrap_socket(socket.create_connection((self.host, self.port), self.timeout), server_hostname=self._name)
 
 
-def ask(config: Config, keys: NodeKeys, path: str) -> dict[str, Any]:
-    """Get one JSON answer from the running node. Raises Unavailable with what to do, or what the node answered."""
+def ask(config: Config, keys: NodeKeys, path: str, method: str = "GET", body: bytes = b"", *, timeout_s: float = wait_s) -> dict[str, Any]:
+    """Ask the running node for one JSON answer. Raises Unavailable with what to do, or what the node answered."""
     host, port = config.listen_address
-    connection = _Connection(_anywhere.get(host, host), port, keys.node_id, client_ssl_context(keys.ca_certificate, keys))
+    connection = _Connection(_anywhere.get(host, host), port, keys.node_id, client_ssl_context(keys.ca_certificate, keys), timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request(method, path, body=body or None)
         response = connection.getresponse()
-        body = response.read(answer_bytes_max)
+        data = response.read(answer_bytes_max)
     except ssl.SSLCertVerificationError as error:
         hint = "another node runs there; see `listen` in config.toml"
         raise Unavailable(f"{config.listen} is not this node ({error.verify_message})", hint=hint) from None
@@ -51,9 +51,9 @@ def ask(config: Config, keys: NodeKeys, path: str) -> dict[str, Any]:
     finally:
         connection.close()
     if response.status != 200:
-        raise unpack_error(response.status, body, "node")
+        raise unpack_error(response.status, data, "node")
     try:
-        answer = json.loads(body)
+        answer = json.loads(data)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

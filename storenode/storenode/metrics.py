@@ -21,10 +21,13 @@ from typing import Any, Final
 from aiohttp import web
 
 from medshard_protocol.errors import Unavailable
+from medshard_protocol.repairorder import Reason as RepairReason
 from medshard_protocol.rights import Reason
 from storenode.config import Config
 from storenode.evidence import kinds
 
+repair_outcomes: Final = ("done", "failed")
+exchange_causes: Final = ("broken", "wrong")
 methods: Final = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE"})
 seconds_buckets: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 content_type: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -62,6 +65,10 @@ class Metrics:
         self._took: dict[tuple[str, str], Histogram] = {}
         self._refused: Counter[str] = Counter()
         self._denied: Counter[str] = Counter()
+        self._repairs_refused: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+        self._exchanged: Counter[str] = Counter()
+        self._sums = 0
         self._emergencies = 0
         self._bytes = {"in": 0, "out": 0}
         self._swept = 0
@@ -92,6 +99,22 @@ class Metrics:
     def denied(self, reason: Reason) -> None:
         """Count a read that the gate refused, by the reason."""
         self._denied[reason.value] += 1
+
+    def repair_refused(self, reason: RepairReason) -> None:
+        """Count a request for help in a repair that this node refused."""
+        self._repairs_refused[reason.value] += 1
+
+    def repaired(self, outcome: str) -> None:
+        """Count a repair that this node ordered, and that ended."""
+        self._repairs[outcome] += 1
+
+    def helper_exchanged(self, cause: str) -> None:
+        """Count a helper that this node left out: its line broke, or the shard came out wrong with it and right without it."""
+        self._exchanged[cause] += 1
+
+    def summed(self, size: int) -> None:
+        """Count bytes of sums that this node gave to repairs."""
+        self._sums += size
 
     def emergency(self) -> None:
         """Count a read that was served in an emergency."""
@@ -179,8 +202,24 @@ class Metrics:
         for reason in Reason:
             denied.add_metric([reason.value], self._denied[reason.value])
         yield from (requests, refused, moved, denied)
+        yield from self._repair_families()
         yield CounterMetricFamily("medshard_emergency_reads", "Reads served in an emergency.", value=self._emergencies)
         yield CounterMetricFamily("medshard_swept_shards", "Shards deleted since they were never registered.", value=self._swept)
+
+    def _repair_families(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
+        refused = CounterMetricFamily("medshard_repair_refused", "Requests for help in a repair refused, by the reason.", labels=["reason"])
+        for reason in RepairReason:
+            refused.add_metric([reason.value], self._repairs_refused[reason.value])
+        repairs = CounterMetricFamily("medshard_repairs", "Repairs that this node ordered.", labels=["outcome"])
+        for outcome in repair_outcomes:
+            repairs.add_metric([outcome], self._repairs[outcome])
+        exchanged = CounterMetricFamily("medshard_repair_helpers_exchanged", "Helpers left out of a repair.", labels=["cause"])
+        for cause in exchange_causes:
+            exchanged.add_metric([cause], self._exchanged[cause])
+        yield from (refused, repairs, exchanged)
+        yield CounterMetricFamily("medshard_repair_sum_bytes", "Bytes of sums given to repairs.", value=self._sums)
 
     def _gauge_families(self) -> Iterable[Any]:
         from prometheus_client.core import GaugeMetricFamily

@@ -88,6 +88,13 @@ operations: Final = (
     Operation("PUT", "/v1/grants/{file}", "Keep the sealed key of a grant", "access", body_type, good=(*_kept, 204)),
     Operation("DELETE", "/v1/grants/{file}/{grant}", "Destroy the sealed key of a grant", "access", good=(200, 204)),
     Operation("GET", "/v1/grants", "What is granted to the caller", "access", query=("after",)),
+    # repair
+    Operation("GET", "/v1/moves/{file}", "Which shards have moved, and to whom", "repair"),
+    Operation("POST", "/v1/repair/{file}/{index}/seed", "An order to help in a repair", "repair", body_type),
+    Operation("POST", "/v1/repair/{file}/{index}/keys", "The keys of all helpers of an order", "repair", body_type, good=(204,)),
+    Operation("POST", "/v1/repair/{file}/{index}/sum", "The sums of an order, to the next in the line", "repair", body_type, bytes_type),
+    Operation("POST", "/v1/repair/{file}", "Begin a repair, for the node's own operator", "repair", body_type, json_type),
+    Operation("GET", "/v1/repair/{file}", "How a repair goes, for the node's own operator", "repair", gives=json_type),
     # rosters
     Operation("GET", "/v1/rosters", "The chain of rosters", "roster", query=("after", "of"), open=True),
     Operation("GET", "/v1/successor", "What came after a log that has ended", "roster", query=("of",), open=True),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
 
@@ -57,6 +58,27 @@ class Peers:
             raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             raise Unavailable(f"{target.name}: {_reason(error)}") from None
+
+    @asynccontextmanager
+    async def open(self, node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer whose head has come within the time, and whose body is still to be read. Raises Unavailable or Absent."""
+        target = self._roster.node(node)
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._session.request(
+                    method,
+                    target.url + path,
+                    data=body or None,
+                    ssl=self._contexts[target.institution],
+                    server_hostname=node_hostname(node),
+                    allow_redirects=False,
+                )
+        except TimeoutError:
+            raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise Unavailable(f"{target.name}: {_reason(error)}") from None
+        async with response:
+            yield response
 
     async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
         """Open a WebSocket. Raises Unavailable where that does not work in time."""

@@ -88,7 +88,7 @@ def routes() -> list[web.RouteDef]:
 
 async def put_shard(request: web.Request) -> web.Response:
     """Take one shard, streamed."""
-    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    node, (file_id, index) = request.app[node_key], shard_id(request)
     if request.content_length is None:
         raise Malformed("a shard is sent with its Content-Length")
     check_size(request.content_length, node.config.limits.shard_bytes_max, "a shard")
@@ -144,14 +144,14 @@ async def put_files(request: web.Request) -> web.Response:
 
 async def head_shard(request: web.Request) -> web.Response:
     """Whether a shard is here, and its root."""
-    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    node, (file_id, index) = request.app[node_key], shard_id(request)
     shard = node.store.shard_at(file_id, index)
     return web.Response(status=204, headers={root_header: shard.root.hex()})
 
 
 async def get_shard(request: web.Request) -> web.StreamResponse:
     """Cells of one shard, after the digests or Merkle paths that check them."""
-    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    node, (file_id, index) = request.app[node_key], shard_id(request)
     await request.app[gate_key].admit(caller(request).key, request.headers, (file_id,))
     shard = node.store.shard_at(file_id, index)
     cells = _span(request.query.get("cells", ""), shard)
@@ -161,14 +161,15 @@ async def get_shard(request: web.Request) -> web.StreamResponse:
     prefix = len(head).to_bytes(4, "big") + head
     start = cells.start * shard.cell_size
     end = min(cells.stop * shard.cell_size, shard.size)
+    data = await _read(node, shard, start, min(block_bytes, end - start))  # before the head: a shard that is gone is an error
     if end - start <= block_bytes:
-        data = await _read(node, shard, start, end - start)
         return web.Response(body=prefix + data, content_type=body_type)
     response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
     _widen(request)
     await response.prepare(request)
     await response.write(prefix)
-    for offset in range(start, end, block_bytes):
+    await response.write(data)
+    for offset in range(start + block_bytes, end, block_bytes):
         await response.write(await _read(node, shard, offset, min(block_bytes, end - offset)))
     return response
 
@@ -222,7 +223,7 @@ async def lookup(request: web.Request) -> web.Response:
 
 async def check_shard(request: web.Request) -> web.Response:
     """Re-read and re-hash the shard on this node's disk."""
-    node, (file_id, index) = request.app[node_key], _shard_id(request)
+    node, (file_id, index) = request.app[node_key], shard_id(request)
     shard = node.store.shard_at(file_id, index)
     bad = await asyncio.to_thread(node.store.bad_cells, shard)
     return web.Response(body=pack_check(bad), content_type=body_type)
@@ -364,7 +365,8 @@ def _span(text: str, shard: Shard) -> range:
     return cells
 
 
-def _shard_id(request: web.Request) -> tuple[FileId, int]:
+def shard_id(request: web.Request) -> tuple[FileId, int]:
+    """The file and index that a path names. Raises Malformed."""
     index = request.match_info["index"]
     if not (index.isdecimal() and len(index) <= 3 and int(index) < code_n_max):
         raise Malformed("a shard's index is a number below 255")

@@ -107,6 +107,11 @@ class ShardStore:
         data = await asyncio.to_thread(self._settle, incoming, file_id)
         return await self._enter(incoming, data, file_id, index, owner, None)
 
+    async def commit_described(self, incoming: Incoming, manifest: Manifest, index: int) -> Put:
+        """Give a shard that was made anew its name, with its manifest. Raises Damaged when it is not the one the manifest names."""
+        data = await asyncio.to_thread(self._settle, incoming, manifest.file_id, manifest.shards[index].root)
+        return await self._enter(incoming, data, manifest.file_id, index, manifest.owner, manifest)
+
     async def commit_small(self, shard: bytes, manifest: Manifest, index: int) -> Put:
         """Store a small shard and its manifest in one transaction. Raises Damaged when it is not the one the manifest names."""
         incoming = self.begin(len(shard), manifest.layout.cell_size)
@@ -145,10 +150,12 @@ class ShardStore:
             self.used += incoming.size
         return put
 
-    def _settle(self, incoming: Incoming, file_id: FileId) -> bytes | None:
+    def _settle(self, incoming: Incoming, file_id: FileId, expected: bytes | None = None) -> bytes | None:
         started = time.monotonic()
         data = incoming.finish()
         self._on_fsync(time.monotonic() - started)
+        if expected is not None and shard_root(incoming.digests, digests["blake3"]) != expected:
+            raise Damaged("the shard is not the one that its manifest names")
         if incoming.temporary is not None:
             final = self._path(file_id, shard_root(incoming.digests, digests["blake3"]))
             os.replace(incoming.temporary, final)

@@ -1,0 +1,399 @@
+"""Repair between real nodes: a shard that is lost for good is made again elsewhere, nobody learns anything, and who may not is refused.
+
+Seven institutions with a node each, and code 3 of 6: one node has no shard of a file, and takes over what another lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.cluster.repairers import received_name, rules_name
+
+from medshard import Vault
+from medshard.consortium import LocalConsortium
+from medshard.home import Home
+from medshard_protocol.entries import Move, sign_entry
+from medshard_protocol.galois import mul, times
+from medshard_protocol.ids import Key, NodeId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.messages import shard_path, unpack_error
+from medshard_protocol.proofs import pack_append, unpack_appended
+from medshard_protocol.repairorder import (
+    Link,
+    Order,
+    pack_ask,
+    pack_keys,
+    pack_seed,
+    sign_offer,
+    sign_order,
+    unpack_moves,
+    unpack_offer,
+)
+from medshard_protocol.roster import Node
+from medshard_protocol.shards import split
+from storenode.asking import exchange
+from storenode.identity import NodeKeys
+
+k, n = 3, 6
+small = 2_500_000  # seven cells a shard, and read in one request
+
+
+class Repairing(LocalConsortium):
+    """A consortium whose nodes write down what they receive."""
+
+    def _program(self, name: str) -> list[str]:
+        return [sys.executable, str(Path(__file__).with_name("repairers.py")), str(self.home(name))]
+
+    def node(self, name: str) -> Node:
+        assert self.roster is not None
+        return next(node for node in self.roster.nodes if node.name == name)
+
+    def name(self, node: NodeId) -> str:
+        assert self.roster is not None
+        return self.roster.node(node).name
+
+    def keys(self, name: str) -> NodeKeys:
+        return NodeKeys.load(self.home(name))
+
+    def ask(self, by: str, of: str, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """A request of one node to another, with the first one's own keys."""
+        assert self.roster is not None
+        return exchange(self.node(of), self.roster, self.keys(by), method, path, body, timeout_s=8.0)
+
+    def repair(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "repair", "--json", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+    def repaired(self, name: str, *arguments: str) -> dict[str, Any]:
+        done = self.repair(name, *arguments)
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    def misbehave(self, name: str, **rule: object) -> None:
+        (self.home(name) / rules_name).write_text(json.dumps(rule))
+
+    def received(self, name: str, since: int = 0) -> bytes:
+        return (self.home(name) / received_name).read_bytes()[since:]
+
+    def move(self, name: str, manifest: Manifest, shard: int) -> int:
+        """Let a node say on the ledger that it takes a shard over."""
+        assert self.roster is not None
+        keys = self.keys(name)
+        body = Move(manifest.file_id, shard, keys.node_id, os.urandom(16))
+        entry = sign_entry(self.roster.origin, body, Key(keys.node.public_key().public_bytes_raw()), keys.node.sign).to_bytes()
+        status, answer = self.ask(name, name, "POST", "/v1/ledger/append", pack_append([entry]))
+        assert status == 200, answer
+        return unpack_appended(answer, [entry])[0].index
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repairing]:
+    with Repairing(tmp_path_factory.mktemp("repair"), institutions=7, code=(k, n)) as consortium:
+        yield consortium
+
+
+@pytest.fixture
+async def vault(trial: Repairing) -> AsyncIterator[Vault]:
+    async with Vault.open(trial.vault_home, trial.passphrase) as opened:
+        yield opened
+    for name in trial.names:
+        (trial.home(name) / rules_name).unlink(missing_ok=True)
+        process = trial.running.get(name)
+        if process is None or process.poll() is not None:
+            trial.restart(name)
+
+
+class File:
+    """A file that was put, with all of its shards as they lie on the nodes' disks."""
+
+    def __init__(self, trial: Repairing, plain: Path, sha256: bytes, manifest: Manifest) -> None:
+        self.trial, self.plain, self.sha256, self.manifest = trial, plain, sha256, manifest
+        self.id = manifest.file_id.hex()
+        self.holders = [trial.name(ref.node) for ref in manifest.shards]
+        (self.spare,) = set(trial.names) - set(self.holders)
+
+    def on_disk(self, name: str) -> Path:
+        (path,) = (self.trial.home(name) / "data" / "shards" / self.id[:2]).glob(f"{self.id}-*")
+        return path
+
+    def shards(self) -> list[bytes]:
+        return [self.on_disk(name).read_bytes() for name in self.holders]
+
+
+@pytest.fixture
+async def file(trial: Repairing, vault: Vault, tmp_path: Path, request: pytest.FixtureRequest) -> File:
+    size = getattr(request, "param", small)
+    plain = tmp_path / "plain"
+    plain.write_bytes(os.urandom(size))
+    while True:  # until every holder has its shard: a slow one is left behind, for repair
+        (stored,) = (await vault.put([plain])).stored
+        manifest, _ = await vault.evidence(stored.sha256)
+        made = File(trial, plain, stored.sha256, manifest)
+        if all(list((trial.home(name) / "data" / "shards" / made.id[:2]).glob(f"{made.id}-*")) for name in made.holders):
+            return made
+        plain.write_bytes(os.urandom(size))
+
+
+def orders(trial: Repairing, file: File, name: str, shard: int, move: int, **changed: Any) -> Order:
+    """An order by a node, well made but for what is changed."""
+    assert trial.roster is not None
+    chain = [Link(ref.node, i) for i, ref in enumerate(file.manifest.shards) if i != shard][:k]
+    return sign_order(
+        changed.get("origin", trial.roster.origin),
+        file.manifest.file_id,
+        shard,
+        move,
+        changed.get("chain", chain),
+        0,
+        os.urandom(16),
+        trial.keys(changed.get("signer", name)).node.sign,
+    )
+
+
+def of_each(trial: Repairing, order: Order, by: str, what: str, body: bytes) -> list[bytes | str]:
+    """What each helper of an order answers, or what it has against it."""
+    path, said = f"/v1/repair/{order.file_id.hex()}/{order.shard}/{what}", list[bytes | str]()
+    for link in order.chain:
+        name = trial.name(link.node)
+        status, answer = trial.ask(by, name, "POST", path, body)
+        said.append(answer if status in (200, 204) else str(unpack_error(status, answer, name)))
+    return said
+
+
+def hand_in(trial: Repairing, order: Order, by: str) -> list[str]:
+    """What each helper of an order has against it; nothing for yes."""
+    answers = of_each(trial, order, by, "seed", pack_seed(order, os.urandom(32)))
+    return [answer if isinstance(answer, str) else "" for answer in answers]
+
+
+def agree(trial: Repairing, order: Order, by: str) -> list[bytes | str]:
+    """Hand an order in, and all keys."""
+    answers = of_each(trial, order, by, "seed", pack_seed(order, os.urandom(32)))
+    offers = [unpack_offer(answer) for answer in answers if isinstance(answer, bytes)]
+    return of_each(trial, order, by, "keys", pack_keys(order.id, offers))
+
+
+def ask_for_sum(trial: Repairing, order: Order, by: str, of: str) -> tuple[int, bytes]:
+    return trial.ask(by, of, "POST", f"/v1/repair/{order.file_id.hex()}/{order.shard}/sum", pack_ask(order.id))
+
+
+# -- what it is for
+
+
+async def test_a_shard_lost_for_good_is_made_again_and_read(trial: Repairing, vault: Vault, file: File, tmp_path: Path) -> None:
+    lost = file.shards()[2]
+    trial.kill(file.holders[2])
+    planned = trial.repaired(file.spare, file.id, "--dry-run")
+    assert (planned["missing"], planned["shard"], planned["next_in_placement"][-1]) == ([2], 2, file.spare)
+    told = trial.repaired(file.spare, file.id)
+    assert (told["state"], told["shard"], told["broken"], told["suspects"]) == ("done", 2, [], [])
+    assert file.on_disk(file.spare).read_bytes() == lost
+    status, moves = trial.ask(file.spare, file.spare, "GET", f"/v1/moves/{file.id}")
+    assert (status, unpack_moves(moves)[2].node) == (200, trial.node(file.spare).id)
+    assert trial.repaired(file.spare, file.id)["state"] == "nothing"
+    report = await vault.verify(file.sha256)
+    assert [holder.state for holder in report.holders] == ["proven"] * n
+    assert report.holders[2].node == file.spare
+    for name in [name for name in file.holders if name != file.holders[2]][:3]:
+        file.on_disk(name).unlink()  # now two are left, and the new one
+    await vault.get(file.sha256, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == file.plain.read_bytes()
+
+
+async def test_no_node_receives_more_than_its_own_shard_and_masked_sums(trial: Repairing, file: File) -> None:
+    shards = file.shards()
+    put = {name: trial.received(name) for name in trial.names}
+    trial.kill(file.holders[1])
+    assert trial.repaired(file.spare, file.id)["state"] == "done"
+    owners = {name: shard for shard, name in enumerate(file.holders)} | {file.spare: 1}
+    in_line = 0
+    for name in trial.names:
+        if name == file.holders[1]:
+            continue
+        received = trial.received(name, len(put[name]))
+        in_line += len(received) >= len(shards[0])
+        for shard, data in enumerate(shards):
+            if shard != owners[name]:
+                assert not multiples_in(received, data, file.manifest.layout.cell_size), f"{name} got shard {shard}"
+    assert in_line == k  # all helpers but the first got a shard's length of sums, and so did the replacement
+    assert not multiples_in(trial.received(file.spare, len(put[file.spare])), shards[1], file.manifest.layout.cell_size)
+    holder = file.holders[0]  # and the search would have found them
+    assert multiples_in(put[holder], shards[0], file.manifest.layout.cell_size)
+    assert multiples_in(put[holder].translate(times(77)), shards[0], file.manifest.layout.cell_size)
+
+
+def multiples_in(received: bytes, shard: bytes, cell_size: int) -> bool:
+    """Whether the product of some cell of this shard with some constant occurs in what was received: by 41 bytes of each cell."""
+    heard = ratios(received)
+    return any(ratios(bytes(cell[100:141])) in heard for cell in split(shard, cell_size) if len(cell) > 141)
+
+
+def ratios(data: bytes) -> bytes:
+    """What stays the same when all bytes are multiplied by one constant: each one's logarithm less the one before; 255 beside a zero."""
+    numbers = np.frombuffer(data, dtype=np.uint8)
+    steps = (logarithms[numbers[1:]] - logarithms[numbers[:-1]]) % 255
+    steps[(numbers[1:] == 0) | (numbers[:-1] == 0)] = 255
+    return steps.astype(np.uint8).tobytes()
+
+
+powers = [1]
+while len(powers) < 255:
+    powers.append(mul(powers[-1], 2))
+logarithms = np.zeros(256, dtype=np.int16)
+logarithms[powers] = range(255)
+
+
+async def test_a_holder_whose_disk_lost_a_shard_makes_it_again(trial: Repairing, file: File) -> None:
+    path = file.on_disk(file.holders[4])
+    lost = path.read_bytes()
+    path.unlink()
+    with sqlite3.connect(trial.home(file.holders[4]) / "data" / "store.sqlite", timeout=10) as store:
+        store.execute("DELETE FROM shards WHERE file_id = ?", (file.manifest.file_id,))
+        store.execute("DELETE FROM manifests WHERE file_id = ?", (file.manifest.file_id,))
+    store.close()
+    told = trial.repaired(file.holders[4], file.id)
+    assert (told["state"], told["shard"]) == ("done", 4)
+    assert path.read_bytes() == lost
+
+
+# -- helpers that fail
+
+
+async def test_a_helper_that_dies_in_the_middle_is_replaced_and_the_shard_is_finished(trial: Repairing, file: File) -> None:
+    lost = file.shards()[0]
+    trial.kill(file.holders[0])
+    first = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][0]
+    trial.misbehave(first, do="die", frame=4)
+    told = trial.repaired(file.spare, file.id)
+    assert told["state"] == "done"
+    assert [each.partition(":")[0] for each in told["broken"]] == [first]
+    assert told["lines"] == 2
+    assert file.on_disk(file.spare).read_bytes() == lost
+
+
+async def test_a_helper_that_lies_is_found_by_exchange_and_named(trial: Repairing, file: File) -> None:
+    lost = file.shards()[5]
+    trial.kill(file.holders[5])
+    liar = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][1]
+    trial.misbehave(liar, do="lie")
+    told = trial.repaired(file.spare, file.id)
+    assert (told["state"], told["suspects"]) == ("done", [liar])
+    assert file.on_disk(file.spare).read_bytes() == lost
+
+
+async def test_a_helper_whose_disk_changed_a_cell_says_so_and_is_left_out(trial: Repairing, file: File) -> None:
+    lost = file.shards()[3]
+    trial.kill(file.holders[3])
+    rotten = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][0]
+    with file.on_disk(rotten).open("r+b") as shard:
+        shard.seek(file.manifest.layout.cell_size * 2 + 5)
+        shard.write(b"rot")
+    told = trial.repaired(file.spare, file.id)
+    assert told["state"] == "done"
+    assert [each.partition(":")[0] for each in told["broken"]] == [rotten]
+    assert file.on_disk(file.spare).read_bytes() == lost
+
+
+# -- who is refused
+
+
+async def test_a_node_without_a_move_that_counts_is_refused_by_every_helper(trial: Repairing, file: File) -> None:
+    for move in (10**9, 0):  # in this order: a node that was just started does not know the file in its first moment
+        assert all("(no-move)" in said for said in hand_in(trial, orders(trial, file, file.spare, 1, move), file.spare))
+    move = trial.move(file.spare, file.manifest, 1)
+    other = orders(trial, file, file.spare, 2, move)  # another shard than the entry says
+    assert all("(no-move)" in said for said in hand_in(trial, other, file.spare))
+    again = trial.move(file.spare, file.manifest, 1)  # the latest counts
+    assert all("(no-move)" in said for said in hand_in(trial, orders(trial, file, file.spare, 1, move), file.spare))
+    assert hand_in(trial, orders(trial, file, file.spare, 1, again), file.spare) == ["", "", ""]
+
+
+async def test_a_node_that_holds_another_shard_of_the_file_is_refused_by_every_helper(trial: Repairing, file: File) -> None:
+    greedy = file.holders[4]
+    move = trial.move(greedy, file.manifest, 1)  # the ledger does not know manifests; helpers do
+    chain = [Link(file.manifest.shards[i].node, i) for i in (0, 2, 3)]
+    said = hand_in(trial, orders(trial, file, greedy, 1, move, chain=chain), greedy)
+    assert len(said) == k
+    assert all("(holds-another)" in each for each in said)
+    assert trial.repaired(file.spare, file.id)["state"] == "nothing"  # such a MOVE makes nobody a holder
+    trial.kill(file.holders[1])
+    done = trial.repair(greedy, file.id, "--shard", "1")
+    assert done.returncode == 4
+    assert "holds-another" in done.stderr
+
+
+async def test_orders_that_are_forged_or_out_of_line_are_refused(trial: Repairing, file: File) -> None:
+    move = trial.move(file.spare, file.manifest, 1)
+    refs = file.manifest.shards
+    forged = orders(trial, file, file.spare, 1, move, signer=file.holders[0])
+    assert all("(forged)" in said for said in hand_in(trial, forged, file.spare))
+    foreign = orders(trial, file, file.spare, 1, move, origin="another.example/log")
+    assert all("(forged)" in said for said in hand_in(trial, foreign, file.spare))
+    good = orders(trial, file, file.spare, 1, move)
+    assert all("(other-caller)" in said for said in hand_in(trial, good, file.holders[5]))
+    for chain in ([Link(refs[0].node, 0), Link(refs[2].node, 2)], [Link(refs[0].node, 2), Link(refs[2].node, 0), Link(refs[3].node, 3)]):
+        assert all("(chain)" in said for said in hand_in(trial, orders(trial, file, file.spare, 1, move, chain=chain), file.spare))
+
+
+async def test_a_sum_is_given_once_and_to_the_next_in_the_line_alone(trial: Repairing, file: File) -> None:
+    move = trial.move(file.spare, file.manifest, 1)
+    order = orders(trial, file, file.spare, 1, move)
+    first, second = (trial.name(order.chain[place].node) for place in (0, 1))
+    assert ask_for_sum(trial, order, second, first)[0] == 403  # before the order was handed in
+    assert hand_in(trial, order, file.spare) == ["", "", ""]
+    assert ask_for_sum(trial, order, second, first)[0] == 403  # before the helpers have each other's keys
+    order = orders(trial, file, file.spare, 1, move)
+    assert agree(trial, order, file.spare) == [b"", b"", b""]
+    assert ask_for_sum(trial, order, file.spare, first)[0] == 403  # not even the replacement
+    status, body = ask_for_sum(trial, order, second, first)
+    assert (status, len(body) > len(file.shards()[0])) == (200, True)
+    assert not multiples_in(body, file.shards()[order.chain[0].shard], file.manifest.layout.cell_size)
+    assert ask_for_sum(trial, order, second, first)[0] == 403  # nor twice
+
+
+async def test_a_replacement_cannot_put_its_own_key_in_a_helpers_place(trial: Repairing, file: File) -> None:
+    move = trial.move(file.spare, file.manifest, 1)
+    order = orders(trial, file, file.spare, 1, move)
+    answers = of_each(trial, order, file.spare, "seed", pack_seed(order, os.urandom(32)))
+    offers = [unpack_offer(answer) for answer in answers if isinstance(answer, bytes)]
+    own = sign_offer(trial.roster.origin, order.id, os.urandom(32), trial.keys(file.spare).node.sign)
+    said = of_each(trial, order, file.spare, "keys", pack_keys(order.id, [offers[0], own, offers[2]]))
+    assert all("(keys)" in str(each) for each in said)
+    assert all("(keys)" in str(each) for each in of_each(trial, order, file.spare, "keys", pack_keys(order.id, offers[:2])))
+    good = pack_keys(order.id, offers)
+    assert all("(other-caller)" in str(each) for each in of_each(trial, order, file.holders[5], "keys", good))
+    assert of_each(trial, order, file.spare, "keys", good) == [b"", b"", b""]
+    assert all("(unknown-order)" in str(each) for each in of_each(trial, order, file.spare, "keys", good))
+
+
+async def test_a_vault_gets_no_sum_and_begins_no_repair(trial: Repairing, vault: Vault, file: File) -> None:
+    move = trial.move(file.spare, file.manifest, 1)
+    order = orders(trial, file, file.spare, 1, move)
+    helper, path = trial.roster.node(order.chain[0].node), f"/v1/repair/{file.id}"
+    with pytest.raises(Exception, match="other-caller"):
+        await vault._net.call(helper, "POST", path + "/1/seed", pack_seed(order, bytes(32)), timeout_s=5.0)
+    with pytest.raises(Exception, match="own operator"):
+        await vault._net.call(helper, "GET", path, timeout_s=5.0)
+
+
+async def test_a_shard_that_is_there_is_not_made_again(trial: Repairing, file: File) -> None:
+    assert trial.repaired(file.spare, file.id)["state"] == "nothing"
+    assert trial.repaired(file.spare, file.id, "--shard", "2")["state"] == "nothing"
+    assert trial.ask(file.spare, file.holders[2], "HEAD", shard_path(file.manifest.file_id, 2))[0] == 204
+
+
+async def test_a_repair_of_an_unknown_file_says_so(trial: Repairing) -> None:
+    done = trial.repair(trial.names[0], "ab" * 32)
+    assert done.returncode == 4
+    assert "not registered" in done.stderr
+    assert Home(trial.vault_home).certificate.exists()
