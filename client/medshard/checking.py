@@ -11,11 +11,13 @@ import random
 from typing import Final
 
 from medshard.model import HolderReport, HolderState, Info, NodeInfo, Row, VerifyReport
+from medshard.moves import moved
 from medshard.restoring import Target
 from medshard.transport import Net
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Note, cosigners, open_published
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Unavailable
+from medshard_protocol.ids import NodeId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import SpanHead, shard_path, unpack_check
 from medshard_protocol.roster import Node
@@ -30,9 +32,16 @@ ping_timeout_s: Final = 3.0
 async def verify_target(net: Net, target: Target, *, cells: bool = True) -> VerifyReport:
     """Ask every holder to prove its shard. Cells are served to announced reads only: without ``cells`` there is the holders' word alone."""
     manifest = target.manifest
-    holders = await asyncio.gather(*(_verify_holder(net, manifest, index, cells=cells) for index in range(manifest.layout.n)))
-    proven = sum(1 for holder in holders if holder.state == "proven")
-    return VerifyReport(target.sha256, tuple(holders), proven == manifest.layout.n, proven - manifest.layout.k)
+    asked = {index: ref.node for index, ref in enumerate(manifest.shards)}
+    reports = await asyncio.gather(*(_verify_holder(net, manifest, index, node, cells=cells) for index, node in asked.items()))
+    holders = dict(enumerate(reports))
+    if any(holder.state not in ("proven", "unproven") for holder in reports):
+        told = await moved(net, manifest.file_id)
+        again = {index: node for index, node in told.items() if index in asked and node != asked[index]}
+        fresh = await asyncio.gather(*(_verify_holder(net, manifest, index, node, cells=cells) for index, node in again.items()))
+        holders |= dict(zip(again, fresh, strict=True))
+    proven = sum(1 for holder in holders.values() if holder.state == "proven")
+    return VerifyReport(target.sha256, tuple(holders.values()), proven == manifest.layout.n, proven - manifest.layout.k)
 
 
 async def describe_target(net: Net, target: Target, row: Row) -> Info:
@@ -61,8 +70,8 @@ async def describe_target(net: Net, target: Target, row: Row) -> Info:
     )
 
 
-async def _verify_holder(net: Net, manifest: Manifest, index: int, *, cells: bool) -> HolderReport:
-    node = net.holder(manifest.shards[index].node)
+async def _verify_holder(net: Net, manifest: Manifest, index: int, holder: NodeId, *, cells: bool) -> HolderReport:
+    node = net.holder(holder)
     checked = 0
     bad: list[int] = []
     state: HolderState

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from medshard.download import BadCell
+from medshard.moves import moved
 from medshard.transport import Net, without_name
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import FileId, NodeId
@@ -121,6 +122,8 @@ class SmallReads:
         self._manifests = {manifest.file_id: manifest for manifest in manifests}
         self.shards: dict[FileId, dict[int, bytes]] = {file_id: {} for file_id in self._manifests}
         self._asked: dict[FileId, set[int]] = {file_id: set() for file_id in self._manifests}
+        self._holders = {file_id: [ref.node for ref in each.shards] for file_id, each in self._manifests.items()}
+        self._asked_for_moves: set[FileId] = set()
         self._failures: dict[str, str] = {}
         self._running: dict[asyncio.Task[None], set[tuple[FileId, int]]] = {}
 
@@ -130,7 +133,9 @@ class SmallReads:
             self._ask(lambda file_id: self._short(file_id) - self._in_flight(file_id))
             while any(self._short(file_id) > 0 for file_id in self._manifests):
                 if not self._running:
-                    raise self._too_few()
+                    if not await self._has_moved():
+                        raise self._too_few()
+                    continue
                 done, _ = await asyncio.wait(self._running, timeout=hedge_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     del self._running[task]
@@ -145,6 +150,19 @@ class SmallReads:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
 
+    async def _has_moved(self) -> bool:
+        """Ask, once for each file that is short of shards, whether other nodes have taken some over; ask those."""
+        short = [id_ for id_ in self._manifests if self._short(id_) > 0 and id_ not in self._asked_for_moves]
+        self._asked_for_moves |= set(short)
+        for file_id, told in zip(short, await asyncio.gather(*(moved(self._net, id_) for id_ in short)), strict=True):
+            holders = self._holders[file_id]
+            for index, node in told.items():
+                if index < len(holders) and holders[index] != node:
+                    holders[index] = node
+                    self._asked[file_id].discard(index)
+        self._ask(self._short)
+        return bool(self._running)
+
     def _short(self, file_id: FileId) -> int:
         return self._manifests[file_id].layout.k - len(self.shards[file_id])
 
@@ -155,7 +173,7 @@ class SmallReads:
         by_node: dict[NodeId, list[tuple[FileId, int]]] = defaultdict(list)
         for file_id, manifest in self._manifests.items():
             for index in self._choose(manifest, wanted(file_id) if self._short(file_id) > 0 else 0):
-                by_node[manifest.shards[index].node].append((file_id, index))
+                by_node[self._holders[file_id][index]].append((file_id, index))
                 self._asked[file_id].add(index)
         for node, items in by_node.items():
             for chunk in self._chunks(items):
@@ -166,7 +184,8 @@ class SmallReads:
             return []
         suspect = self._net.health.is_suspect
         free = [i for i in range(manifest.layout.n) if i not in self._asked[manifest.file_id]]
-        return sorted(free, key=lambda i: (suspect(manifest.shards[i].node), i))[:count]
+        holders = self._holders[manifest.file_id]
+        return sorted(free, key=lambda i: (suspect(holders[i]), i))[:count]
 
     def _chunks(self, items: list[tuple[FileId, int]]) -> list[list[tuple[FileId, int]]]:
         chunks: list[list[tuple[FileId, int]]] = [[]]
