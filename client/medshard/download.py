@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from medshard.line import Line, Steps
+from medshard.moves import moved
 from medshard.polling import Course, Failure, Poller
 from medshard.transport import Net, connect_timeout_s, explain, without_name
 from medshard_protocol import merkle
@@ -73,9 +74,12 @@ class Download:
         self._end = 0
         self._open: dict[int, Arrived] = {}
         self._tries: dict[int, int] = {}
+        self._holders = {index: ref.node for index, ref in enumerate(manifest.shards)}
+        self._asked_for_moves = False
         self._streams: dict[int, _Stream] = {}
         self._failures: dict[str, str] = {}
         self._expected: dict[int, Expected] = {}  # by shard: does this cell have this digest?
+        self._loop: asyncio.AbstractEventLoop
         self._poller: Poller
         # Between the threads: whole stripes one way, their buffers back.
         self._whole: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
@@ -90,7 +94,8 @@ class Download:
         Raises Unavailable when fewer than k holders give good cells, and what ``take`` raises. No thread is left when it returns.
         """
         self._now, self._end = wanted.start, wanted.stop
-        loop, self._poller = asyncio.get_running_loop(), Poller(self._net, self._ended)
+        self._loop = loop = asyncio.get_running_loop()
+        self._poller = Poller(self._net, self._ended)
         pool = ThreadPoolExecutor(2, thread_name_prefix="medshard-get")
         taking = loop.run_in_executor(pool, self._hand_on, take)
         receiving = loop.run_in_executor(pool, self._receive)
@@ -162,7 +167,21 @@ class Download:
         if len(self._streams) < self._shape.k and self._now < self._end:
             here = self._open[self._now].cells if self._now in self._open else {}
             if len(set(here) | set(self._streams)) < self._shape.k:
-                raise self._too_few()
+                if not self._has_moved():
+                    raise self._too_few()
+                self._top_up()
+
+    def _has_moved(self) -> bool:
+        """Ask, once, whether other nodes have taken shards over. Waits for the answer: without it there is nothing to go on with."""
+        if self._asked_for_moves:
+            return False
+        self._asked_for_moves = True
+        told = asyncio.run_coroutine_threadsafe(moved(self._net, self._manifest.file_id), self._loop).result()
+        new = {index: node for index, node in told.items() if index in self._holders and self._holders[index] != node}
+        self._holders |= new
+        for index in new:
+            self._tries.pop(index, None)
+        return bool(new)
 
     def _hedge(self, now: float) -> None:
         """Start a spare for each stream that stands still and has not given the stripe in hand."""
@@ -188,7 +207,7 @@ class Download:
         if choice is None:
             return False
         self._tries[choice] = self._tries.get(choice, 0) + 1
-        stream = _Stream(self._net.roster.node(self._manifest.shards[choice].node), index=choice, at=self._now)
+        stream = _Stream(self._net.roster.node(self._holders[choice]), index=choice, at=self._now)
         stream.steps = self._run(stream)
         self._streams[choice] = stream
         self._poller.resume(stream)
@@ -196,14 +215,10 @@ class Download:
 
     def _next_holder(self) -> int | None:
         nodes = {node.id for node in self._net.roster.nodes}
-        free = [
-            i
-            for i, ref in enumerate(self._manifest.shards)
-            if ref.node in nodes and i not in self._streams and self._tries.get(i, 0) < tries_max
-        ]
+        free = [i for i, node in self._holders.items() if node in nodes and i not in self._streams and self._tries.get(i, 0) < tries_max]
         suspect = self._net.health.is_suspect
         # Fewest tries first, then nodes that answered lately, then data shards.
-        return min(free, key=lambda i: (self._tries.get(i, 0), suspect(self._manifest.shards[i].node), i), default=None)
+        return min(free, key=lambda i: (self._tries.get(i, 0), suspect(self._holders[i]), i), default=None)
 
     # -- one stream
 

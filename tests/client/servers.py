@@ -72,6 +72,9 @@ class Server:
                     if not (got := connection.recv(65536)):
                         return
                     request += got
+                if b"/v1/moves/" in request.partition(b"\r\n")[0]:
+                    connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")  # nobody has taken a shard over
+                    continue
                 self.requests.append(request)
                 if request.startswith(b"PUT"):
                     self.take(connection, request.partition(b"\r\n\r\n")[2])

@@ -44,7 +44,7 @@ from storenode.asking import exchange
 from storenode.identity import NodeKeys
 
 k, n = 3, 6
-small = 2_500_000  # seven cells a shard, and read in one request
+small, large = 2_500_000, 6_000_000  # seven cells a shard and read in one request; sixteen, and streamed
 
 
 class Repairing(LocalConsortium):
@@ -190,6 +190,7 @@ def ask_for_sum(trial: Repairing, order: Order, by: str, of: str) -> tuple[int, 
 # -- what it is for
 
 
+@pytest.mark.parametrize("file", [small, large], ids=["small", "large"], indirect=True)
 async def test_a_shard_lost_for_good_is_made_again_and_read(trial: Repairing, vault: Vault, file: File, tmp_path: Path) -> None:
     lost = file.shards()[2]
     trial.kill(file.holders[2])
