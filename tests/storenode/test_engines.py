@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +42,18 @@ class Server:
         return f"postgresql://medshard@/{database}?host={self.folder}&port={self.port}"
 
     def start(self, *options: str) -> None:
-        settings = ["-c", "listen_addresses=", "-k", str(self.folder), "-p", str(self.port), *options]
-        with (self.folder / "log").open("ab") as log:
-            self.process = _as_postgres(subprocess.Popen, [tool("postgres"), "-D", str(self.data), *settings], stdout=log, stderr=log)
-        for _ in range(600):
+        for _ in range(1200):
+            if self.process is None or self.process.poll() is not None:  # at first, or what was killed has not yet gone altogether
+                self._spawn(options)
             if subprocess.run([tool("pg_isready"), "-q", "-h", str(self.folder), "-p", str(self.port)]).returncode == 0:
                 return
             time.sleep(0.05)
         raise AssertionError((self.folder / "log").read_text())
+
+    def _spawn(self, options: tuple[str, ...]) -> None:
+        settings = ["-c", "listen_addresses=", "-k", str(self.folder), "-p", str(self.port), *options]
+        with (self.folder / "log").open("ab") as log:
+            self.process = _as_postgres(subprocess.Popen, [tool("postgres"), "-D", str(self.data), *settings], stdout=log, stderr=log)
 
     def kill(self) -> None:
         """End it as a power cut would."""
@@ -115,7 +120,7 @@ def server_up(request: pytest.FixtureRequest) -> None:
         server.start()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "postgresql, awaited"])
 def dsn(request: pytest.FixtureRequest) -> str:
     if request.param == "sqlite":
         return "sqlite"
@@ -126,12 +131,14 @@ def dsn(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def opened(dsn: str, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+def opened(request: pytest.FixtureRequest, dsn: str, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
     """Open the engine, and again; all are closed at the end."""
     engines: list[Engine] = []
+    awaited = "awaited" in request.node.callspec.id
 
     def make(origin: str = "origin") -> Engine:
-        engines.append(open_engine(dsn, tmp_path, origin, bytes(32)))
+        engine = open_engine(dsn, tmp_path, origin, bytes(32))
+        engines.append(Awaited(engine) if awaited else engine)
         return engines[-1]
 
     yield make
@@ -153,6 +160,35 @@ def head(size: int, accepted: int = 0) -> Head:
 
 def name(of: bytes) -> bytes:
     return of * 48
+
+
+class Awaited:
+    """A remote engine by way of an event loop, as far as that goes."""
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.remote is not None
+        self._engine = engine
+        self._awaited = engine.remote
+        self._runner = asyncio.Runner()
+        self._turn = threading.Lock()
+
+    def extend(self, *what: object, own: bool) -> None:
+        with self._turn:
+            self._runner.run(self._awaited.extend(*what, own=own))
+
+    def find(self, names: list[bytes]) -> dict[bytes, int]:
+        with self._turn:
+            return self._runner.run(self._awaited.find(names))
+
+    def close(self) -> None:
+        async def close() -> None:
+            self._engine.close()
+
+        self._runner.run(close())
+        self._runner.close()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
 
 
 # -- the suite

@@ -54,7 +54,9 @@ class Engine(Protocol):
     Every method raises Unavailable while the database cannot be used, and Damaged where it holds what it never should.
     """
 
-    remote: bool  # calls may take long: never to be made where others wait
+    @property
+    def remote(self) -> Remote | None:
+        """Where calls may take long, what appends wait for, to be awaited in the one event loop that ends with ``close``; else None."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -108,6 +110,26 @@ class Engine(Protocol):
 
     def remember(self, checked: int, unsigned: Iterable[int], published: bytes) -> None:
         """Note which entries need no second check, and the newest published checkpoint. May get lost in a crash."""
+
+
+class Remote(Protocol):
+    """Some calls of an engine, for one event loop."""
+
+    async def extend(
+        self,
+        epoch: int,
+        old_size: int,
+        entries: Sequence[bytes],
+        tiles: Iterable[FullTile],
+        head: Head,
+        names: Sequence[bytes],
+        *,
+        own: bool,
+    ) -> None:
+        """Append durably: as ``Engine.extend``, with which it takes turns."""
+
+    async def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by their names."""
 
 
 def open_engine(dsn: str, folder: Path, origin: str, empty_root: bytes) -> Engine:

@@ -138,8 +138,11 @@ class Journal:
         tiles = [tile for leaf in leaves for tile in self._tree.append(leaf)]
         try:
             async with self._disk:
-                write = partial(self.store.extend, own=bool(parsed))
-                await self._write(write, epoch, old_size, entries, tiles, head, names)
+                what = (epoch, old_size, entries, tiles, head, names)
+                if (remote := self.store.remote) is not None:
+                    await _whole(asyncio.ensure_future(remote.extend(*what, own=bool(parsed))))
+                else:
+                    await self._write(partial(self.store.extend, own=bool(parsed)), *what)
         except BaseException:
             self._reload()  # the tree ran ahead of the disk
             raise
@@ -184,9 +187,8 @@ class Journal:
 
     async def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
         """Find where entries stand, by the names that ``name_of`` gives."""
-        if self.store.remote:
-            return await asyncio.to_thread(self.store.find, names)
-        return self.store.find(names)
+        remote = self.store.remote
+        return self.store.find(names) if remote is None else await remote.find(names)
 
     def _reload(self) -> None:
         self._stale = True
@@ -357,14 +359,9 @@ class Journal:
             finally:
                 self._typical_commit_s += (time.perf_counter() - began - self._typical_commit_s) / 4
 
-        if self._typical_commit_s < quick_commit_s and not self.store.remote:
+        if self._typical_commit_s < quick_commit_s and self.store.remote is None:
             return timed()
-        writing = asyncio.get_running_loop().run_in_executor(self._thread, timed)
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait([writing])  # nobody else may write, nor read what was written, before this is over
-            raise
+        return await _whole(asyncio.get_running_loop().run_in_executor(self._thread, timed))
 
     def _later(self, what: str, delay_s: float, act: Callable[[], object]) -> None:
         """Do something once, soon, however often it is asked for meanwhile."""
@@ -376,6 +373,15 @@ class Journal:
             act()
 
         self._timers[what] = asyncio.get_running_loop().call_later(delay_s, fire)
+
+
+async def _whole(writing: asyncio.Future[_T]) -> _T:
+    """Wait for a write, even if nobody wants its answer any more."""
+    try:
+        return await asyncio.shield(writing)
+    except asyncio.CancelledError:
+        await asyncio.wait([writing])  # nobody else may write, nor read what was written, before this is over
+        raise
 
 
 def _claimed_size(note: bytes) -> int:

@@ -4,8 +4,9 @@ Law: what ``engine`` says; durable is what the server's commit means (fsync on; 
 The last one to open a log owns it: opening counts ``owner`` up, every write names its own number, so a process that was thought dead can
 write nothing more. Safety rests on the cosignatures all the same, not on the database.
 
-asyncpg runs in a thread of its own, so that the interface stays that of SQLite. After a lost connection a write finds out by reading the
-head whether it was committed, and is done again if not: a fail-over to a promoted standby costs time and nothing else.
+What an append waits for is awaited in the caller's loop: a thread between would wait for Python's lock, up to 5 ms each time. Everything
+else is done in a thread with a loop of its own, so that the interface stays that of SQLite. After a lost connection a write finds out by
+reading the head whether it was committed, and is done again if not: a fail-over to a promoted standby costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from medshard_protocol.tiles import FullTile
 from storenode.ledger.engine import Head, Memory, Standing, first_tile_after, format_version, levels_max
 
 connect_timeout_s = 2.0
+open_timeout_s = 10.0  # a new log's tables, or behind another that opens it
 read_timeout_s = 2.0
 write_timeout_s = 5.0
 outage_s = 8.0  # how long a write keeps trying: a promotion takes some seconds
@@ -58,35 +60,33 @@ WITH moved AS ({move}),
             WHERE length(name) > 0 AND EXISTS (SELECT 1 FROM moved) {first})
 SELECT count(*) FROM moved
 """
-_extend = {own: _insert.format(move=_move, first="" if own else "ON CONFLICT DO NOTHING") for own in (True, False)}
+_insertion = {own: _insert.format(move=_move, first="" if own else "ON CONFLICT DO NOTHING") for own in (True, False)}
 
 
 class PostgresStore:
     """One log in one PostgreSQL database: an ``Engine``."""
 
-    remote = True
-
     def __init__(self, dsn: str, origin: str, empty_root: bytes) -> None:
-        self._dsn = dsn
+        self._lines = _Lines(dsn)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="postgres", daemon=True)
         self._thread.start()
-        self._connections: dict[str, asyncpg.Connection[Any]] = {}
-        self._turns: dict[str, asyncio.Lock] = {}  # several threads may ask at once, and a connection carries one query at a time
-        self._owner = 0
         try:
             self._owner = self._run(self._open(origin, empty_root))
         except BaseException:
             self.close()
             raise
+        self.remote = _Remote(_Lines(dsn), self._owner)
 
     def close(self) -> None:
-        """Close the connections and end the thread."""
+        """Close the connections and end the thread. To be called in the loop that used ``remote``, if any did."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._lines.close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+        if hasattr(self, "remote"):
+            self.remote.close()
 
     def head(self) -> Head:
         """Read how far the log goes."""
@@ -118,10 +118,7 @@ class PostgresStore:
         own: bool,
     ) -> None:
         """Append durably: see ``Engine``."""
-        values = (*head, self._owner, epoch, old_size, old_size, entries, *_columns(tiles), names)
-        moved = self._write(lambda to: to.fetchval(_extend[own], *values), done=lambda: self._has(head, epoch))
-        if not moved:
-            raise Conflict(f"the ledger in the database does not have {old_size} entries in epoch {epoch}, or another process took it over")
+        self._run(_extend(self._lines, self._owner, epoch, old_size, entries, tiles, head, names, own=own))
 
     def rewind(
         self, epoch: int, old_size: int, start: int, entries: Sequence[bytes], tiles: Iterable[FullTile], head: Head, names: Sequence[bytes]
@@ -140,10 +137,10 @@ class PostgresStore:
                     await to.execute("DELETE FROM medshard_tile WHERE level = $1 AND number >= $2", level, first)
                 await to.execute("UPDATE medshard_memory SET checked = least(checked, $1)", start)
                 values = (*head, self._owner, epoch, head.size, start, entries, *_columns(tiles), names)
-                return bool(await to.fetchval(_extend[False], *values))
+                return bool(await to.fetchval(_insertion[False], *values))
 
-        if not self._write(replace, done=lambda: self._has(head, epoch)):
-            raise Conflict(f"the ledger in the database does not have {old_size} entries in epoch {epoch}, or another process took it over")
+        if not self._run(self._lines.write(replace, done=lambda: _has(self._lines, self._owner, head, epoch))):
+            raise _elsewhere(old_size, epoch)
 
     def entries(self, start: int, end: int) -> list[bytes]:
         """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
@@ -163,7 +160,7 @@ class PostgresStore:
 
     def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
         """Find where entries stand, by their names."""
-        return dict(self._read("SELECT name, place FROM medshard_name WHERE name = ANY($1::bytea[])", list(names)))
+        return self._run(_find(self._lines, names))
 
     def memory(self) -> Memory:
         """Read what was remembered."""
@@ -177,19 +174,123 @@ class PostgresStore:
                    INSERT INTO medshard_unsigned SELECT place FROM unnest($3::bigint[]) AS u(place), here ON CONFLICT DO NOTHING"""
         self._write(lambda to: to.execute(query, checked, published, list(unsigned), self._owner))
 
-    # -- connections
+    # -- inside
 
     async def _open(self, origin: str, empty_root: bytes) -> int:
-        to = await self._connection("write")
-        async with to.transaction():
-            await to.execute("SELECT pg_advisory_xact_lock(hashtext('medshard ledger'))")  # two that open a new log at once
-            await to.execute(_schema)
-            query = "INSERT INTO medshard_head VALUES (0, $1, $2, 0, 0, '', '', 0, $3, '', 0) ON CONFLICT DO NOTHING"
-            await to.execute(query, format_version, origin, empty_root)
-            found = tuple(await to.fetchrow("SELECT format, origin FROM medshard_head") or ())
-            if found != (format_version, origin):
-                raise Damaged(f"this ledger is of the log {found[1]!r}, format {found[0]}; expected {origin!r}, format {format_version}")
-            return int(await to.fetchval("UPDATE medshard_head SET owner = owner + 1 RETURNING owner"))
+        async def opened(to: asyncpg.Connection[Any]) -> int:
+            async with to.transaction():
+                await to.execute("SELECT pg_advisory_xact_lock(hashtext('medshard ledger'))")  # two that open a new log at once
+                await to.execute(_schema)
+                query = "INSERT INTO medshard_head VALUES (0, $1, $2, 0, 0, '', '', 0, $3, '', 0) ON CONFLICT DO NOTHING"
+                await to.execute(query, format_version, origin, empty_root)
+                found = tuple(await to.fetchrow("SELECT format, origin FROM medshard_head") or ())
+                if found != (format_version, origin):
+                    raise Damaged(
+                        f"this ledger is of the log {found[1]!r}, format {found[0]}; expected {origin!r}, format {format_version}"
+                    )
+                return int(await to.fetchval("UPDATE medshard_head SET owner = owner + 1 RETURNING owner"))
+
+        return await self._lines.once("write", opened, open_timeout_s)
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        return self._run(self._lines.read(query, *values))
+
+    def _write(self, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]]) -> _T | bool:
+        return self._run(self._lines.write(act))
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+class _Remote:
+    """The same log for one event loop: ``engine.Remote``."""
+
+    def __init__(self, lines: _Lines, owner: int) -> None:
+        self._lines = lines
+        self._owner = owner
+
+    async def extend(
+        self,
+        epoch: int,
+        old_size: int,
+        entries: Sequence[bytes],
+        tiles: Iterable[FullTile],
+        head: Head,
+        names: Sequence[bytes],
+        *,
+        own: bool,
+    ) -> None:
+        """Append durably: see ``Engine``."""
+        await _extend(self._lines, self._owner, epoch, old_size, entries, tiles, head, names, own=own)
+
+    async def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by their names."""
+        return await _find(self._lines, names)
+
+    def close(self) -> None:
+        """Let go of the connections; nothing is under way on them."""
+        self._lines.drop()
+
+
+class _Lines:
+    """Connections of one event loop: one for reads, one for writes, and each carries one query at a time. Raises what ``Engine`` does."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._connections: dict[str, asyncpg.Connection[Any]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    async def read(self, query: str, *values: object) -> list[Any]:
+        """Give the rows of a query."""
+        return await self.once("read", lambda to: to.fetch(query, *values), read_timeout_s)
+
+    async def write(
+        self, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]], *, done: Callable[[], Awaitable[bool]] | None = None
+    ) -> _T | bool:
+        """Do one transaction, and again after a lost connection unless ``done`` says that it was committed after all."""
+        until, again = time.monotonic() + outage_s, False
+        while True:
+            try:
+                written = await self.once("write", act, write_timeout_s)
+                # a try that was given up may have been committed after it was looked for
+                return written or (again and done is not None and await done())
+            except Unavailable:
+                if time.monotonic() > until:
+                    raise
+            again = True
+            await asyncio.sleep(retry_s)
+            try:
+                if done is not None and await done():
+                    return True
+            except Unavailable:
+                continue
+
+    async def once(self, name: str, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]], timeout_s: float) -> _T:
+        """Do something on the connection of this name, which is made if need be."""
+        try:
+            async with self._turns.setdefault(name, asyncio.Lock()):
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        return await act(await self._connection(name))
+                except (OSError, TimeoutError, *_lost):
+                    if (connection := self._connections.pop(name, None)) is not None:
+                        connection.terminate()  # an answer may still come, and would be taken for that to the next query
+                    raise
+        except (OSError, TimeoutError, asyncpg.PostgresError, *_lost) as error:
+            raise _translated(error) from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for connection in self._connections.values():
+            try:
+                await connection.close(timeout=1.0)
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                connection.terminate()
+
+    def drop(self) -> None:
+        """Close the connections without a word to the server, which need not be there any more."""
+        for connection in self._connections.values():
+            connection.terminate()
 
     async def _connection(self, name: str) -> asyncpg.Connection[Any]:
         connection = self._connections.get(name)
@@ -198,51 +299,35 @@ class PostgresStore:
             connection = self._connections[name] = await connect
         return connection
 
-    async def _close(self) -> None:
-        for connection in self._connections.values():
-            try:
-                await connection.close(timeout=1.0)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                connection.terminate()
 
-    async def _on(self, name: str, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]], timeout_s: float) -> _T:
-        async with self._turns.setdefault(name, asyncio.Lock()):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await act(await self._connection(name))
-            except (OSError, TimeoutError, *_lost):
-                if (connection := self._connections.pop(name, None)) is not None:
-                    connection.terminate()  # an answer may still come, and would be taken for that to the next query
-                raise
+async def _extend(
+    lines: _Lines,
+    owner: int,
+    epoch: int,
+    old_size: int,
+    entries: Sequence[bytes],
+    tiles: Iterable[FullTile],
+    head: Head,
+    names: Sequence[bytes],
+    *,
+    own: bool,
+) -> None:
+    values = (*head, owner, epoch, old_size, old_size, entries, *_columns(tiles), names)
+    if not await lines.write(lambda to: to.fetchval(_insertion[own], *values), done=lambda: _has(lines, owner, head, epoch)):
+        raise _elsewhere(old_size, epoch)
 
-    def _read(self, query: str, *values: object) -> list[Any]:
-        return self._run(self._on("read", lambda to: to.fetch(query, *values), read_timeout_s))
 
-    def _write(self, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]], *, done: Callable[[], bool] = lambda: False) -> _T | bool:
-        """Do one transaction, and again after a lost connection unless ``done`` says that it was committed after all."""
-        until = time.monotonic() + outage_s
-        while True:
-            try:
-                return self._run(self._on("write", act, write_timeout_s))
-            except Unavailable:
-                if time.monotonic() > until:
-                    raise
-            time.sleep(retry_s)
-            try:
-                if done():
-                    return True
-            except Unavailable:
-                continue
+async def _find(lines: _Lines, names: Sequence[bytes]) -> dict[bytes, int]:
+    return dict(await lines.read("SELECT name, place FROM medshard_name WHERE name = ANY($1::bytea[])", list(names)))
 
-    def _has(self, head: Head, epoch: int) -> bool:
-        query = "SELECT size, root, note, accepted FROM medshard_head WHERE owner = $1 AND epoch = $2"
-        return [tuple(row) for row in self._read(query, self._owner, epoch)] == [tuple(head)]
 
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except (OSError, TimeoutError, asyncpg.PostgresError, *_lost) as error:
-            raise _translated(error) from error
+async def _has(lines: _Lines, owner: int, head: Head, epoch: int) -> bool:
+    query = "SELECT size, root, note, accepted FROM medshard_head WHERE owner = $1 AND epoch = $2"
+    return [tuple(row) for row in await lines.read(query, owner, epoch)] == [tuple(head)]
+
+
+def _elsewhere(old_size: int, epoch: int) -> Conflict:
+    return Conflict(f"the ledger in the database does not have {old_size} entries in epoch {epoch}, or another process took it over")
 
 
 def _columns(tiles: Iterable[FullTile]) -> tuple[list[int], list[int], list[bytes]]:

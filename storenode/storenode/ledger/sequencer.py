@@ -161,6 +161,7 @@ class Sequencer:
             name = name_of(data) or Entry.from_bytes(data).id
             if _said(named.setdefault(name, data)) != _said(data):
                 raise self._taken()
+        size = self._journal.head.size
         places = await self._places(named)
         fresh: dict[bytes, _Queued] = {}
         for name, data in named.items():
@@ -168,8 +169,9 @@ class Sequencer:
                 fresh[name] = _Queued(data, name, self._check(data))
                 if len(fresh) % checks_in_a_row_max == 0:
                     await asyncio.sleep(0)
-        if fresh:
-            places |= await self._places({name: item.data for name, item in fresh.items()})  # others may have come meanwhile
+        if fresh:  # the same may have been handed in twice, and be known by now
+            searched = self._journal.head.size - size < lately_max  # what came after the search is still remembered
+            places |= await self._places({name: item.data for name, item in fresh.items()}, searched=searched)
         new = [item for name, item in fresh.items() if name not in places]
         if self._deposed:
             raise Deposed
@@ -191,9 +193,13 @@ class Sequencer:
             raise objection
         return entry
 
-    async def _places(self, named: Mapping[bytes, bytes]) -> dict[bytes, int]:
-        """Where entries of these names stand already, or will. Raises Conflict if one says something else."""
-        stored = await self._journal.find([name for name in named if name not in self._coming and name not in self._lately])
+    async def _places(self, named: Mapping[bytes, bytes], *, searched: bool = False) -> dict[bytes, int]:
+        """Where entries of these names stand already, or will. Raises Conflict if one says something else.
+
+        ``searched`` says that the store had none of them a moment ago.
+        """
+        absent = [] if searched else [name for name in named if name not in self._coming and name not in self._lately]
+        stored = await self._journal.find(absent) if absent else {}
         places = {}
         for name, data in named.items():  # nobody else gets a turn from here on
             known = self._coming.get(name) or self._lately.get(name)

@@ -37,7 +37,7 @@ INSERT INTO memory VALUES (0, 0, x'');
 class Store:
     """One log in one SQLite file: an ``Engine``."""
 
-    remote = False
+    remote = None
 
     def __init__(self, folder: Path, origin: str, empty_root: bytes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
