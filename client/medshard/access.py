@@ -65,7 +65,7 @@ class Tickets:
         """
         distinct = list(dict.fromkeys(file_ids))
         parts = [distinct[at : at + pass_files_max] for at in range(0, len(distinct), pass_files_max)]
-        fresh = [file_id for file_id in distinct if not self._is_held(file_id, purpose)]
+        fresh = [file_id for file_id in distinct if not self.holds(file_id, purpose)]
         await self._append(fresh, purpose)
         if any(len(self._inclusions(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
             await self._append(distinct, purpose)
@@ -79,6 +79,11 @@ class Tickets:
     def expire(self) -> None:
         """Hold no tickets any more: the next read is announced anew."""
         self._held.clear()
+
+    def holds(self, file_id: FileId, purpose: int) -> bool:
+        """Whether a read of this file is announced, and still good."""
+        ticket = self._held.get((file_id, purpose))
+        return ticket is not None and ticket.until > time.monotonic()
 
     async def _append(self, file_ids: Sequence[FileId], purpose: int) -> None:
         if not file_ids:
@@ -94,10 +99,6 @@ class Tickets:
         for group, inclusion in zip(groups, inclusions, strict=True):
             self._unsent.pop((group, purpose), None)
             self._held.update({(file_id, purpose): _Ticket(inclusion, now + ticket_s) for file_id in group})
-
-    def _is_held(self, file_id: FileId, purpose: int) -> bool:
-        ticket = self._held.get((file_id, purpose))
-        return ticket is not None and ticket.until > time.monotonic()
 
     def _inclusions(self, file_ids: Collection[FileId], purpose: int) -> list[Inclusion]:
         tickets = (self._held[file_id, purpose] for file_id in file_ids)

@@ -63,26 +63,6 @@ class Getter:
                 restore.abandon()
             raise
 
-    async def read(self, target: Target, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` of one plaintext, by reading only the stripes they lie in."""
-        length = max(0, min(length, target.size - offset))
-        if offset < 0:
-            raise ValueError("offset must not be negative")
-        if length == 0:
-            return b""
-        start = target.offset + offset
-        layout = target.manifest.layout
-        wanted = layout.stripes_of(start, length)
-        decoder = Decoder(target.seal, layout)
-        parts: list[bytes] = []
-
-        def take(arrived: Arrived) -> None:
-            parts.append(bytes(decoder.open_in_place(arrived.number, arrived.stripe, arrived.cells)))
-
-        await Download(self._net, target.manifest, self.bad_cells.append).run(wanted, take)
-        skip = start - wanted.start * layout.segment_plain
-        return b"".join(parts)[skip : skip + length]
-
     async def _restore_large(self, group: Sequence[Restore], advance: Callable[[int], None] | None) -> None:
         manifest = group[0].target.manifest
         group = sorted(group, key=lambda restore: restore.target.offset)

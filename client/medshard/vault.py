@@ -36,6 +36,7 @@ from medshard.packs import plan
 from medshard.proving import Prover
 from medshard.putting import Code, Putter
 from medshard.query import Query
+from medshard.ranges import Ranges
 from medshard.restoring import Restore, Target
 from medshard.shares import Shares, copy_mark, copy_shared
 from medshard.source import hash_file
@@ -72,6 +73,7 @@ class Vault:
         self.shares = Shares(net, keys, index, self._ledger, self._lookup, self.contacts, home.folder, self._restore_for_sharing)
         self._lookup.sync = self.shares.sync
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
+        self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)
 
     @property
     def roster(self) -> Roster:
@@ -116,7 +118,11 @@ class Vault:
         index = Index(files.index, keys.index)
         try:
             async with Net(roster, contexts(roster)) as net, following(files, net, contexts):
-                yield cls(files, keys, net, index)
+                vault = cls(files, keys, net, index)
+                try:
+                    yield vault
+                finally:
+                    await vault.ranges.close()
         finally:
             index.close()
 
@@ -204,15 +210,7 @@ class Vault:
 
     async def read(self, sha256: bytes, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
-        (target,) = await self._lookup.targets([sha256])
-        found = b""
-
-        async def work(net: Net, file_ids: frozenset[FileId]) -> None:
-            nonlocal found
-            found = await Getter(net).read(target, offset, length)
-
-        await self._reader.read([target.manifest.file_id], Purpose.UNSPECIFIED, self.home.standing_reason(), work)
-        return found
+        return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length)
 
     async def _restore(
         self,
@@ -272,6 +270,11 @@ class Vault:
         """Files that were shared with this vault, and are no more as far as it knows."""
         received = [known for known in self._index.grants() if not known.given]
         return {known.file_id for known in received} - {known.file_id for known in received if not known.ended}
+
+    def row(self, sha256: bytes) -> Row | None:
+        """What the local index knows of one file, this vault's own or one shared with it."""
+        tag = self.keys.tag(sha256)
+        return next(iter([*self._index.by_tag(tag), *self._index.by_tag(tag, received=True)]), None)
 
     async def info(self, sha256: bytes) -> Info:
         """What is known of one file."""

@@ -52,12 +52,13 @@ def _given(home: Path) -> str | None:
     if (text := os.environ.get("MEDSHARD_PASSPHRASE")) is not None:
         return text
     if (named := os.environ.get("MEDSHARD_PASSPHRASE_FILE")) is not None:
-        return _read(Path(named))
+        return read(Path(named))
     trial = home / "passphrase"  # written by `medshard up` alone, for vaults that hold nothing of worth
-    return _read(trial) if trial.is_file() else None
+    return read(trial) if trial.is_file() else None
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The passphrase in a file: UTF-8, on one line. Raises Refused or OSError."""
     with path.open("rb") as file:
         data = file.read(file_bytes_max)
     try:
