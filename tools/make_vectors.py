@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire,repair}.json without medshard: a second implementation.
+"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire,repair,ending}.json without medshard: a second implementation.
 
 The program seals with `cryptography` and its own C kernel; this seals with pycryptodome and reedsolo. Equal bytes therefore say that
 the documents in docs/formats/ are what both do. Run it after a change of a format, and read the difference.
@@ -455,6 +455,18 @@ def repair_orders() -> dict[str, Any]:
     return {"order": told, "messages": messages}
 
 
+def receipts() -> list[dict[str, Any]]:
+    """A node that held a shard of an erased file, and one that held none of a retired one."""
+    origin, made = "consortium.example/log", []
+    for what, type_, shard, keys in (("an erasure", 11, [4], 2), ("a retirement, nothing held", 10, [], 0)):
+        seed = drawn(f"receipt of {what}: tls key", 32)
+        body = [1, drawn(f"receipt of {what}: file", 32), 1234, type_, drawn(f"receipt of {what}: node", 16), shard, keys, 1_800_000_000]
+        name = origin.encode()
+        signature = signed(seed, b"medshard/ending-receipt/v1" + len(name).to_bytes(2, "big") + name + pack(body))
+        made.append({"what": what, "origin": origin, "tls_key": seed.hex(), "receipt": pack([*body, signature]).hex()})
+    return made
+
+
 def added(a: bytes, b: bytes) -> bytes:
     return bytes(x ^ y for x, y in zip(a, b, strict=True))
 
@@ -510,6 +522,7 @@ def pages() -> dict[str, str]:
         "repair": page(
             "Sums of a chain, its order, and the bodies of a repair, see docs/formats/repair.md.", {"chains": repairs(), **repair_orders()}
         ),
+        "ending": page("Receipts of nodes for what they destroyed, see docs/formats/ending.md.", {"receipts": receipts()}),
         "wire": page("Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()}),
     }
 

@@ -6,6 +6,7 @@ before that entry, whatever came later. Knows no clock: where a time decides, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,6 +31,7 @@ class Registration:
     retained_until: int = 0  # seconds since 1970
     retired: int | None = None  # index of the RETIRE entry
     erased: int | None = None  # index of the ERASE entry
+    ended_at: int = 0  # when the latest of these two entries lets it go, in seconds since 1970, as its author says
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Ended:
     """Something sealed that must be destroyed."""
 
     index: int
-    type: Type  # REVOKE or ERASE
+    type: Type  # REVOKE, RETIRE or ERASE
     id: bytes  # of the grant, or of the file
 
 
@@ -285,14 +287,17 @@ class Facts:
         assert granted is not None, "written together"
         return Sha256(row[0]), granted
 
-    def right_at(self, file_id: FileId, reader: Key, index: int) -> Right | Refusal:
-        """Say why ``reader`` may read a file by an ACCESS entry at ``index``, or why not. The end of a grant is for the asker to judge."""
+    def right_at(self, file_id: FileId, reader: Key, index: int, now: float = math.inf) -> Right | Refusal:
+        """Say why ``reader`` may read a file by an ACCESS entry at ``index``, or why not. The end of a grant is for the asker to judge.
+
+        An erasure that is dated ahead of ``now`` (seconds since 1970) does not count yet: or a retention could be got around by its date.
+        """
         if self.vouched_at(reader, index) is None:
             return Refusal(Reason.WITHDRAWN)
         known = self.registration(file_id)
         if known is None or known.index >= index:
             return Refusal(Reason.UNREGISTERED)
-        if known.erased is not None and known.erased < index:
+        if known.erased is not None and known.erased < index and known.ended_at <= now:
             return Refusal(Reason.ERASED)
         if known.owner == reader:
             return Right(known.index, None, 0)
@@ -315,7 +320,7 @@ class Facts:
         return [int.from_bytes(key, "big") for key, row in found if not row[0]]
 
     def ended(self, start: int, end: int, most: int = 2**31) -> list[Ended]:
-        """The revocations and erasures from ``start`` up to but not including ``end``."""
+        """The revocations, retirements and erasures from ``start`` up to but not including ``end``."""
         found = self.tables.scan(Table.ENDED, place(start), place(end), most)
         return [Ended(int.from_bytes(key, "big"), Type(row[0]), row[1]) for key, row in found]
 

@@ -42,7 +42,7 @@ from medshard_protocol.tables import MemoryTables, Row, Table, Tables, Undoable,
 
 _T = TypeVar("_T")
 
-meaning_version = 2  # of these rules and rows: tables of another version are cleared and made anew
+meaning_version = 3  # of these rules and rows: tables of another version are cleared and made anew
 
 
 class State(Facts):
@@ -146,9 +146,12 @@ class State(Facts):
             case Retain():
                 self._put(Table.FILES, body.file_id, row_of(replace(_known(self.registration(body.file_id)), retained_until=body.until)))
             case Retire():
-                self._put(Table.FILES, body.file_id, row_of(replace(_known(self.registration(body.file_id)), retired=index)))
+                known = replace(_known(self.registration(body.file_id)), retired=index, ended_at=body.at)
+                self._put(Table.FILES, body.file_id, row_of(known))
+                self._put(Table.ENDED, place(index), (int(Type.RETIRE), body.file_id))
             case Erase():
-                self._put(Table.FILES, body.file_id, row_of(replace(_known(self.registration(body.file_id)), erased=index)))
+                known = replace(_known(self.registration(body.file_id)), erased=index, ended_at=body.at)
+                self._put(Table.FILES, body.file_id, row_of(known))
                 self._put(Table.ENDED, place(index), (int(Type.ERASE), body.file_id))
             case Timestamp():
                 self._put(Table.TIMESTAMPS, place(index), (body.size, body.root))

@@ -96,7 +96,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_routes(roster_routes(parts.membership, parts.following))
     app.router.add_routes(successor_routes(parts.membership, parts.node.ledger))
     app.router.add_routes(routes.routes())
-    sharing.equip(app, parts.node, parts.metrics)
+    sharing.equip(app, parts.node, keys.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
     repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
     app.router.add_routes(parts.node.ledger.routes())
@@ -323,7 +323,9 @@ async def _sweep(parts: Parts) -> None:
     limit = parts.node.config.limits.sweep_after_s
 
     def registered(file_id: FileId) -> bool:
-        return parts.node.ledger.state.registration(file_id) is not None
+        known = parts.node.ledger.state.registration(file_id)
+        # What came in after the file had ended, from a client that was slow, goes as what was never registered does.
+        return known is not None and known.erased is None and known.retired is None
 
     while True:
         await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))

@@ -62,13 +62,13 @@ def judge(facts: Facts, shown: Shown, file_id: FileId, caller: Key, now: float, 
         return Refusal(Reason.VOID, f"entry {shown.place}")
     if file_id not in entry.body.file_ids:
         return Refusal(Reason.OTHER_FILE, f"entry {shown.place}")
-    right = facts.right_at(file_id, caller, shown.place)
+    right = facts.right_at(file_id, caller, shown.place, now)
     if isinstance(right, Refusal):
         return right
     if facts.vouched_at(caller, facts.size) is None:  # a stolen key is shut out at once, with the tickets it has
         return Refusal(Reason.WITHDRAWN)
     known = facts.registration(file_id)
-    if known is not None and known.erased is not None:
+    if known is not None and known.erased is not None and known.ended_at <= now:
         return Refusal(Reason.ERASED)
     if right.until and now > right.until:
         return Refusal(Reason.ENDED)

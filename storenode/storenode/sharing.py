@@ -13,9 +13,12 @@ from contextlib import suppress
 from typing import Final
 
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from medshard_protocol.ending import Receipt, sign_receipt
+from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent, Damaged, Malformed, Refused
-from medshard_protocol.facts import Facts, Granted
+from medshard_protocol.facts import Ended, Facts, Granted
 from medshard_protocol.ids import FileId, Key, Sha256, file_id_from_hex, key_from_hex, sha256_from_hex
 from medshard_protocol.messages import body_type
 from medshard_protocol.sharing import (
@@ -39,10 +42,11 @@ from storenode.gate import Gate, cosigned_at, gate_key, wait_s
 from storenode.ledger import Ledger, Published
 from storenode.metrics import Metrics
 from storenode.routes import Node, node_key, read_body
-from storenode.shardstore import Sealed
+from storenode.shardstore import Endings, Sealed
 
 shared_room_bytes: Final = 16 * 1024 * 1024  # manifests in one answer; what finds no room is fetched by itself
 obey_every_s: Final = 0.2
+ended_at_once: Final = 1000  # files destroyed between two looks at the log
 grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
 
 log = logging.getLogger(__name__)
@@ -59,11 +63,12 @@ def routes() -> list[web.RouteDef]:
         web.get("/v1/grants", get_grants, allow_head=False),
         web.get("/v1/ledger/history/{file}", get_history, allow_head=False),
         web.get("/v1/ledger/identities/{key}", get_identity, allow_head=False),
+        web.get("/v1/endings/{file}", get_ending, allow_head=False),
     ]
 
 
-def equip(app: web.Application, node: Node, metrics: Metrics) -> Gate:
-    """Give a node's application its gate, these routes, and the tasks behind them."""
+def equip(app: web.Application, node: Node, key: Ed25519PrivateKey, metrics: Metrics) -> Gate:
+    """Give a node's application its gate, these routes, and the tasks behind them. ``key`` is the node's TLS key."""
     ledger = node.ledger
 
     async def is_appended(name: bytes) -> bool:
@@ -71,11 +76,11 @@ def equip(app: web.Application, node: Node, metrics: Metrics) -> Gate:
 
     emergencies = Emergencies(node.config.data, lambda entry: ledger.append([entry]), is_appended, on_change=metrics.emergencies_waiting)
     gate = app[gate_key] = Gate(ledger, emergencies, metrics)
-    app[sealed_key] = Sealed(node.store.catalog)
+    app[sealed_key], app[endings_key], app[signer_key] = Sealed(node.store.catalog), Endings(node.store), key
     app.router.add_routes(routes())
 
     async def running(app: web.Application) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(emergencies.run()), asyncio.create_task(_obey(ledger, app[sealed_key]))]
+        tasks = [asyncio.create_task(emergencies.run()), asyncio.create_task(_obey(ledger, app[sealed_key], app[endings_key]))]
         yield
         for task in tasks:
             task.cancel()
@@ -86,6 +91,8 @@ def equip(app: web.Application, node: Node, metrics: Metrics) -> Gate:
 
 
 sealed_key: Final = web.AppKey("sealed", Sealed)
+endings_key: Final = web.AppKey("endings", Endings)
+signer_key: Final = web.AppKey("signer", Ed25519PrivateKey)
 
 
 # -- tickets
@@ -224,7 +231,7 @@ async def get_identity(request: web.Request) -> web.Response:
 # -- obeying
 
 
-async def _obey(ledger: Ledger, sealed: Sealed) -> None:
+async def _obey(ledger: Ledger, sealed: Sealed, endings: Endings) -> None:
     """Destroy what published entries end, for as long as the node runs."""
     published = asyncio.Event()
     published.set()  # what happened before the start counts
@@ -233,7 +240,7 @@ async def _obey(ledger: Ledger, sealed: Sealed) -> None:
         await published.wait()
         published.clear()
         try:
-            done = await obey_once(ledger, sealed)
+            done = await obey_once(ledger, sealed, endings)
         except Exception:  # the disk may be full today and have room tomorrow; keys that should be gone must not stay for that
             log.exception("what was revoked or erased could not be destroyed")
             done = False
@@ -242,8 +249,8 @@ async def _obey(ledger: Ledger, sealed: Sealed) -> None:
         await asyncio.sleep(obey_every_s)
 
 
-async def obey_once(ledger: Ledger, sealed: Sealed) -> bool:
-    """Destroy what published entries have ended since the last time. False if some of them are not folded yet."""
+async def obey_once(ledger: Ledger, sealed: Sealed, endings: Endings) -> bool:
+    """Destroy what published entries have ended since the last time, and what has come due. False if some of them are not folded yet."""
     published, done = ledger.journal.published, sealed.obeyed()
     if published is None:
         return True
@@ -251,9 +258,30 @@ async def obey_once(ledger: Ledger, sealed: Sealed) -> bool:
     end = min(published.checkpoint.size, facts.size)
     ended = facts.ended(done, end)
     if ended:
-        destroyed = await sealed.obey(ended, end)
-        log.info("sealed keys destroyed", extra={"keys": destroyed, "entries": len(ended)})
-    return end == published.checkpoint.size
+        destroyed = await sealed.obey(ended, [_due(facts, each) for each in ended], end)
+        log.info("grants ended", extra={"keys": destroyed, "entries": len(ended)})
+    gone = await endings.destroy_due(int(cosigned_at(published.note, ledger.roster)), ended_at_once)
+    if gone:
+        log.info("retired and erased files destroyed", extra={"files": gone})
+    return end == published.checkpoint.size and gone < ended_at_once
+
+
+def _due(facts: Facts, ended: Ended) -> int:
+    """When a file may go: its owner dates that, and a date ahead of the cosigners' clocks is waited for."""
+    known = None if ended.type is Type.REVOKE else facts.registration(FileId(ended.id))
+    return 0 if known is None else known.ended_at
+
+
+async def get_ending(request: web.Request) -> web.Response:
+    """The receipt for what this node has destroyed of a file."""
+    node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
+    gone = request.app[endings_key].of(file_id)
+    if gone is None:
+        raise Absent("no entry that this node has obeyed ends this file", hint="try again in a moment")
+    if gone.at is None:
+        raise Absent("the entry that ends this file is not due yet, or its shard is just being destroyed", hint="try again in a moment")
+    unsigned = Receipt(file_id, gone.place, gone.type, node.id, gone.shard, gone.keys, gone.at, b"")
+    return _answer(sign_receipt(node.ledger.roster.origin, unsigned, request.app[signer_key].sign).to_bytes())
 
 
 # -- parts

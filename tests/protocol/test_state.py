@@ -303,10 +303,13 @@ def test_grants_and_histories_are_found(consortium):
 
 def test_what_must_be_destroyed_is_found_by_place(consortium):
     log = begun(consortium(4))
-    erased = log.state.registration(gone).erased
+    erased, retired = log.state.registration(gone).erased, log.state.registration(old).retired
     log.must("owner", Revoke(log.grant, nonce))
-    assert log.state.ended(0, log.state.size) == [Ended(erased, 11, gone), Ended(log.state.size - 1, 4, log.grant)]
-    assert log.state.ended(erased + 1, log.state.size - 1) == []
+    revoked = Ended(log.state.size - 1, Type.REVOKE, log.grant)
+    assert log.state.ended(0, log.state.size) == sorted(
+        [Ended(erased, Type.ERASE, gone), Ended(retired, Type.RETIRE, old), revoked], key=lambda each: each.index
+    )
+    assert log.state.ended(max(erased, retired) + 1, log.state.size - 1) == []
 
 
 def test_moves_and_holds_are_found(consortium):

@@ -59,7 +59,7 @@ from storenode.metrics import Metrics
 from storenode.peers import Peers
 from storenode.routes import Node
 from storenode.shardstore import ShardStore
-from storenode.sharing import obey_once, sealed_key
+from storenode.sharing import endings_key, obey_once, sealed_key
 from storenode.watching.inside import node_watch
 from storenode.watching.watch import Trust
 
@@ -435,7 +435,7 @@ async def test_what_a_crash_left_undone_is_destroyed_after_the_next_start(node: 
         await node.say("owner", Revoke(grant, b""))
         await asyncio.sleep(0.1)
         assert sealed.grant(file_id, grant) is not None
-    await obey_once(node.ledger, sealed)
+    await obey_once(node.ledger, sealed, node.app[endings_key])
     assert sealed.grant(file_id, grant) is None
 
 

@@ -34,6 +34,10 @@ CREATE TABLE IF NOT EXISTS sealed_grants(
     grant_id BLOB NOT NULL, file_id BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY(grant_id, file_id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sealed_of_file ON sealed_grants(file_id);
 CREATE TABLE IF NOT EXISTS sealed_obeyed(id INTEGER PRIMARY KEY CHECK (id = 0), place INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS endings(
+    file_id BLOB PRIMARY KEY, place INTEGER NOT NULL, type INTEGER NOT NULL, due INTEGER NOT NULL,
+    idx INTEGER, root BLOB, keys INTEGER NOT NULL DEFAULT 0, gone_at INTEGER) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS endings_due ON endings(due) WHERE gone_at IS NULL;
 """
 batch_max = 256  # one commit's worth: keeps the wait of the first in a batch short
 

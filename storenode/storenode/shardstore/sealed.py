@@ -1,7 +1,8 @@
 """What is sealed for readers, kept beside the manifests: keys to seal to, and the file key of each grant.
 
-Law: these bytes are not in the ledger so that they can be destroyed. What a published REVOKE or ERASE ends is deleted in the same
-transaction that notes how far the ledger was obeyed, so a crash forgets nothing. Who may put what is decided by ``sharing``.
+Law: these bytes are not in the ledger so that they can be destroyed. What a published REVOKE ends is deleted in the same
+transaction that notes how far the ledger was obeyed, so a crash forgets nothing. Files that end are noted there, and go in ``endings``.
+Who may put what is decided by ``sharing``.
 """
 
 from __future__ import annotations
@@ -52,15 +53,28 @@ class Sealed:
         row = self._catalog.one("SELECT place FROM sealed_obeyed")
         return 0 if row is None else int(row[0])
 
-    async def obey(self, ended: Sequence[Ended], place: int) -> int:
-        """Destroy what these entries ended, all that there are before ``place``; how many keys that were."""
+    async def obey(self, ended: Sequence[Ended], due: Sequence[int], place: int) -> int:
+        """Destroy the keys of the grants that these entries revoked, and note the files that they ended, each ``due`` at its time.
+
+        ``ended`` are all that there are before ``place``; how many keys were destroyed.
+        """
 
         def change(connection: Connection) -> int:
             destroyed = 0
-            for each in ended:
-                column = "file_id" if each.type is Type.ERASE else "grant_id"
-                destroyed += connection.execute(f"DELETE FROM sealed_grants WHERE {column} = ?", (each.id,)).rowcount  # noqa: S608
+            for each, when in zip(ended, due, strict=True):
+                if each.type is Type.REVOKE:
+                    destroyed += connection.execute("DELETE FROM sealed_grants WHERE grant_id = ?", (each.id,)).rowcount
+                else:
+                    connection.execute(_note, (each.id, each.index, int(each.type), when))
             connection.execute("INSERT OR REPLACE INTO sealed_obeyed VALUES (0, ?)", (place,))
             return destroyed
 
         return await self._catalog.write(change)
+
+
+# An ERASE after a RETIRE makes more to be destroyed. What the first one destroyed stays noted.
+_note = """
+INSERT INTO endings(file_id, place, type, due) VALUES (?, ?, ?, ?)
+ON CONFLICT(file_id) DO UPDATE SET place = excluded.place, type = excluded.type, due = excluded.due, gone_at = NULL
+WHERE excluded.place > place
+"""

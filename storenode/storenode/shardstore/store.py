@@ -309,6 +309,12 @@ class ShardStore:
         await self.catalog.write(change)
         self._path(file_id, root).unlink(missing_ok=True)
 
+    def unlink(self, file_id: FileId, root: bytes) -> None:
+        """Delete the file of a shard that the catalog does not list any more, durably. Blocking."""
+        path = self._path(file_id, root)
+        path.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+
     def sweep_orphans(self, older_than_s: float) -> int:
         """Delete shard files that no row names (a crash between rename and commit). Blocking."""
         cutoff, count = self._clock() - older_than_s, 0

@@ -1,0 +1,174 @@
+"""One real node behind real TLS: what goes when a file is retired or erased, what is kept against its owner's will, and the receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from tests.storenode.test_sharing import Running, granted, node  # noqa: F401 - the fixture
+
+from medshard_protocol.ending import Receipt, endings_path, sign_receipt
+from medshard_protocol.entries import Erase, Grant, Hold, Release, Retain, Retire, Type
+from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.ids import FileId, Tag
+from medshard_protocol.messages import pack_lookup, shard_path, unpack_found
+from medshard_protocol.rights import Reason
+from storenode.shardstore.endings import Endings
+from storenode.shardstore.store import ShardStore
+from storenode.sharing import endings_key, obey_once, sealed_key
+
+large = 9000  # a shard with a file of its own
+
+
+async def receipt(running: Running, file_id: FileId) -> Receipt:
+    """What the node says, once it says something."""
+    async with asyncio.timeout(10):
+        while True:
+            status, body = await running.ask("other", "GET", endings_path(file_id))
+            if status == 200:
+                told = Receipt.from_bytes(body)
+                told.verify(running.roster)
+                return told
+            assert status == 404
+            await asyncio.sleep(0.02)
+
+
+def shard_files(running: Running, file_id: FileId) -> list[Path]:
+    return list(running.folder.glob(f"home/**/shards/*/{file_id.hex()}-*"))
+
+
+async def entry_of(running: Running, file_id: FileId) -> int:
+    known = running.ledger.state.registration(file_id)
+    assert known is not None
+    return known.retired if known.erased is None and known.retired is not None else known.erased or -1
+
+
+async def test_an_erasure_destroys_keys_and_shard_and_is_receipted(node: Running) -> None:  # noqa: F811
+    file_id, other = await node.put(size=large), await node.put(size=large)
+    grant = await granted(node, file_id)
+    assert len(shard_files(node, file_id)) == 1
+    used = node.store.used
+    await node.say("owner", Erase(file_id, int(time.time()), b""))
+    told = await receipt(node, file_id)
+    assert (told.file_id, told.type, told.node, told.shard, told.keys) == (file_id, Type.ERASE, node.node.id, 0, 2)
+    assert told.entry == await entry_of(node, file_id)
+    assert abs(told.at - time.time()) < 60
+    assert node.app[sealed_key].grant(file_id, grant) is None
+    assert shard_files(node, file_id) == []
+    assert node.store.used == used - large
+    for path in (shard_path(file_id, 0), f"/v1/manifests/{file_id.hex()}"):
+        assert (await node.ask("owner", "HEAD" if "shards" in path else "GET", path))[0] == 404
+    _, body = await node.ask("owner", "POST", "/v1/lookup", pack_lookup([Tag(file_id)]))
+    assert unpack_found(body, 1) == [[]]
+    assert (await node.ask("owner", "HEAD", shard_path(other, 0)))[0] == 204
+    node.store.catalog.all("PRAGMA wal_checkpoint(TRUNCATE)")
+    wrapped = [path for path in (node.folder / "home").rglob("store.sqlite*") if b"key of " + file_id in path.read_bytes()]
+    assert wrapped == []
+
+
+async def test_a_retired_file_gives_its_room_back_and_keeps_its_manifest(node: Running) -> None:  # noqa: F811
+    file_id = await node.put()
+    await node.say("owner", Retire(file_id, int(time.time()), b""))
+    told = await receipt(node, file_id)
+    assert (told.type, told.shard, told.keys) == (Type.RETIRE, 0, 0)
+    assert (await node.ask("owner", "HEAD", shard_path(file_id, 0)))[0] == 404
+    assert (await node.ask("owner", "GET", f"/v1/manifests/{file_id.hex()}"))[0] == 200
+    await node.say("owner", Erase(file_id, int(time.time()), b""))
+    async with asyncio.timeout(10):
+        while (told := await receipt(node, file_id)).type is not Type.ERASE:
+            await asyncio.sleep(0.02)
+    assert (told.shard, told.keys) == (0, 1)
+    assert (await node.ask("owner", "GET", f"/v1/manifests/{file_id.hex()}"))[0] == 404
+
+
+async def test_what_is_retained_or_on_hold_stays_even_against_its_owner(node: Running) -> None:  # noqa: F811
+    kept, held = await node.put(), await node.put()
+    now = int(time.time())
+    await node.say("owner", Retain(kept, now + 3600, b""))
+    await node.say("owner", Hold(held, b""))
+    for file_id in (kept, held):
+        for body in (Erase(file_id, now, b""), Retire(file_id, now, b"")):
+            with pytest.raises(Refused):
+                await node.say("owner", body)
+    with pytest.raises(Refused):
+        await node.say("other", Erase(held, now, b""))
+    (hold,) = node.ledger.state.holds(held)
+    await node.say("owner", Release(hold, b""))
+    await node.say("owner", Erase(held, now, b""))
+    await receipt(node, held)
+    assert (await node.ask("owner", "GET", endings_path(kept)))[0] == 404
+    assert (await node.ask("owner", "HEAD", shard_path(kept, 0)))[0] == 204
+
+
+async def test_an_erasure_that_is_dated_ahead_waits_for_its_date(node: Running) -> None:  # noqa: F811
+    """A retention must not be got around by a date: neither bytes nor readers are lost before the cosigners' clocks have reached it."""
+    file_id = await node.put(size=large)
+    ahead = int(time.time()) + 3600
+    await node.say("owner", Retain(file_id, ahead, b""))
+    await node.say("owner", Grant((file_id,), node.key("reader"), 0, 1, b""))
+    await node.say("owner", Erase(file_id, ahead, b""))
+    place = await node.access("reader", file_id)
+    assert (await node.read("reader", file_id, place))[0] == 200
+    assert len(shard_files(node, file_id)) == 1
+    assert (await node.ask("owner", "GET", endings_path(file_id)))[0] == 404
+    async with asyncio.timeout(10):
+        while node.app[endings_key].counts() != (0, 1):
+            await asyncio.sleep(0.02)
+    assert await node.app[endings_key].destroy_due(ahead) == 1
+    assert (await receipt(node, file_id)).at == ahead
+    assert shard_files(node, file_id) == []
+
+
+async def test_an_erasure_goes_on_after_a_crash_between_its_steps(node: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    file_id = await node.put(size=large)
+
+    def dies(*_: object) -> None:
+        raise OSError(5, "the disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ShardStore, "unlink", dies)
+        await node.say("owner", Erase(file_id, int(time.time()), b""))
+        async with asyncio.timeout(10):
+            while node.store.shard(file_id) is not None:
+                await asyncio.sleep(0.02)
+        gone = Endings(node.store).of(file_id)
+        assert gone is not None
+        assert gone.at is None
+        assert (await node.ask("owner", "GET", endings_path(file_id)))[0] == 404
+    await obey_once(node.ledger, node.app[sealed_key], node.app[endings_key])
+    assert (await receipt(node, file_id)).shard == 0
+    assert shard_files(node, file_id) == []
+
+
+async def test_a_node_that_held_nothing_says_so(node: Running) -> None:  # noqa: F811
+    file_id = await node.put()
+    await node.store._delete(file_id, node.store.shard_at(file_id, 0).root)
+    await node.say("owner", Erase(file_id, int(time.time()), b""))
+    told = await receipt(node, file_id)
+    assert (told.shard, told.keys) == (None, 0)
+    assert (await node.ask("owner", "GET", endings_path(FileId(bytes(32)))))[0] == 404
+
+
+async def test_a_file_that_has_ended_is_granted_to_nobody_and_swept_if_it_comes_late(node: Running) -> None:  # noqa: F811
+    file_id = await node.put()
+    await node.say("owner", Erase(file_id, int(time.time()), b""))
+    await receipt(node, file_id)
+    with pytest.raises(Refused):
+        await node.say("owner", Grant((file_id,), node.key("reader"), 0, 1, b""))
+    await node.refused(Reason.ERASED, "owner", file_id, await node.access("owner", file_id))
+
+
+async def test_a_receipt_is_its_nodes_and_of_one_consortium(node: Running) -> None:  # noqa: F811
+    file_id = await node.put()
+    await node.say("owner", Erase(file_id, int(time.time()), b""))
+    data = (await receipt(node, file_id)).to_bytes()
+    for at in range(len(data)):
+        changed = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        with pytest.raises((Malformed, Refused)):
+            Receipt.from_bytes(changed).verify(node.roster)
+    unsigned = Receipt.from_bytes(data)
+    elsewhere = sign_receipt("another.example/log", unsigned, node.keys["owner"].sign)
+    with pytest.raises(Refused):
+        elsewhere.verify(node.roster)
