@@ -59,7 +59,10 @@ CREATE TABLE grants (
 CREATE INDEX grants_by_file ON grants (file);
 CREATE TABLE cursors (node BLOB PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID;
 """
-_version = 2
+_schema_3 = """
+CREATE TABLE custody (kind INTEGER NOT NULL, file BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY (kind, file)) WITHOUT ROWID;
+"""
+_version = 3
 _reindex = "Run `medshard reindex`: it rebuilds the index from the nodes and the ledger. No stored file is touched."
 
 
@@ -149,7 +152,7 @@ class Index:
                 self._db.execute(_forget.format(table) + " WHERE file = ?", (file_id,))
 
     def clear(self) -> None:
-        """Forget all files, grants and manifests. The journal stays."""
+        """Forget all files, grants and manifests. The journal stays, and what is known of files that were kept or ended."""
         with self._speaking(), self._transaction():
             for table in ("files", "received", "manifests", "grants", "cursors"):
                 self._db.execute(_forget.format(table))
@@ -184,6 +187,31 @@ class Index:
         """Remember it."""
         with self._speaking(), self._transaction():
             self._db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?)", (node, at))
+
+    # Custody: what keeps files, and what is left of those that ended. Sealed: an ended file's hash is a secret like any other
+
+    def put_custody(self, kind: int, file_id: bytes, note: bytes) -> None:
+        """Keep a note of this kind about a file, in place of the one before."""
+        sealed = self._seal(note, _custody_identity(kind, file_id))
+        with self._speaking(), self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO custody VALUES (?, ?, ?)", (kind, file_id, sealed))
+
+    def custody_of(self, kind: int, file_id: bytes) -> bytes | None:
+        """The note of this kind about a file, or None."""
+        with self._speaking():
+            found = self._db.execute("SELECT sealed FROM custody WHERE kind = ? AND file = ?", (kind, file_id)).fetchone()
+        return None if found is None else self._open(found[0], _custody_identity(kind, file_id))
+
+    def custody(self, kind: int) -> list[tuple[bytes, bytes]]:
+        """Every note of this kind: (file id, note)."""
+        with self._speaking():
+            found = self._db.execute("SELECT file, sealed FROM custody WHERE kind = ? ORDER BY file", (kind,)).fetchall()
+        return [(file_id, self._open(sealed, _custody_identity(kind, file_id))) for file_id, sealed in found]
+
+    def drop_custody(self, kind: int, file_id: bytes) -> None:
+        """Forget a note, if there is one."""
+        with self._speaking(), self._transaction():
+            self._db.execute("DELETE FROM custody WHERE kind = ? AND file = ?", (kind, file_id))
 
     # Manifests: public, kept to spare a question to the nodes
 
@@ -229,6 +257,7 @@ class Index:
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA secure_delete = ON")  # what was erased must not stay readable in a free page
         self._db.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last seconds, which reindex brings back; close() syncs
         with self._transaction():
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -237,7 +266,7 @@ class Index:
                     self._db.execute(statement)
                 self._db.execute("INSERT INTO meta VALUES ('check', ?)", (self._seal(b"medshard", b"check"),))
             if version < _version:
-                for statement in _schema_2.split(";"):
+                for statement in (("" if version == 2 else _schema_2) + _schema_3).split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {_version}")
                 version = _version
@@ -348,6 +377,10 @@ def _table(received: object) -> str:
 
 def _grant_identity(number: int, file: bytes, *, given: bool) -> bytes:
     return b"grant" + number.to_bytes(9) + bytes([given]) + file
+
+
+def _custody_identity(kind: int, file: bytes) -> bytes:
+    return b"custody" + bytes([kind]) + file
 
 
 def _identity(tag: bytes, file: bytes, member: int, ledger: int, put: int) -> bytes:

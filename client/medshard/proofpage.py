@@ -104,7 +104,7 @@ def _draw(canvas: Canvas, proven: Proven, made: int) -> None:
         for value in values:
             mono = "SHA-256" in value or value.startswith((" ", "key"))
             font, size = ("Courier", 9) if mono else ("Helvetica", 10)
-            for part in [value] if mono else simpleSplit(_latin(value), font, size, width - margin - value_x):
+            for part in [value] if mono else simpleSplit(latin(value), font, size, width - margin - value_x):
                 canvas.setFont(font, size)
                 canvas.drawString(value_x, y, part)
                 y -= line
@@ -140,7 +140,7 @@ def _qr(canvas: Canvas, text: str, x: float, y: float) -> None:
     canvas.drawPath(path, stroke=0, fill=1)
 
 
-def _latin(text: str) -> str:
+def latin(text: str) -> str:
     """The built-in fonts know Latin-1; another letter of an institution's name is shown as a question mark."""
     return text.encode("latin-1", "replace").decode("latin-1")
 

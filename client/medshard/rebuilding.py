@@ -20,7 +20,7 @@ from medshard.sealing import unwrap
 from medshard.transport import Net
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, open_published
-from medshard_protocol.entries import Entry, Grant, Register, Revoke
+from medshard_protocol.entries import Entry, Erase, Grant, Register, Retire, Revoke
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Unavailable
 from medshard_protocol.ids import FileId, Sha256
 from medshard_protocol.manifest import Manifest
@@ -35,7 +35,7 @@ OnProgress = Callable[[Progress], None]
 
 async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress | None = None) -> int:
     """Fill an empty index with all files of this vault; how many rows. Raises Unavailable when no node has a whole log."""
-    mine, given = await _registrations(net, keys)
+    mine, given, ended = await _registrations(net, keys)
     with index.together():
         for known in given:
             index.put_grant(known)
@@ -51,7 +51,8 @@ async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress 
         if progress:
             progress(Progress(done, len(mine), "files", file_id.hex()[:16]))
         if manifest is None:
-            lost.append(file_id.hex())
+            if file_id not in ended:
+                lost.append(file_id.hex())
             return
         header = Header.from_bytes(unwrap(keys.vault, manifest).open_header(manifest.header))
         found = rows_of(manifest, header, number)
@@ -67,8 +68,8 @@ async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress 
     return rows
 
 
-async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[int, bytes]], list[KnownGrant]]:
-    """This vault's files, and the grants that it gave."""
+async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[int, bytes]], list[KnownGrant], set[FileId]]:
+    """This vault's files, the grants that it gave, and the files that it has erased or retired, as far as it may."""
     failures: list[str] = []
     best: tuple[Checkpoint, Node] | None = None
     for node in net.roster.nodes:
@@ -88,6 +89,7 @@ async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[
     mine: dict[FileId, tuple[int, bytes]] = {}
     granted: dict[Sha256, tuple[int, Grant]] = {}
     ended: dict[Sha256, int] = {}
+    gone: set[FileId] = set()
     for number, entry in _mine(entries, keys, net.roster):
         match entry.body:
             case Register(file_id=file_id, manifest_sha256=digest):
@@ -96,12 +98,14 @@ async def _registrations(net: Net, keys: VaultKeys) -> tuple[dict[FileId, tuple[
                 granted[entry.id] = number, entry.body
             case Revoke(grant=grant):
                 ended.setdefault(grant, number)
+            case Erase(file_id=file_id) | Retire(file_id=file_id):
+                gone.add(file_id)
     known = [
         KnownGrant(number, file_id, grant, body.reader, body.until, body.purpose, given=True, ended=ended.get(grant, 0))
         for grant, (number, body) in granted.items()
         for file_id in body.file_ids
     ]
-    return mine, known
+    return mine, known, gone
 
 
 async def _entries(net: Net, checkpoint: Checkpoint, node: Node):  # type: ignore[no-untyped-def]
@@ -116,7 +120,7 @@ def _mine(entries: list[bytes], keys: VaultKeys, roster: Roster) -> Iterator[tup
     for number, data in enumerate(entries):
         try:
             entry = Entry.from_bytes(data)
-            if isinstance(entry.body, Register | Grant | Revoke) and entry.author == keys.public:
+            if isinstance(entry.body, Register | Grant | Revoke | Erase | Retire) and entry.author == keys.public:
                 entry.verify(roster.origin_at(number))
                 yield number, entry
         except MedshardError:

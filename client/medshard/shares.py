@@ -105,6 +105,15 @@ class Shares:
             self._told(chosen[sha256], known[chosen[sha256].manifest.file_id], institution, copied=sha256 in alone) for sha256 in hashes
         ]
 
+    async def share_again(self, file_id: FileId, hashes: Sequence[bytes]) -> None:
+        """Give whoever may read this object the same right to the ones that these documents have been moved to."""
+        live = [known for known in self._index.grants(file_id) if known.given and not known.ended]
+        for known in live:
+            elsewhere = [row for sha256 in hashes for row in self._index.by_tag(self._keys.tag(sha256)) if row.file_id != file_id]
+            files = [await self._lookup.file(each) for each in dict.fromkeys(FileId(row.file_id) for row in elsewhere)]
+            whole = [file for file in files if {sha256 for _, sha256 in file.header.documents} <= set(hashes)]
+            await self._sharing.grant(whole, known.peer, known.until, known.purpose, None)
+
     async def revoke(self, hashes: Sequence[bytes], reader: Key | None, grant: Sha256 | int | None = None) -> list[Shared]:
         """Take files back from a reader, or end the one grant with this id or place. What was read stays read."""
         targets = await self._lookup.targets(list(dict.fromkeys(hashes)))

@@ -24,6 +24,7 @@ from typing import BinaryIO, Final
 from medshard import checking, diagnosis, enrolment, memory, rebuilding
 from medshard.access import Reader
 from medshard.contacts import Contacts
+from medshard.custody import Custody
 from medshard.getting import Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
@@ -72,6 +73,9 @@ class Vault:
         self._lookup = Lookup(net, keys, index, self._ledger)
         self.shares = Shares(net, keys, index, self._ledger, self._lookup, self.contacts, home.folder, self._restore_for_sharing)
         self._lookup.sync = self.shares.sync
+        self.custody = Custody(
+            net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing, self.shares.share_again
+        )
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
         self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)
 

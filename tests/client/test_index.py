@@ -171,7 +171,7 @@ def test_a_torn_page_is_damage_not_a_wrong_answer(path: Path) -> None:
 def test_an_index_of_a_later_version_is_refused(path: Path) -> None:
     Index(path, key).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     with pytest.raises(Damaged, match="version 3"):
         Index(path, key)
 
@@ -259,7 +259,7 @@ def test_an_index_of_the_first_version_is_kept_and_learns_about_grants(path: Pat
     with Index(path, key) as index:
         index.add(b"t" * 32, row)
     with sqlite3.connect(path) as db:
-        for table in ("received", "grants", "cursors"):
+        for table in ("received", "grants", "cursors", "custody"):
             db.execute(f"DROP TABLE {table}")
         db.execute("PRAGMA user_version = 1")
     with Index(path, key) as index:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, history, local, look, output, prove, sharing, store
+from medshard.cli import check, custody, history, local, look, output, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -60,6 +60,14 @@ for _part in (
     sharing.key,
     sharing.contacts,
     history.auditor_key,
+    custody.retain,
+    custody.hold,
+    custody.release,
+    custody.kept,
+    custody.retire,
+    custody.erase,
+    custody.certificate,
+    custody.check_certificate,
     prove.prove,
     prove.check_proof,
     check.verify,

@@ -1,0 +1,198 @@
+"""Kept and destroyed, on six real nodes: retention and holds against the owner's own will, erasure with receipts, certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from medshard import Vault, certificate
+from medshard.cli.exits import Exit
+from medshard.cli.main import main
+from medshard.consortium import LocalConsortium
+from medshard_protocol.entries import Erase, Type
+from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
+from medshard_protocol.roster import Roster
+
+passphrase = "three words suffice"
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
+    with LocalConsortium(tmp_path_factory.mktemp("custody")) as consortium:
+        code = consortium.invite("insurer-02")
+        asyncio.run(Vault.join(consortium.folder / "insurer", code, passphrase, fast_kdf=True))
+        yield consortium
+
+
+@pytest.fixture(autouse=True)
+def everybody_up(trial: LocalConsortium) -> Iterator[None]:
+    yield
+    for name in trial.names:
+        if name not in trial.running:
+            trial.restart(name)
+
+
+@pytest.fixture
+async def vault(trial: LocalConsortium) -> AsyncIterator[Vault]:
+    async with Vault.open(trial.vault_home, trial.passphrase) as opened:
+        yield opened
+
+
+async def put(vault: Vault, path: Path, *sizes: int) -> list[bytes]:
+    """Store files of these sizes as one pack, or one alone; their hashes."""
+    path.mkdir()
+    contents = [os.urandom(size) for size in sizes]
+    for number, content in enumerate(contents):
+        (path / f"letter-{number}").write_bytes(content)
+    report = await vault.put([path] if len(sizes) > 1 else [path / "letter-0"])
+    assert not report.problems
+    return [sha256(content).digest() for content in contents]
+
+
+async def read(vault: Vault, digest: bytes, folder: Path) -> bytes:
+    report = await vault.get(digest, folder / digest.hex()[:8])
+    assert report.path is not None
+    return report.path.read_bytes()
+
+
+def shard_files(trial: LocalConsortium, file_id: bytes) -> list[Path]:
+    return list((trial.folder / "nodes").glob(f"*/**/shards/*/{file_id.hex()}-*"))
+
+
+async def test_what_is_retained_or_on_hold_is_destroyed_by_nobody(vault: Vault, tmp_path: Path) -> None:
+    (digest,) = await put(vault, tmp_path / "one", 40_000)
+    until = int(time.time()) + 86_400
+    (kept,) = await vault.custody.retain([digest], until)
+    assert (kept.until, kept.holds) == (until, ())
+    with pytest.raises(Refused, match="retained until"):
+        await vault.custody.end([digest])
+    with pytest.raises(MedshardError):  # nor by going around this client's own look at it
+        await vault._ledger.append([Erase(kept.file_id, int(time.time()), os.urandom(16))])
+    (sooner,) = await vault.custody.retain([digest], until - 3600)
+    assert sooner.until == until
+    (other,) = await put(vault, tmp_path / "two", 40_000)
+    (held,) = await vault.custody.hold([other])
+    (again,) = await vault.custody.hold([other])
+    assert held.holds == again.holds
+    with pytest.raises(Refused, match="on hold"):
+        await vault.custody.end([other])
+    assert {each.file_id for each in vault.custody.kept()} >= {kept.file_id, held.file_id}
+    (free,) = await vault.custody.release([other])
+    assert free.holds == ()
+    with pytest.raises(Absent):
+        await vault.custody.release([other])
+    (ended,) = await vault.custody.end([other])
+    assert not ended.missing
+    assert await read(vault, digest, tmp_path)
+
+
+async def test_an_erased_file_is_gone_everywhere_and_its_neighbours_are_not(trial: LocalConsortium, vault: Vault, tmp_path: Path) -> None:
+    hashes = await put(vault, tmp_path / "pack", 400_000, 300_000, 500_000)
+    await asyncio.to_thread((tmp_path / "pack" / "letter-0").unlink)
+    (row,) = [row for row in vault.ls() if row.sha256 == hashes[0]]
+    async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
+        await insurer.shares.publish_key()
+        shared = await vault.shares.share(hashes, insurer.keys.public)
+        assert {each.file_id for each in shared} == {row.file_id}
+        (ended,) = await vault.custody.end([hashes[0]])
+        assert (ended.type, ended.moved, ended.missing, len(ended.receipts)) == (Type.ERASE, 2, (), 6)
+        assert sorted(receipt.shard for receipt in ended.receipts if receipt.shard is not None) == list(range(6))
+        assert all(receipt.keys >= 1 for receipt in ended.receipts)
+        assert sum(receipt.keys for receipt in ended.receipts) > 6  # with the sealed keys of the grant
+        assert shard_files(trial, row.file_id) == []
+        with pytest.raises(Absent):
+            await vault.get(hashes[0], tmp_path / "back")
+        with pytest.raises(MedshardError):
+            await insurer.get(hashes[0], tmp_path / "back")
+        for number, digest in enumerate(hashes[1:], 1):
+            whole = (tmp_path / "pack" / f"letter-{number}").read_bytes()
+            assert await read(vault, digest, tmp_path) == whole
+            back = await insurer.get(digest, tmp_path / f"insurer-{number}")
+            assert back.path is not None
+            assert back.path.read_bytes() == whole
+    assert not [row for row in vault.ls() if row.sha256 == hashes[0]]
+
+
+async def test_a_node_that_was_down_obeys_when_it_is_back(trial: LocalConsortium, vault: Vault, tmp_path: Path, monkeypatch) -> None:
+    (digest,) = await put(vault, tmp_path / "one", 900_000)
+    (row,) = [row for row in vault.ls() if row.sha256 == digest]
+    monkeypatch.setattr("medshard.custody.receipts_wait_s", 2.0)
+    trial.kill("hospital-05")
+    (ended,) = await vault.custody.end([digest])
+    assert len(ended.missing) == 1
+    assert len(shard_files(trial, row.file_id)) == 1
+    trial.restart("hospital-05")
+    whole = await vault.custody.collect(row.file_id, 30.0)
+    assert (whole.missing, len(whole.receipts)) == ((), 6)
+    assert shard_files(trial, row.file_id) == []
+    assert vault.custody.all_ended(digest) == [whole]
+
+
+async def test_a_retired_file_is_forgotten_and_an_index_made_anew_does_not_miss_it(vault: Vault, tmp_path: Path) -> None:
+    (gone,), (kept,) = await put(vault, tmp_path / "one", 30_000), await put(vault, tmp_path / "two", 30_000)
+    (ended,) = await vault.custody.end([gone], erase=False)
+    assert (ended.type, {receipt.keys for receipt in ended.receipts}) == (Type.RETIRE, {0})
+    (erased,) = await vault.custody.end([kept])
+    await vault.reindex()
+    known = {row.sha256 for row in vault.ls()}
+    assert kept not in known
+    assert {each.file_id for each in vault.custody.all_ended()} >= {ended.file_id, erased.file_id}
+
+
+async def test_a_certificate_convinces_by_itself_and_not_when_a_word_of_it_is_changed(
+    trial: LocalConsortium, vault: Vault, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (digest,) = await put(vault, tmp_path / "one", 50_000)
+    (ended,) = await vault.custody.end([digest])
+    genesis: Roster = vault.home.rosters()[0]
+    told = certificate.make(ended, vault.home.genesis_sha256(), vault.roster, vault.home.links())
+    certified = certificate.check(json.dumps(told).encode(), genesis)
+    assert (certified.documents, len(certified.receipts), certified.missing) == (((50_000, digest),), 6, ())
+    for field, value in (
+        ("type", "retired"),
+        ("file", "00" * 32),
+        ("medshard", "x"),
+        ("receipts", told["receipts"] + [{}]),
+        ("rosters", "AA"),
+    ):
+        with pytest.raises((Malformed, Refused)):
+            certificate.check(json.dumps(told | {field: value}).encode(), genesis)
+    (other,) = await put(vault, tmp_path / "two", 50_000)
+    (elsewhere,) = await vault.custody.end([other])
+    strange = certificate.make(elsewhere, vault.home.genesis_sha256(), vault.roster, vault.home.links())
+    with pytest.raises(Refused):
+        certificate.check(json.dumps(told | {"receipts": strange["receipts"]}).encode(), genesis)
+
+
+def test_the_commands_say_what_they_did(trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("MEDSHARD_HOME", str(trial.vault_home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy").write_bytes(os.urandom(20_000))
+    assert main(["put", "policy"]) == Exit.OK
+    digest = capsys.readouterr().out.split()[0]
+    assert main(["hold", digest]) == Exit.OK
+    assert "hold" in capsys.readouterr().out
+    assert main(["erase", digest, "--yes"]) == Exit.REFUSED
+    assert "on hold" in capsys.readouterr().err
+    assert main(["release", digest]) == Exit.OK
+    assert main(["erase", digest]) == Exit.USAGE
+    assert "--yes" in capsys.readouterr().err
+    assert main(["erase", digest, "--yes"]) == Exit.OK
+    assert "6 of 6 receipts" in capsys.readouterr().out
+    assert main(["certificate", digest, "-o", "gone.json", "--pdf", "gone.pdf"]) == Exit.OK
+    assert capsys.readouterr().out.split() == ["gone.json", "gone.pdf"]
+    for file in ("gone.json", "gone.pdf"):
+        assert main(["check-certificate", file]) == Exit.OK
+        assert "1 documents erased by entry" in capsys.readouterr().out
+    assert main(["check-certificate", "policy"]) == Exit.DAMAGED
+    assert main(["get", digest]) == Exit.ABSENT
+    capsys.readouterr()
+    assert main(["certificate", "--all", "--json"]) == Exit.OK
+    assert digest in [document["sha256"] for each in json.loads(capsys.readouterr().out)["ended"] for document in each["documents"]]
