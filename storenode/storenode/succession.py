@@ -30,15 +30,16 @@ from storenode import durable
 from storenode.config import Config
 from storenode.genesis import check_membership, genesis_name, load_genesis
 from storenode.identity import NodeKeys
+from storenode.ledger.engine import Engine, Head, name_of, open_engine
 from storenode.ledger.routes import fleeting, immutable
-from storenode.ledger.store import Store
+from storenode.ledger.store import Store, database_name
 from storenode.membership import Membership, log_folder, successor_file
 
 if TYPE_CHECKING:
     from storenode.ledger import Ledger
 
-database_name: Final = "ledger.sqlite"
 archive_prefix: Final = "/before/"
+copy_entries: Final = 4096
 
 
 def read_successor(path: Path) -> Successor:
@@ -79,7 +80,11 @@ def adopt(home: Path, document: Successor, keys: NodeKeys, *, expected: Sha256 |
                 raise Absent(f"it is not here what came after {ended.origin}", hint="get it of a member: storenode successor show -o FILE")
     else:
         _check_own(Membership(data, own, sync=False), change)
-        _copy_log(log_folder(data, own), log_folder(data, genesis), change)
+        engine = Config.load(home).ledger_engine
+        if engine == "sqlite":
+            _copy_log(log_folder(data, own), log_folder(data, genesis), change)
+        else:
+            _copy_rows(engine, own, change)
     path = successor_file(data, change.rosters[0].sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.replace(path, document.to_bytes(), mode=0o644)
@@ -105,12 +110,8 @@ def _copy_log(old: Path, new: Path, change: Change) -> None:
     shutil.rmtree(part, ignore_errors=True)
     store = Store(old, change.rosters[0].origin, sha256(b""))  # and its lock: the node must not run
     try:
-        size = store.head().size
-        last = store.entries(size - size % tile_width, size)
-        tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], store.tile)
-        if size >= change.checkpoint.size and tree.root(change.checkpoint.size) != change.checkpoint.root:
-            raise Refused("this node's log is another one than the successor goes on from: keep it, it is evidence")
-        if size > change.checkpoint.size:
+        _check_end(store, change)
+        if store.head().size > change.checkpoint.size:
             return  # entries that were never published: simpler to get the others anew than to drop them
         part.mkdir(parents=True)
         with closing(sqlite3.connect(old / database_name)) as source, closing(sqlite3.connect(part / database_name)) as target:
@@ -127,6 +128,35 @@ def _copy_log(old: Path, new: Path, change: Change) -> None:
     durable.sync_folder(part)
     part.rename(new)
     durable.sync_folder(new.parent)
+
+
+def _copy_rows(dsn: str, own: Roster, change: Change) -> None:
+    """The same in a database that logs share. Goes on where an earlier call was cut off."""
+    empty, genesis = sha256(b""), change.genesis
+    with closing(open_engine(dsn, Path(), own.origin, empty, len(own.before))) as old:
+        _check_end(old, change)
+        with closing(open_engine(dsn, Path(), genesis.origin, empty, len(genesis.before))) as new:
+            end, at = min(old.head().size, change.checkpoint.size), new.head().size
+            last = new.entries(at - at % tile_width, at)
+            tree = Tree.load(at, [merkle.leaf_hash(entry, sha256) for entry in last], new.tile)
+            for start in range(at, end, copy_entries):
+                entries = old.entries(start, min(start + copy_entries, end))
+                tiles = [tile for entry in entries for tile in tree.append(merkle.leaf_hash(entry, sha256))]
+                head = Head(tree.size, tree.root(tree.size), b"")
+                new.extend(0, start, entries, tiles, head, [name_of(entry) for entry in entries], own=False)
+            memory = old.memory()
+            if lost := old.standing().lost:
+                new.lose(lost)
+            new.remember(min(memory.checked, end), (place for place in memory.unsigned if place < end), b"")
+
+
+def _check_end(store: Engine, change: Change) -> None:
+    """Raise Refused if this node's log is not that which the successor goes on from, as far as it goes."""
+    size = store.head().size
+    last = store.entries(size - size % tile_width, size)
+    tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], store.tile)
+    if size >= change.checkpoint.size and tree.root(change.checkpoint.size) != change.checkpoint.root:
+        raise Refused("this node's log is another one than the successor goes on from: keep it, it is evidence")
 
 
 # -- telling of it

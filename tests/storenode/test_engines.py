@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.postgres import Server, as_postgres, new_server, running_server, tool
 
 from medshard_protocol.errors import Conflict, Damaged, MedshardError, Unavailable
 from medshard_protocol.tiles import FullTile
@@ -23,94 +20,10 @@ from storenode.ledger.engine import Engine, Head, Standing, name_of, open_engine
 pytestmark = pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
 
 
-# -- a PostgreSQL server
-
-
-@dataclass
-class Server:
-    """A PostgreSQL server in a folder, on a Unix socket, with fsync on."""
-
-    folder: Path
-    port: int = 5432
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    def dsn(self, database: str) -> str:
-        return f"postgresql://medshard@/{database}?host={self.folder}&port={self.port}"
-
-    def start(self, *options: str) -> None:
-        for _ in range(1200):
-            if self.process is None or self.process.poll() is not None:  # at first, or what was killed has not yet gone altogether
-                self._spawn(options)
-            if subprocess.run([tool("pg_isready"), "-q", "-h", str(self.folder), "-p", str(self.port)]).returncode == 0:
-                return
-            time.sleep(0.05)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def _spawn(self, options: tuple[str, ...]) -> None:
-        settings = ["-c", "listen_addresses=", "-k", str(self.folder), "-p", str(self.port), *options]
-        with (self.folder / "log").open("ab") as log:
-            self.process = _as_postgres(subprocess.Popen, [tool("postgres"), "-D", str(self.data), *settings], stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        assert self.process is not None
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        self.process.kill()
-        for child in children:
-            subprocess.run(["kill", "-9", child], stderr=subprocess.DEVNULL)
-        self.process.wait()
-        self.process = None
-
-    def sql(self, statement: str, database: str = "postgres") -> str:
-        command = [tool("psql"), "-qAt", "-h", str(self.folder), "-p", str(self.port), "-U", "medshard", database, "-c", statement]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    def remove(self) -> None:
-        if self.process is not None:
-            self.kill()
-        shutil.rmtree(self.folder)
-
-
-def tool(name: str) -> str:
-    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    if not found:
-        pytest.skip("PostgreSQL's server programs are not installed (Debian: postgresql)")
-    return str(found[-1])
-
-
-def _as_postgres(run: Callable[..., object], command: list[str], **more: object) -> object:
-    """PostgreSQL refuses to run as root, whatever for."""
-    if os.geteuid() == 0:
-        more |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-    return run(command, **more)
-
-
-def new_server() -> Server:
-    folder = Path(tempfile.mkdtemp(prefix="medshard-pg-"))
-    if os.geteuid() == 0:
-        try:
-            shutil.chown(folder, "postgres", "postgres")
-        except LookupError:
-            pytest.skip("no user postgres to run the server as")
-    return Server(folder)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    pytest.importorskip("asyncpg")
-    made = new_server()
-    try:
-        _as_postgres(
-            subprocess.run, [tool("initdb"), "-D", str(made.data), "-U", "medshard", "-A", "trust", "-N"], check=True, capture_output=True
-        )
-        made.start()
+    with running_server() as made:
         yield made
-    finally:
-        made.remove()
 
 
 @pytest.fixture(autouse=True)
@@ -355,7 +268,7 @@ def test_a_promoted_standby_has_every_acknowledged_entry(server: Server, monkeyp
     standby.port = server.port + 1
     try:
         copy = [tool("pg_basebackup"), "-h", str(server.folder), "-p", str(server.port), "-U", "medshard", "-D", str(standby.data), "-R"]
-        _as_postgres(subprocess.run, [*copy, "-X", "stream", "-c", "fast"], check=True, capture_output=True)
+        as_postgres(subprocess.run, [*copy, "-X", "stream", "-c", "fast"], check=True, capture_output=True)
         auto = standby.data / "postgresql.auto.conf"
         auto.write_text(auto.read_text().replace("primary_conninfo = '", "primary_conninfo = 'application_name=second "))
         standby.start()

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,8 @@ def log() -> None:
 def export_command(session: Session, target: Path, url: str | None) -> None:
     """Write the published log to DIR: checkpoint, hash tiles and entries at their C2SP paths, for any web server.
 
-    Run it again to bring DIR up to date: what is there already is not written twice. Without --from it reads the SQLite database of
-    this home, beside the running node; a node that keeps its ledger in PostgreSQL is asked with --from its own address.
+    Run it again to bring DIR up to date: what is there already is not written twice. Without --from it reads the database of this
+    home's node, SQLite or PostgreSQL, beside the node whether it runs or not.
 
     \b
     Examples:
@@ -49,16 +49,23 @@ def export_command(session: Session, target: Path, url: str | None) -> None:
     """
     from storenode.config import Config
     from storenode.genesis import load_genesis
+    from storenode.ledger.engine import open_reader
     from storenode.logtool.export import export
     from storenode.logtool.source import Database
     from storenode.membership import Membership, log_folder
 
     genesis = load_genesis(session.home)
-    data = Config.load(session.home).data
-    membership = Membership(data, genesis, sync=False)
-    source: Source = Database(log_folder(data, genesis)) if url is None else _web(url, session, membership.roster)
+    config = Config.load(session.home)
+    membership = Membership(config.data, genesis, sync=False)
     before = [document for _, document in membership.successions]
-    done = export(source, target, genesis, membership.links(0), _progress(session, "copied"), before=before)
+    with ExitStack() as stack:
+        if url is None:
+            at = log_folder(config.data, genesis)
+            reader = stack.enter_context(closing(open_reader(config.ledger_engine, at, len(genesis.before))))
+            source: Source = Database(reader, at)
+        else:
+            source = _web(url, session, membership.roster)
+        done = export(source, target, genesis, membership.links(0), _progress(session, "copied"), before=before)
     document = {"size": done.size, "files": done.files_new, "both_kinds": done.full, "folder": str(target)}
     kinds = "both kinds of cosignature" if done.full else "Ed25519 cosignatures only; ask again when all nodes answer"
     session.tell(document, f"{done.size} entries in {target}, {done.files_new} files new; the checkpoint carries {kinds}")

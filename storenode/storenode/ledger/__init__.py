@@ -110,7 +110,8 @@ class Ledger:
         roster = roster or genesis
         leads = standby or node == roster.sequencer
         _check_keys(roster, node, cosigner_key, log_key if leads else None, leads=leads)
-        journal = Journal(folder, genesis, open_engine(engine, folder, genesis.origin, merkle.sha256(b"")), line=line, evidence=evidence)
+        store = open_engine(engine, folder, genesis.origin, merkle.sha256(b""), len(genesis.before))
+        journal = Journal(folder, genesis, store, line=line, evidence=evidence)
         journal.roster = roster
         if documents is not None:
             journal.folding.documents = documents

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import msgpack
@@ -132,19 +133,53 @@ class Remote(Protocol):
         """Find where entries stand, by their names."""
 
 
-def open_engine(dsn: str, folder: Path, origin: str, empty_root: bytes) -> Engine:
-    """Open what config.toml names: ``sqlite``, or a PostgreSQL DSN. Raises Unavailable, Damaged, or Malformed for another name."""
+class Reader(Protocol):
+    """The part of an engine that may be read beside the node that writes it."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+    def entries(self, start: int, end: int) -> list[bytes]:
+        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
+
+    def tile(self, level: int, number: int) -> bytes:
+        """Read a full tile. Raises Damaged if it is missing."""
+
+    def memory(self) -> Memory:
+        """Read what was remembered."""
+
+
+def open_engine(dsn: str, folder: Path, origin: str, empty_root: bytes, number: int = 0) -> Engine:
+    """Open what config.toml names: ``sqlite``, or a PostgreSQL DSN. ``number`` counts the logs before this one, which share a database.
+
+    Raises Unavailable, Damaged, or Malformed for another name.
+    """
     if dsn == "sqlite":
         from storenode.ledger.store import Store
 
         return Store(folder, origin, empty_root)
-    if dsn.startswith(("postgresql://", "postgres://")):
-        try:
-            from storenode.ledger.postgres import PostgresStore
-        except ModuleNotFoundError:
-            raise Malformed("ledger.engine: the PostgreSQL client is not installed", hint="pip install 'medshard[postgres]'") from None
-        return PostgresStore(dsn, origin, empty_root)
-    raise Malformed(f"ledger.engine: expected sqlite or a DSN postgresql://…, got {dsn!r}")
+    made: Engine = _postgres(dsn).PostgresStore(dsn, origin, empty_root, number)
+    return made
+
+
+def open_reader(dsn: str, folder: Path, number: int = 0) -> Reader:
+    """Open the same to read, beside the running node. Raises as ``open_engine`` does, and Absent where there is none yet."""
+    if dsn == "sqlite":
+        from storenode.ledger.store import StoreReader
+
+        return StoreReader(folder)
+    made: Reader = _postgres(dsn).PostgresReader(dsn, number)
+    return made
+
+
+def _postgres(dsn: str) -> ModuleType:
+    if not dsn.startswith(("postgresql://", "postgres://")):
+        raise Malformed(f"ledger.engine: expected sqlite or a DSN postgresql://…, got {dsn!r}")
+    try:
+        from storenode.ledger import postgres
+    except ModuleNotFoundError:
+        raise Malformed("ledger.engine: the PostgreSQL client is not installed", hint="pip install 'medshard[postgres]'") from None
+    return postgres
 
 
 def name_of(data: bytes) -> bytes:

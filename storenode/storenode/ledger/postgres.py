@@ -2,7 +2,8 @@
 
 Law: what ``engine`` says; durable is what the server's commit means (fsync on; with ``synchronous_standby_names``, on a second machine).
 The last one to open a log owns it: opening counts ``owner`` up, every write names its own number, so a process that was thought dead can
-write nothing more. Safety rests on the cosignatures all the same, not on the database.
+write nothing more. Safety rests on the cosignatures all the same, not on the database. The first log's tables lie where the database's
+search path leads; those of its successors in the schemas medshard_log_1, medshard_log_2, …
 
 What an append waits for is awaited in the caller's loop: a thread between would wait for Python's lock, up to 5 ms each time. Everything
 else is done in a thread with a loop of its own, so that the interface stays that of SQLite. After a lost connection a write finds out by
@@ -18,8 +19,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
-from medshard_protocol.errors import Conflict, Damaged, Full, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, MedshardError, Unavailable
 from medshard_protocol.tiles import FullTile
 from storenode.ledger.engine import Head, Memory, Standing, first_tile_after, format_version, levels_max
 
@@ -39,7 +41,7 @@ _lost = (  # asyncpg says many things where a connection breaks in the middle of
     asyncpg.OperatorInterventionError,
 )
 
-_schema = """
+_tables = """
 CREATE TABLE IF NOT EXISTS medshard_head(id int PRIMARY KEY CHECK (id = 0), format int NOT NULL, origin text NOT NULL,
     owner bigint NOT NULL, epoch bigint NOT NULL, leader bytea NOT NULL, lost bytea NOT NULL, size bigint NOT NULL, root bytea NOT NULL,
     note bytea NOT NULL, accepted bigint NOT NULL);
@@ -63,30 +65,22 @@ SELECT count(*) FROM moved
 _insertion = {own: _insert.format(move=_move, first="" if own else "ON CONFLICT DO NOTHING") for own in (True, False)}
 
 
-class PostgresStore:
-    """One log in one PostgreSQL database: an ``Engine``."""
+class PostgresReader:
+    """The reads of one log, also beside the process that owns it. ``number`` counts the logs before this one."""
 
-    def __init__(self, dsn: str, origin: str, empty_root: bytes) -> None:
-        self._lines = _Lines(dsn)
+    def __init__(self, dsn: str, number: int = 0, *, writes: bool = False) -> None:
+        self._lines = _Lines(dsn, number, writes=writes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="postgres", daemon=True)
         self._thread.start()
-        try:
-            self._owner = self._run(self._open(origin, empty_root))
-        except BaseException:
-            self.close()
-            raise
-        self.remote = _Remote(_Lines(dsn), self._owner)
 
     def close(self) -> None:
-        """Close the connections and end the thread. To be called in the loop that used ``remote``, if any did."""
+        """Close the connections and end the thread."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._lines.close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-        if hasattr(self, "remote"):
-            self.remote.close()
 
     def head(self) -> Head:
         """Read how far the log goes."""
@@ -95,6 +89,55 @@ class PostgresStore:
     def standing(self) -> Standing:
         """Read whom this node follows."""
         return Standing(*self._read("SELECT epoch, leader, lost FROM medshard_head")[0])
+
+    def entries(self, start: int, end: int) -> list[bytes]:
+        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
+        if start == end:
+            return []
+        rows = self._read("SELECT data FROM medshard_entry WHERE place >= $1 AND place < $2 ORDER BY place", start, end)
+        if len(rows) != end - start:
+            raise Damaged(f"the ledger lacks entries between {start} and {end}")
+        return [row[0] for row in rows]
+
+    def tile(self, level: int, number: int) -> bytes:
+        """Read a full tile. Raises Damaged if it is missing."""
+        rows = self._read("SELECT hashes FROM medshard_tile WHERE level = $1 AND number = $2", level, number)
+        if not rows:
+            raise Damaged(f"the ledger lacks tile {number} of level {level}")
+        return bytes(rows[0][0])
+
+    def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by their names."""
+        return self._run(_find(self._lines, names))
+
+    def memory(self) -> Memory:
+        """Read what was remembered."""
+        checked, published = self._read("SELECT checked, published FROM medshard_memory")[0]
+        return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM medshard_unsigned")), published)
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        return self._run(self._lines.read(query, *values))
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+class PostgresStore(PostgresReader):
+    """One log in one PostgreSQL database: an ``Engine``."""
+
+    def __init__(self, dsn: str, origin: str, empty_root: bytes, number: int = 0) -> None:
+        super().__init__(dsn, number, writes=True)
+        try:
+            self._owner = self._run(self._open(origin, empty_root, number))
+        except BaseException:
+            super().close()
+            raise
+        self.remote = _Remote(_Lines(dsn, number), self._owner)
+
+    def close(self) -> None:
+        """Close the connections and end the thread. To be called in the loop that used ``remote``, if any did."""
+        super().close()
+        self.remote.close()
 
     def promise(self, epoch: int, leader: bytes) -> None:
         """Follow this sequencer from now on. Raises Conflict if a later epoch was promised, or this one to another node."""
@@ -142,31 +185,6 @@ class PostgresStore:
         if not self._run(self._lines.write(replace, done=lambda: _has(self._lines, self._owner, head, epoch))):
             raise _elsewhere(old_size, epoch)
 
-    def entries(self, start: int, end: int) -> list[bytes]:
-        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
-        if start == end:
-            return []
-        rows = self._read("SELECT data FROM medshard_entry WHERE place >= $1 AND place < $2 ORDER BY place", start, end)
-        if len(rows) != end - start:
-            raise Damaged(f"the ledger lacks entries between {start} and {end}")
-        return [row[0] for row in rows]
-
-    def tile(self, level: int, number: int) -> bytes:
-        """Read a full tile. Raises Damaged if it is missing."""
-        rows = self._read("SELECT hashes FROM medshard_tile WHERE level = $1 AND number = $2", level, number)
-        if not rows:
-            raise Damaged(f"the ledger lacks tile {number} of level {level}")
-        return bytes(rows[0][0])
-
-    def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
-        """Find where entries stand, by their names."""
-        return self._run(_find(self._lines, names))
-
-    def memory(self) -> Memory:
-        """Read what was remembered."""
-        checked, published = self._read("SELECT checked, published FROM medshard_memory")[0]
-        return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM medshard_unsigned")), published)
-
     def remember(self, checked: int, unsigned: Iterable[int], published: bytes) -> None:
         """Note which entries need no second check, and the newest published checkpoint."""
         query = """WITH here AS (UPDATE medshard_memory SET checked=$1, published=$2 WHERE EXISTS
@@ -176,11 +194,13 @@ class PostgresStore:
 
     # -- inside
 
-    async def _open(self, origin: str, empty_root: bytes) -> int:
+    async def _open(self, origin: str, empty_root: bytes, number: int) -> int:
         async def opened(to: asyncpg.Connection[Any]) -> int:
             async with to.transaction():
                 await to.execute("SELECT pg_advisory_xact_lock(hashtext('medshard ledger'))")  # two that open a new log at once
-                await to.execute(_schema)
+                if number:
+                    await to.execute(f"CREATE SCHEMA IF NOT EXISTS {_schema_of(number)}")
+                await to.execute(_tables)
                 query = "INSERT INTO medshard_head VALUES (0, $1, $2, 0, 0, '', '', 0, $3, '', 0) ON CONFLICT DO NOTHING"
                 await to.execute(query, format_version, origin, empty_root)
                 found = tuple(await to.fetchrow("SELECT format, origin FROM medshard_head") or ())
@@ -192,14 +212,8 @@ class PostgresStore:
 
         return await self._lines.once("write", opened, open_timeout_s)
 
-    def _read(self, query: str, *values: object) -> list[Any]:
-        return self._run(self._lines.read(query, *values))
-
     def _write(self, act: Callable[[asyncpg.Connection[Any]], Awaitable[_T]]) -> _T | bool:
         return self._run(self._lines.write(act))
-
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 class _Remote:
@@ -235,8 +249,10 @@ class _Remote:
 class _Lines:
     """Connections of one event loop: one for reads, one for writes, and each carries one query at a time. Raises what ``Engine`` does."""
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, number: int, *, writes: bool = True) -> None:
         self._dsn = dsn
+        self._number = number
+        self._kind: SessionAttribute = SessionAttribute.read_write if writes else SessionAttribute.any
         self._connections: dict[str, asyncpg.Connection[Any]] = {}
         self._turns: dict[str, asyncio.Lock] = {}
 
@@ -295,8 +311,10 @@ class _Lines:
     async def _connection(self, name: str) -> asyncpg.Connection[Any]:
         connection = self._connections.get(name)
         if connection is None or connection.is_closed():
-            connect = asyncpg.connect(self._dsn, timeout=connect_timeout_s, target_session_attrs="read-write")
-            connection = self._connections[name] = await connect
+            connection = await asyncpg.connect(self._dsn, timeout=connect_timeout_s, target_session_attrs=self._kind)
+            self._connections[name] = connection
+            if self._number:
+                await connection.execute(f"SET search_path TO {_schema_of(self._number)}")
         return connection
 
 
@@ -326,6 +344,10 @@ async def _has(lines: _Lines, owner: int, head: Head, epoch: int) -> bool:
     return [tuple(row) for row in await lines.read(query, owner, epoch)] == [tuple(head)]
 
 
+def _schema_of(number: int) -> str:
+    return f"medshard_log_{number}"
+
+
 def _elsewhere(old_size: int, epoch: int) -> Conflict:
     return Conflict(f"the ledger in the database does not have {old_size} entries in epoch {epoch}, or another process took it over")
 
@@ -343,4 +365,6 @@ def _translated(error: Exception) -> MedshardError:
         return Full("no room on the database's disk for the ledger", hint="free some space; nothing has been lost")
     if isinstance(error, asyncpg.DataCorruptedError | asyncpg.IndexCorruptedError):
         return Damaged(f"the ledger's database is damaged ({text})", hint="restore it, or let this node mirror the log anew")
+    if isinstance(error, asyncpg.UndefinedTableError):
+        return Absent(f"the database has no such ledger ({text})", hint="the node makes it when it first runs")
     return Unavailable(f"the ledger's database cannot be used ({text})")

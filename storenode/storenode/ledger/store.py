@@ -14,11 +14,13 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from medshard_protocol.errors import Conflict, Damaged, Full, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, MedshardError, Unavailable
 from medshard_protocol.tiles import FullTile
 from storenode.ledger.engine import Head, Memory, Standing, first_tile_after, format_version, levels_max
 
+database_name = "ledger.sqlite"
 busy_timeout_s = 5.0  # another process may read the database: a backup, an operator
 
 _schema = """
@@ -34,7 +36,69 @@ INSERT INTO memory VALUES (0, 0, x'');
 """
 
 
-class Store:
+class StoreReader:
+    """The reads of one log, also beside the process that owns it. Raises Absent where there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / database_name
+        if not path.exists():
+            raise Absent(f"{path} does not exist", hint="the node makes it when it first runs")
+        try:
+            self._reader = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=busy_timeout_s, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise _translated(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+    def head(self) -> Head:
+        """Read how far the log goes."""
+        return Head(*self._row("SELECT size, root, note, accepted FROM head", "ibbi"))
+
+    def standing(self) -> Standing:
+        """Read whom this node follows."""
+        return Standing(*self._row("SELECT epoch, leader, lost FROM head", "ibb"))
+
+    def entries(self, start: int, end: int) -> list[bytes]:
+        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
+        rows = self._read("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end))
+        if len(rows) != end - start or not all(isinstance(row[0], bytes) for row in rows):
+            raise Damaged(f"the ledger lacks entries between {start} and {end}")
+        return [row[0] for row in rows]
+
+    def tile(self, level: int, number: int) -> bytes:
+        """Read a full tile. Raises Damaged if it is missing."""
+        rows = self._read("SELECT hashes FROM tile WHERE key = ?", (_tile_key(level, number),))
+        if not rows or not isinstance(rows[0][0], bytes):
+            raise Damaged(f"the ledger lacks tile {number} of level {level}")
+        return rows[0][0]
+
+    def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Find where entries stand, by their names."""
+        found = ((name, self._read("SELECT place FROM name WHERE name = ?", (name,))) for name in names)
+        return {name: rows[0][0] for name, rows in found if rows}
+
+    def memory(self) -> Memory:
+        """Read what was remembered."""
+        checked, published = self._row("SELECT checked, published FROM memory", "ib")
+        return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM unsigned", ())), published)
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[Any]:
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except (sqlite3.Error, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
+            raise _translated(error) from error
+
+    def _row(self, query: str, kinds: str) -> Any:
+        """The one row of a table; ``kinds`` are those of its columns, i(nteger) or b(ytes), which a disk may have changed."""
+        rows = self._read(query, ())
+        if not rows or not all(isinstance(value, {"i": int, "b": bytes}[kind]) for value, kind in zip(rows[0], kinds, strict=True)):
+            raise Damaged("the ledger's database is damaged", hint="restore the node's folder, or let it mirror the log anew")
+        return rows[0]
+
+
+class Store(StoreReader):
     """One log in one SQLite file: an ``Engine``."""
 
     remote = None
@@ -44,9 +108,9 @@ class Store:
         self._lock = os.open(folder / "ledger.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._writer = _connect(folder / "ledger.sqlite")
+            self._writer = _connect(folder / database_name)
             self._create(origin, empty_root)
-            self._reader = _connect(folder / "ledger.sqlite")
+            self._reader = _connect(folder / database_name)
         except BlockingIOError:
             os.close(self._lock)
             raise Unavailable(f"another process uses the ledger in {folder}", hint="stop the node that runs from this folder") from None
@@ -59,14 +123,6 @@ class Store:
         self._reader.close()
         self._writer.close()
         os.close(self._lock)
-
-    def head(self) -> Head:
-        """Read how far the log goes."""
-        return Head(*self._row("SELECT size, root, note, accepted FROM head", "ibbi"))
-
-    def standing(self) -> Standing:
-        """Read whom this node follows."""
-        return Standing(*self._row("SELECT epoch, leader, lost FROM head", "ibb"))
 
     def promise(self, epoch: int, leader: bytes) -> None:
         """Follow this sequencer from now on. Raises Conflict if a later epoch was promised, or this one to another node."""
@@ -110,30 +166,6 @@ class Store:
             write.execute("UPDATE memory SET checked = min(checked, ?)", (start,))
             _insert(write, start, entries, tiles, names, own=False)
 
-    def entries(self, start: int, end: int) -> list[bytes]:
-        """Read entries from ``start`` up to but not including ``end``. Raises Damaged if one is missing."""
-        rows = self._read("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end))
-        if len(rows) != end - start or not all(isinstance(row[0], bytes) for row in rows):
-            raise Damaged(f"the ledger lacks entries between {start} and {end}")
-        return [row[0] for row in rows]
-
-    def tile(self, level: int, number: int) -> bytes:
-        """Read a full tile. Raises Damaged if it is missing."""
-        rows = self._read("SELECT hashes FROM tile WHERE key = ?", (_tile_key(level, number),))
-        if not rows or not isinstance(rows[0][0], bytes):
-            raise Damaged(f"the ledger lacks tile {number} of level {level}")
-        return rows[0][0]
-
-    def find(self, names: Sequence[bytes]) -> dict[bytes, int]:
-        """Find where entries stand, by their names."""
-        found = ((name, self._read("SELECT place FROM name WHERE name = ?", (name,))) for name in names)
-        return {name: rows[0][0] for name, rows in found if rows}
-
-    def memory(self) -> Memory:
-        """Read what was remembered."""
-        checked, published = self._row("SELECT checked, published FROM memory", "ib")
-        return Memory(checked, frozenset(row[0] for row in self._read("SELECT place FROM unsigned", ())), published)
-
     def remember(self, checked: int, unsigned: Iterable[int], published: bytes) -> None:
         """Note which entries need no second check, and the newest published checkpoint."""
         with _Transaction(self._writer) as write:
@@ -149,19 +181,6 @@ class Store:
             found = write.execute("SELECT format, origin FROM head").fetchone()
         if found != (format_version, origin):
             raise Damaged(f"this ledger is of the log {found[1]!r}, format {found[0]}; expected {origin!r}, format {format_version}")
-
-    def _read(self, query: str, values: tuple[object, ...]) -> list[Any]:
-        try:
-            return self._reader.execute(query, values).fetchall()
-        except (sqlite3.Error, UnicodeError) as error:  # SQLite quotes what is damaged, which Python cannot always decode
-            raise _translated(error) from error
-
-    def _row(self, query: str, kinds: str) -> Any:
-        """The one row of a table; ``kinds`` are those of its columns, i(nteger) or b(ytes), which a disk may have changed."""
-        rows = self._read(query, ())
-        if not rows or not all(isinstance(value, {"i": int, "b": bytes}[kind]) for value, kind in zip(rows[0], kinds, strict=True)):
-            raise Damaged("the ledger's database is damaged", hint="restore the node's folder, or let it mirror the log anew")
-        return rows[0]
 
 
 class _Transaction:

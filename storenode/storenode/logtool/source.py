@@ -7,21 +7,23 @@ Whoever reads checks. A folder and a database answer at once; the web answers wi
 from __future__ import annotations
 
 import http.client
-import sqlite3
 import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import urlsplit
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, note_bytes_max
 from medshard_protocol.entries import entry_bytes_max
-from medshard_protocol.errors import Absent, Damaged, Malformed, Unavailable
+from medshard_protocol.errors import Absent, Malformed, Unavailable
 from medshard_protocol.merkle import sha256
 from medshard_protocol.rosters import chain_bytes_max
 from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_bytes, tile_width
+
+if TYPE_CHECKING:
+    from storenode.ledger.engine import Reader
 
 wait_s: Final = 30.0
 full_age_s_max: Final = 3600
@@ -99,18 +101,18 @@ class Web:
 
 
 class Database:
-    """The log in a node's SQLite file, read beside the running node. Shows the log as of the newest published checkpoint it has."""
+    """The log in a node's database, read beside the running node. Shows the log as of the newest published checkpoint it has.
 
-    def __init__(self, data: Path) -> None:
-        path = data / "ledger.sqlite"
-        if not path.exists():
-            raise Absent(f"{path} does not exist", hint="name the node's address instead: --from https://…/log")
-        self._data = data
-        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+    ``folder`` is the log's in the node's data.
+    """
+
+    def __init__(self, reader: Reader, folder: Path) -> None:
+        self._folder = folder
+        self._reader = reader
         self._checkpoint = self._newest()
         size = Checkpoint.from_text(Note.from_bytes(self._checkpoint).text).size
-        last = self._entries(size - size % tile_width, size)
-        self._tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], self._tile)
+        last = reader.entries(size - size % tile_width, size)
+        self._tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], reader.tile)
 
     def read(self, path: str) -> bytes:
         """The file at this path."""
@@ -123,28 +125,15 @@ class Database:
             raise Absent(f"the log has no {path}")
         if name.level is not None:
             return self._tree.tile(name)
-        return pack_bundle(self._entries(name.index * tile_width, name.index * tile_width + name.width))
+        return pack_bundle(self._reader.entries(name.index * tile_width, name.index * tile_width + name.width))
 
     def _newest(self) -> bytes:
-        full = self._data / "full-checkpoint"
-        row = self._connection.execute("SELECT published FROM memory").fetchone()
-        notes = [note for note in ((full.read_bytes() if full.exists() else b""), row[0] if row else b"") if note]
+        full = self._folder / "full-checkpoint"
+        notes = [note for note in ((full.read_bytes() if full.exists() else b""), self._reader.memory().published) if note]
         if not notes:
             raise Absent("this node knows of no published checkpoint yet")
         newest = max(map(_time_of, notes))  # the first carries both kinds of cosignature, and may be a little older
         return next(note for note in notes if _time_of(note) >= newest - full_age_s_max)
-
-    def _entries(self, start: int, end: int) -> list[bytes]:
-        rows = self._connection.execute("SELECT data FROM entry WHERE place >= ? AND place < ? ORDER BY place", (start, end)).fetchall()
-        if len(rows) != end - start:
-            raise Damaged(f"the ledger lacks entries between {start} and {end}")
-        return [row[0] for row in rows]
-
-    def _tile(self, level: int, number: int) -> bytes:
-        row = self._connection.execute("SELECT hashes FROM tile WHERE key = ?", (level << 56 | number,)).fetchone()
-        if row is None:
-            raise Damaged(f"the ledger lacks tile {number} of level {level}")
-        return bytes(row[0])
 
 
 def size_of(name: TileName) -> int | None:
