@@ -162,6 +162,11 @@ class Index:
         with self._speaking():
             return int(self._db.execute("SELECT count(*) FROM files").fetchone()[0])
 
+    def file_ids(self) -> set[bytes]:
+        """Every object of this vault's own."""
+        with self._speaking():
+            return {file for (file,) in self._db.execute("SELECT DISTINCT file FROM files")}
+
     # Grants: what this vault gave, and what it was given
 
     def put_grant(self, known: KnownGrant) -> None:

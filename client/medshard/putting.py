@@ -24,7 +24,7 @@ from medshard.packs import Plan, Unit
 from medshard.placement import place
 from medshard.sealing import FileSeal, padme, unwrap, wrap
 from medshard.smallfiles import Encoded, institutions, object_bytes_max, send_all
-from medshard.source import Part, Source, fingerprint, hash_file
+from medshard.source import Part, Source, fingerprint
 from medshard.transport import Net, without_name
 from medshard.upload import Upload, too_few
 from medshard_protocol import evidence
@@ -114,7 +114,7 @@ class Putter:
         """A part that an earlier put stored. The note of its name, size and time says that hashing it is worth while."""
         if self._index.journal_get(_seen(part)) is None:
             return None
-        digest = await asyncio.to_thread(hash_file, part.path)
+        digest = await asyncio.to_thread(part.digest)
         return self._row_of(part, digest)
 
     def _row_of(self, part: Part, digest: bytes) -> StoredFile | None:
@@ -276,7 +276,7 @@ class Putter:
             known = {node.id for node in self._net.roster.nodes}
         except (Malformed, Damaged):
             return None
-        hashes = [hash_file(part.path) for part in unit.parts]
+        hashes = [part.digest() for part in unit.parts]
         before = [member.sha256 for member in header.members] if unit.is_pack else [header.sha256]
         same = hashes == before and manifest.layout == self._layout(unit.size) and all(ref.node in known for ref in manifest.shards)
         if not same:
@@ -334,7 +334,8 @@ class Putter:
         self._lookup.remember(manifest, proof)
         self._index.journal_delete(_journal_key(unit))
         for part, row in zip(unit.parts, rows, strict=True):
-            self._index.journal_put(_seen(part), b"")
+            if part.opener is None:  # what is no file is not put again by its name
+                self._index.journal_put(_seen(part), b"")
             self._stored.append(StoredFile(part.path, row.sha256, part.size, row.file_id, row.ledger_index, already=False))
         if not advanced:
             self._advance(unit.size, unit.parts[0])

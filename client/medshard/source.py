@@ -7,7 +7,7 @@ old and half a new file is worse than an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -30,12 +30,27 @@ class Part:
     size: int
     mtime_ns: int
     description: Description
+    opener: Callable[[], BinaryIO] | None = None  # where the bytes are no file of their own; ``path`` is then only its lasting name
 
     @classmethod
     def at(cls, path: Path, name: bytes, description: Description) -> Part:
         """Look at ``path`` once. Raises OSError."""
         stat = os.stat(path)
         return cls(path, name, stat.st_size, stat.st_mtime_ns, description)
+
+    def open(self) -> BinaryIO:
+        """Its bytes from the first one on. Raises OSError."""
+        return open(self.path, "rb", buffering=0) if self.opener is None else self.opener()
+
+    def digest(self) -> bytes:
+        """SHA-256 of its bytes. Raises OSError."""
+        if self.opener is None:
+            return hash_file(self.path)
+        hasher, buffer = sha256(), bytearray(1024 * 1024)
+        with self.open() as file:
+            while got := file.readinto(buffer):  # type: ignore[attr-defined]
+                hasher.update(memoryview(buffer)[:got])
+        return hasher.digest()
 
 
 class Source:
@@ -79,7 +94,7 @@ class Source:
 
     def _begin(self) -> None:
         part = self.parts[self._current]
-        self._file = open(part.path, "rb", buffering=0)  # noqa: SIM115 - closed in _end or close
+        self._file = part.open()
         self._left = part.size
         self._hash = sha256()
         self._check()
@@ -101,7 +116,10 @@ class Source:
 
     def _check(self) -> None:
         assert self._file is not None
-        part, stat = self.parts[self._current], os.fstat(self._file.fileno())
+        part = self.parts[self._current]
+        if part.opener is not None:
+            return
+        stat = os.fstat(self._file.fileno())
         if (stat.st_size, stat.st_mtime_ns) != (part.size, part.mtime_ns):
             raise self._changed()
 

@@ -30,10 +30,10 @@ from medshard.home import Home
 from medshard.index import Index
 from medshard.keys import VaultKeys, create_key_file, open_key_file
 from medshard.ledger import LedgerClient
-from medshard.lookup import Lookup
+from medshard.lookup import Lookup, Opened
 from medshard.membership import following
 from medshard.model import Finding, GetReport, Info, Progress, PutReport, Row, VerifyReport
-from medshard.packs import plan
+from medshard.packs import Plan, plan
 from medshard.proving import Prover
 from medshard.putting import Code, Putter
 from medshard.query import Query
@@ -147,8 +147,12 @@ class Vault:
         attributes = {f"tag:{key}": value for key, value in (tags or {}).items()}
         if policy_number is not None:
             attributes["policy-number"] = policy_number
-        await self._append_pending()
         planned = await asyncio.to_thread(plan, [Path(path) for path in paths], attributes)
+        return await self.store(planned, progress)
+
+    async def store(self, planned: Plan, progress: OnProgress | None = None) -> PutReport:
+        """As ``put``, where the caller has decided what is sealed together."""
+        await self._append_pending()
         roster = self.roster
         try:
             report = await self._putter().put(planned, progress)
@@ -215,6 +219,35 @@ class Vault:
     async def read(self, sha256: bytes, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
         return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length)
+
+    async def announce(self, file_ids: Sequence[bytes], purpose: int = Purpose.UNSPECIFIED) -> None:
+        """Announce reads of these objects in as few ledger entries as can be; nothing where they were, minutes ago. Raises as ``get``."""
+        await self._append_pending()
+        await self._reader.tickets.announce([FileId(file_id) for file_id in file_ids], purpose)
+
+    async def object(self, file_id: bytes) -> Opened:
+        """An own object with its open header, by its file id. Raises Absent."""
+        return await self._lookup.file(FileId(file_id))
+
+    async def read_object(self, opened: Opened, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
+        """Bytes of an object's whole plaintext (for a pack, of its members back to back), by reading only the stripes they lie in."""
+        header, found = opened.header, b""
+        target = Target(header.sha256, opened.manifest, opened.seal, header, opened.inclusion, header.name, 0, header.size)
+
+        async def work(net: Net, file_ids: frozenset[FileId]) -> None:
+            nonlocal found
+            found = await Getter(net).read(target, offset, length)
+
+        await self._reader.read([opened.manifest.file_id], purpose, self.home.standing_reason(), work)
+        return found
+
+    def rows_of(self, file_id: bytes) -> list[Row]:
+        """What the local index says of one own object: a file, or the members of a pack in order."""
+        return self._index.by_file(file_id)
+
+    def file_ids(self) -> set[bytes]:
+        """Every own object that the local index knows."""
+        return self._index.file_ids()
 
     async def _restore(
         self,

@@ -1,0 +1,317 @@
+"""The archive: the one thing that DIMSE, DICOMweb and import are built on.
+
+What comes in is durable in the spool before it is answered. A series is packed into one sealed object when it is complete: when its
+sender has gone (``settle``), when somebody asks for a commitment, or when nothing more has come for a while (``watch``). Until then, and
+while nodes are out of reach, it is served from the spool.
+
+Law: ``take`` and ``find`` block and are safe to call from many threads; whatever is ``async`` belongs to the vault's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from medshard.gateway import model
+from medshard.gateway.catalog import Catalog
+from medshard.gateway.describing import describe
+from medshard.gateway.model import Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
+from medshard.gateway.objects import Objects
+from medshard.gateway.packing import instances_of, plan_of
+from medshard.gateway.spool import Arrival, Entry, Spool
+from medshard.model import PutReport
+from medshard.vault import Vault
+from medshard_protocol.errors import Absent, Full, Malformed, MedshardError
+
+quiet_s: Final = 5.0  # a series to which nothing came for so long is taken to be complete
+retry_s: Final = 10.0  # after a put that failed for want of nodes
+puts_at_once: Final = 2
+log = logging.getLogger("medshard.gateway")
+
+Series = tuple[str, str]  # Study Instance UID, Series Instance UID
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the department decided."""
+
+    keep_both: bool = True  # other bytes under a known UID: keep them beside the first, or refuse them
+    quiet_s: float = quiet_s
+
+
+class Stored:
+    """One instance that can be read, from the spool or from the store."""
+
+    def __init__(self, instance: Instance, archive: Archive) -> None:
+        self.instance = instance
+        self._archive = archive
+
+    @property
+    def size(self) -> int:
+        """Bytes of its file."""
+        return self.instance.size
+
+    @property
+    def transfer_syntax(self) -> str:
+        """What its data set is encoded in."""
+        return self.instance.transfer_syntax
+
+    async def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes of its file as it is stored. Raises Absent, Refused, Unavailable, Damaged."""
+        stop = self.size if stop is None else min(stop, self.size)
+        if start >= stop:
+            return b""
+        if (entry := self._archive.entry(self.instance)) is not None:
+            with contextlib.suppress(Absent):
+                return await asyncio.to_thread(self._archive.spool.read, entry, start, stop)
+        place, objects = self._archive.place(self.instance), self._archive.objects
+        offset, _ = await objects.span(place.file_id, place.member)
+        return await objects.read(place.file_id, offset + start, offset + stop)
+
+
+class Archive:
+    """One department's instances: those in the spool and those in the store. ``start`` it once."""
+
+    def __init__(self, vault: Vault, spool: Spool, catalog: Catalog, objects: Objects, rules: Rules | None = None) -> None:
+        self.vault = vault
+        self.spool = spool
+        self.catalog = catalog
+        self.objects = objects
+        self.rules = rules or Rules()
+        self.counts: dict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        self._open: dict[Series, dict[Entry, float]] = {}  # what waits in the spool, and when it came (monotonic)
+        self._spooled: dict[tuple[str, bytes], Entry] = {}
+        self._turns: dict[Series, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._slots = asyncio.Semaphore(puts_at_once)
+        self._not_before = 0.0
+
+    async def start(self) -> None:
+        """Learn what the vault has and what the spool was left with. Raises Damaged or Malformed."""
+        await self.catch_up()
+        await asyncio.to_thread(self._recover)
+
+    # -- in
+
+    def take(self) -> Arrival:
+        """Begin to take in one instance: ``write`` its file, then ``admit`` it. Raises Full."""
+        return self.spool.begin()
+
+    def admit(self, arrival: Arrival, sop_class: str = "", sop_uid: str = "") -> Verdict:
+        """Decide about an instance whose bytes have all come; a yes is durable on return. The UIDs are what its sender says."""
+        try:
+            said = describe(arrival.read, arrival.size)
+        except Malformed as error:
+            arrival.drop()
+            return self._counted(Verdict(Outcome.REFUSED, model.NOT_UNDERSTOOD, str(error), sop_class=sop_class, sop_uid=sop_uid))
+        about = Verdict(Outcome.STORED, model.SUCCESS, "", said.study, said.series, said.sop_class, said.uid, arrival.digest())
+        if (sop_uid and sop_uid != said.uid) or (sop_class and sop_class != said.sop_class):
+            arrival.drop()
+            return self._counted(_refused(about, model.MISMATCH, "the data set is of another SOP instance or class than its sender says"))
+        known = self.catalog.instances(said.uid)
+        if any(each.sha256 == about.sha256 for each in known):
+            arrival.drop()
+            return self._counted(replace(about, outcome=Outcome.ALREADY))
+        if known and not self.rules.keep_both:
+            arrival.drop()
+            return self._counted(_refused(about, model.DUPLICATE, "other bytes are stored under this SOP Instance UID"))
+        try:
+            entry = arrival.finish(said.attributes)
+        except Full as error:
+            return self._counted(_refused(about, model.OUT_OF_RESOURCES, str(error)))
+        self._keep(entry)
+        return self._counted(replace(about, outcome=Outcome.KEPT_BESIDE) if known else about)
+
+    async def receive(self, incoming: Incoming) -> Verdict:
+        """Take in one instance that is here as a whole; a yes is durable on return."""
+        return await asyncio.to_thread(self._receive, incoming)
+
+    def _receive(self, incoming: Incoming) -> Verdict:
+        try:
+            arrival = self.take()
+            arrival.write(incoming.file)
+        except Full as error:
+            return self._counted(Verdict(Outcome.REFUSED, model.OUT_OF_RESOURCES, str(error)))
+        return self.admit(arrival, incoming.sop_class, incoming.sop_uid)
+
+    # -- into the store
+
+    async def settle(self, series: Iterable[Series] | None = None) -> None:
+        """Store what waits of these series, or all that waits: durable on w nodes and in the ledger on return. Raises Unavailable."""
+        with self._lock:
+            wanted = [each for each in (list(self._open) if series is None else dict.fromkeys(series)) if each in self._open]
+        results = await asyncio.gather(*(self._settle(each) for each in wanted), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def watch(self) -> None:
+        """Settle each series to which nothing has come for a while, for ever."""
+        while True:
+            await asyncio.sleep(min(0.5, self.rules.quiet_s / 2))
+            now = time.monotonic()
+            with self._lock:
+                complete = [each for each, entries in self._open.items() if max(entries.values()) + self.rules.quiet_s <= now]
+            if complete and now >= self._not_before:
+                with contextlib.suppress(MedshardError, OSError):  # it is logged, and tried again
+                    await self.settle(complete)
+
+    async def committed(self, uids: Iterable[str]) -> Mapping[str, Receipt | None]:
+        """What is safe of these SOP instances, after everything that waits of their series was stored. None for what is not here."""
+        wanted = list(dict.fromkeys(uids))
+        series = {(each.study, each.series) for uid in wanted for each in self.catalog.instances(uid) if each.place is None}
+        with contextlib.suppress(MedshardError, OSError):
+            await self.settle(series)
+        found: dict[str, Receipt | None] = {}
+        for uid in wanted:
+            with contextlib.suppress(Absent):
+                found[uid] = self.receipt(uid)
+            found.setdefault(uid, None)
+        return found
+
+    # -- out
+
+    def find(self, query: Query) -> Iterator[Row]:
+        """Matches, newest study first. Blocks for some milliseconds at a time."""
+        return self.catalog.find(query)
+
+    def instances(self, study: str, series: str | None = None, uids: Collection[str] | None = None) -> list[Instance]:
+        """The instances of a study or series that are served, by instance number."""
+        return self.catalog.served(study, series, uids)
+
+    async def open(self, instance: Instance) -> Stored:
+        """Make an instance readable. Reading it from the store is announced with its whole study. Raises Refused or Unavailable."""
+        if self.entry(instance) is None:
+            files = {each.place.file_id for each in self.catalog.served(instance.study) if each.place}
+            await self.objects.announce(sorted(files | {self.place(instance).file_id}))
+        return Stored(instance, self)
+
+    def entry(self, instance: Instance) -> Entry | None:
+        """Where an instance lies in the spool; None once it is in the store."""
+        with self._lock:
+            return self._spooled.get((instance.uid, instance.sha256))
+
+    def place(self, instance: Instance) -> Place:
+        """Where an instance lies in the store. Raises Absent."""
+        if instance.place is not None:
+            return instance.place
+        for each in self.catalog.instances(instance.uid):
+            if each.sha256 == instance.sha256 and each.place is not None:
+                return each.place
+        raise Absent(f"instance {instance.uid} is here no more")
+
+    def receipt(self, sop_uid: str) -> Receipt:
+        """What proves that an instance is stored. Raises Absent."""
+        for instance in self.catalog.instances(sop_uid):
+            if place := instance.place:
+                return Receipt(instance.sop_class, sop_uid, instance.sha256, place.file_id, place.ledger_index, instance.flagged)
+        raise Absent(f"no instance {sop_uid} is in the store", hint="`medshard gateway status` shows what waits in the spool")
+
+    def waiting(self) -> tuple[int, int]:
+        """How many instances of how many series are in the spool and not yet in the store."""
+        with self._lock:
+            return sum(map(len, self._open.values())), len(self._open)
+
+    # -- inside
+
+    async def catch_up(self) -> None:
+        """Take in what others have put into the vault, or taken out of it, since the catalog last looked."""
+        have, known = await asyncio.to_thread(self.vault.file_ids), await asyncio.to_thread(self.catalog.files)
+        await asyncio.to_thread(self.catalog.forget, known - have)
+        await asyncio.to_thread(self._take_over, have - known)
+
+    def _take_over(self, files: set[bytes]) -> None:
+        for file_id in files:
+            self.catalog.put(instances_of(self.vault.rows_of(file_id)))
+        self.catalog.flush()
+        self.catalog.note_files(files)
+
+    def _recover(self) -> None:
+        done = []
+        for entry in self.spool.recover():
+            stored = [each.place for each in self.catalog.instances(entry.attributes["sop-uid"]) if each.sha256 == entry.sha256]
+            if any(stored):
+                done.append(entry)
+            else:
+                self._keep(entry)
+        self.spool.done(done)
+
+    def _keep(self, entry: Entry) -> None:
+        instance = _instance(entry)
+        with self._lock:
+            self._spooled[instance.uid, instance.sha256] = entry
+        self.catalog.put([instance])
+        with self._lock:
+            self._open.setdefault((instance.study, instance.series), {})[entry] = time.monotonic()
+
+    async def _settle(self, series: Series) -> None:
+        async with self._turns[series], self._slots:
+            with self._lock:
+                entries = list(self._open.get(series, ()))
+            if not entries:
+                return
+            began = time.monotonic()
+            try:
+                report = await self.vault.store(plan_of(series, entries, self.spool))
+            except MedshardError as error:
+                self._not_before = time.monotonic() + retry_s
+                self._say("not-stored", instances=len(entries), why=str(error))
+                raise
+            await asyncio.to_thread(self._stored, series, entries, report)
+            self._say(
+                "stored", instances=len(entries), bytes=sum(each.size for each in entries), seconds=round(time.monotonic() - began, 3)
+            )
+
+    def _stored(self, series: Series, entries: list[Entry], report: PutReport) -> None:
+        files = {stored.path: stored for stored in report.stored}
+        done: list[Entry] = []
+        instances: list[Instance] = []
+        members: dict[tuple[bytes, bytes], int | None] = {
+            (row.file_id, row.sha256): row.member
+            for file in {stored.file_id for stored in report.stored}
+            for row in self.vault.rows_of(file)
+        }
+        for part, entry in zip((part for unit in plan_of(series, entries, self.spool).units for part in unit.parts), entries, strict=True):
+            stored = files.get(part.path)
+            if stored is None or stored.sha256 != entry.sha256:
+                continue
+            place = Place(stored.file_id, members[stored.file_id, stored.sha256], stored.ledger_index)
+            instances.append(replace(_instance(entry), place=place))
+            done.append(entry)
+        self.catalog.put(instances)
+        self.catalog.flush()  # durable, before the spool forgets them
+        with self._lock:
+            waiting = self._open.get(series, {})
+            for entry in done:
+                waiting.pop(entry, None)
+                self._spooled.pop((entry.attributes["sop-uid"], entry.sha256), None)
+            if not waiting:
+                self._open.pop(series, None)
+        self.spool.done(done)
+        for problem in report.problems:
+            self._say("problem", why=problem.message)
+
+    def _counted(self, verdict: Verdict) -> Verdict:
+        with self._lock:
+            self.counts[verdict.outcome] += 1
+        return verdict
+
+    def _say(self, event: str, **about: object) -> None:
+        log.info(json.dumps({"event": event, **about}))  # numbers only: nothing here names a patient
+
+
+def _instance(entry: Entry) -> Instance:
+    said = entry.attributes
+    return Instance(said["study-uid"], said["series-uid"], said["sop-uid"], entry.size, entry.sha256, entry.received, said)
+
+
+def _refused(about: Verdict, status: int, reason: str) -> Verdict:
+    return replace(about, outcome=Outcome.REFUSED, status=status, reason=reason)

@@ -1,0 +1,70 @@
+"""From what waits of a series to sealed objects, and from the vault's rows back to instances.
+
+Law: decides and does nothing. A series is one object, cut only where a header would become too large; what comes later is a further object.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO, Final, cast
+
+from medshard.gateway import tags
+from medshard.gateway.model import Instance, Place
+from medshard.gateway.spool import Entry, Spool, chunk_plain
+from medshard.model import Description, Row
+from medshard.packs import Plan, Unit
+from medshard.source import Part
+
+members_max: Final = 4_000  # a header of 1 KiB for each still fits into a manifest
+media_type: Final = "application/dicom"
+
+
+def plan_of(series: tuple[str, str], entries: Sequence[Entry], spool: Spool) -> Plan:
+    """The objects to make of these entries of one series, in their order."""
+    parts = [_part(entry, spool) for entry in entries]
+    chunks = [parts[at : at + members_max] for at in range(0, len(parts), members_max)]
+    name = f"{series[0]}/{series[1]}".encode()
+    return Plan(tuple(Unit(name if len(chunk) > 1 else chunk[0].name, tuple(chunk), len(chunk) > 1) for chunk in chunks), ())
+
+
+def instances_of(rows: Iterable[Row]) -> list[Instance]:
+    """The DICOM instances among the rows of one object."""
+    found = []
+    for row in rows:
+        said = row.attributes
+        if row.media_type == media_type and all(said.get(tags.known[tag].name) for tag in (tags.STUDY_UID, tags.SERIES_UID, tags.SOP_UID)):
+            place = Place(row.file_id, row.member, row.ledger_index)
+            uids = said["study-uid"], said["series-uid"], said["sop-uid"]
+            found.append(Instance(*uids, row.size, row.sha256, row.put_time * 1000, said, place))
+    return found
+
+
+class _Reading(io.RawIOBase):
+    """An instance in the spool as a file that is read from its beginning to its end."""
+
+    def __init__(self, spool: Spool, entry: Entry) -> None:
+        self._spool = spool
+        self._entry = entry
+        self._at = 0
+        self._chunk = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not self._chunk:
+            self._chunk = memoryview(self._spool.read(self._entry, self._at, self._at + chunk_plain))
+            self._at += len(self._chunk)
+        size = min(len(buffer), len(self._chunk))
+        buffer[:size] = self._chunk[:size]
+        self._chunk = self._chunk[size:]
+        return size
+
+
+def _part(entry: Entry, spool: Spool) -> Part:
+    said = entry.attributes
+    name = f"{said['study-uid']}/{said['series-uid']}/{said['sop-uid']}.dcm".encode()
+    lasting = Path(f"spool/{entry.segment:012x}/{entry.counter}")
+    return Part(lasting, name, entry.size, entry.received, Description(media_type, said), lambda: cast(BinaryIO, _Reading(spool, entry)))

@@ -1,0 +1,73 @@
+"""What comes in is safe, found and served: from the spool at first, from the store after that."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from pydicom.uid import generate_uid
+from tests.gateway.conftest import Opened, make_instance
+
+from medshard.gateway import tags
+from medshard.gateway.archive import Archive, Rules
+from medshard.gateway.model import Incoming, Outcome, Query
+from medshard.gateway.tags import Level
+
+
+async def test_a_series_becomes_one_sealed_object_and_comes_back_bit_for_bit(archive: Archive) -> None:
+    study, series = generate_uid(), generate_uid()
+    files = [make_instance(study, series, number=number) for number in range(1, 6)]
+    for file in files:
+        verdict = await archive.receive(Incoming(file))
+        assert (verdict.outcome, verdict.sha256) == (Outcome.STORED, sha256(file).digest())
+    before = [await (await archive.open(each)).read() for each in archive.instances(study)]
+    await archive.settle()
+    after = archive.instances(study)
+    assert before == files == [await (await archive.open(each)).read() for each in after]
+    assert len({each.place.file_id for each in after if each.place}) == 1
+    assert archive.waiting() == (0, 0)
+    assert archive.spool.used_bytes == 0
+    receipt = archive.receipt(after[0].uid)
+    assert receipt.sha256 == sha256(files[0]).digest()
+
+
+async def test_the_same_bytes_are_stored_once_and_other_bytes_are_kept_beside_them(archive: Archive) -> None:
+    study, series, uid = generate_uid(), generate_uid(), generate_uid()
+    first, second = make_instance(study, series, uid), make_instance(study, series, uid)
+    assert (await archive.receive(Incoming(first))).outcome is Outcome.STORED
+    assert (await archive.receive(Incoming(first))).outcome is Outcome.ALREADY
+    await archive.settle()
+    assert (await archive.receive(Incoming(first))).outcome is Outcome.ALREADY
+    assert (await archive.receive(Incoming(second))).outcome is Outcome.KEPT_BESIDE
+    await archive.settle()
+    served, other = archive.catalog.instances(uid)
+    assert served.flagged
+    assert [await (await archive.open(each)).read() for each in (served, other)] == [second, first]
+    assert [each.sha256 for each in archive.instances(study)] == [sha256(second).digest()]
+
+
+async def test_other_bytes_under_a_known_uid_are_refused_where_the_department_says_so(opened: Opened) -> None:
+    uid = generate_uid()
+    async with opened(Rules(keep_both=False)) as archive:
+        assert (await archive.receive(Incoming(make_instance(uid=uid)))).outcome is Outcome.STORED
+        verdict = await archive.receive(Incoming(make_instance(uid=uid)))
+        assert (verdict.outcome, verdict.status) == (Outcome.REFUSED, 0x0111)
+
+
+async def test_what_was_said_yes_to_is_there_after_a_restart(opened: Opened) -> None:
+    file = make_instance(study := generate_uid())
+    async with opened() as archive:
+        assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
+    async with opened() as archive:
+        assert archive.waiting() == (1, 1)
+        await archive.settle()
+        (instance,) = archive.instances(study)
+        assert await (await archive.open(instance)).read() == file
+
+
+async def test_a_name_in_two_scripts_is_found_by_either(archive: Archive) -> None:
+    file = make_instance(study := generate_uid(), PatientID="PID-names")
+    await archive.receive(Incoming(file))
+    for name in ("müller^änne", "MÜLLER*", "山田^太郎", "Müller^Änne=山田^太郎", "M?ller^*"):
+        keys = {0x00100010: name, tags.PATIENT_ID: "PID-names"}
+        assert [row.study for row in archive.find(Query(Level.STUDY, keys))] == [study], name
+    assert not list(archive.find(Query(Level.STUDY, {0x00100010: "Mueller*", tags.PATIENT_ID: "PID-names"})))
