@@ -13,7 +13,10 @@ from contextlib import AsyncExitStack
 from hashlib import sha256
 from pathlib import Path
 
+import pydicom
 import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import UID
 
 from medshard import Vault
 from medshard.cli.exits import Exit
@@ -554,3 +557,43 @@ def test_an_auditors_key_is_made_once_and_opens_with_its_passphrase(
     assert main(["auditor-key", "create", str(path)]) == Exit.REFUSED
     with pytest.raises(MedshardError):
         auditors.load(path, "another")
+
+
+# De-identified copies
+
+
+async def test_a_deidentified_copy_is_shared_without_its_original(
+    trial: LocalConsortium, vaults: tuple[Vault, Vault, Vault], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    owner, insurer, _ = vaults
+    folder = tmp_path / "study"
+    folder.mkdir()
+    dataset = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    dataset.StudyInstanceUID, dataset.PatientName = "1.2.3.4.5.6", "Mustermann^Erika"
+    for number in (1, 2):
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.4.5.6.{number}")
+        dataset.save_as(folder / f"{number}.dcm")
+    originals = (await owner.put([folder])).stored
+    command = ["deidentify", "1.2.3.4.5.6", "--to", insurer.keys.public.hex(), "--json", "--home", str(trial.vault_home)]
+    assert await asyncio.to_thread(main, command) == Exit.OK
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["shared"]) == 2
+    assert not said["left_out"]
+    for each in said["shared"]:
+        copy = await insurer.read(bytes.fromhex(each["sha256"]), 0, 10**6)
+        assert b"Mustermann" not in copy
+        assert b"1.2.3.4.5.6" not in copy
+        assert str(pydicom.dcmread(io.BytesIO(copy)).StudyInstanceUID) == said["study"]
+    with pytest.raises(Absent):
+        await insurer.read(originals[0].sha256, 0, 10)
+    with pytest.raises(Absent):
+        await insurer.read(bytes.fromhex(said["link"]), 0, 10)
+    link = json.loads(await owner.read(bytes.fromhex(said["link"]), 0, 10**6))
+    assert link["original"] == "1.2.3.4.5.6"
+    assert {each["original"]["sha256"] for each in link["instances"]} == {stored.sha256.hex() for stored in originals}
+    assert {each["copy"]["sha256"] for each in link["instances"]} == {each["sha256"] for each in said["shared"]}
+    assert await asyncio.to_thread(main, command) == Exit.OK
+    again = json.loads(capsys.readouterr().out)
+    assert (again["study"], again["link"]) == (said["study"], said["link"]), "the same copy for the same receiver"
+    assert await asyncio.to_thread(main, ["deidentify", "1.2.3.4.5", *command[2:]]) == Exit.ABSENT
+    assert not list(trial.vault_home.glob(".copies-*"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, history, local, look, output, prove, sharing, store
+from medshard.cli import check, custody, deidentify, history, local, look, output, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -56,6 +56,7 @@ for _part in (
     sharing.share,
     sharing.revoke,
     sharing.shared_files,
+    deidentify.deidentify,
     history.log,
     sharing.key,
     sharing.contacts,
