@@ -37,7 +37,7 @@ from medshard.packs import Plan, plan
 from medshard.proving import Prover
 from medshard.putting import Code, Putter
 from medshard.query import Query
-from medshard.ranges import Ranges
+from medshard.ranges import Ranges, Span
 from medshard.restoring import Restore, Target
 from medshard.shares import Shares, copy_mark, copy_shared
 from medshard.source import hash_file
@@ -231,15 +231,7 @@ class Vault:
 
     async def read_object(self, opened: Opened, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
         """Bytes of an object's whole plaintext (for a pack, of its members back to back), by reading only the stripes they lie in."""
-        header, found = opened.header, b""
-        target = Target(header.sha256, opened.manifest, opened.seal, header, opened.inclusion, header.name, 0, header.size)
-
-        async def work(net: Net, file_ids: frozenset[FileId]) -> None:
-            nonlocal found
-            found = await Getter(net).read(target, offset, length)
-
-        await self._reader.read([opened.manifest.file_id], purpose, self.home.standing_reason(), work)
-        return found
+        return await self.ranges.read(Span(opened, 0, opened.header.size), offset, offset + length, purpose=purpose)
 
     def rows_of(self, file_id: bytes) -> list[Row]:
         """What the local index says of one own object: a file, or the members of a pack in order."""
