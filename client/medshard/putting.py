@@ -40,6 +40,7 @@ batch_bytes_max: Final = 4 * 1024 * 1024
 batch_units_max: Final = 64
 batches_at_once: Final = 2
 manifest_timeout_s: Final = 10.0
+_said: Final = ("tag:", "policy-", "claim-")  # attributes that come from the user and not from the file
 OnProgress = Callable[[Progress], None]
 
 
@@ -119,7 +120,7 @@ class Putter:
 
     def _row_of(self, part: Part, digest: bytes) -> StoredFile | None:
         # What the user says of a file is sealed with it: a new tag or policy number makes a new object, or it would be lost.
-        said = {key: value for key, value in part.description.attributes.items() if key == "policy-number" or key.startswith("tag:")}
+        said = {key: value for key, value in part.description.attributes.items() if key.startswith(_said)}
         for row in self._index.by_tag(self._keys.tag(digest)):
             if not said.items() <= row.attributes.items() or (self._alone and row.member is not None):
                 continue

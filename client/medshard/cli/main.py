@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, deidentify, history, local, look, output, prove, sharing, store
+from medshard.cli import check, custody, deidentify, history, local, look, output, policy, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -61,6 +61,8 @@ for _part in (
     sharing.key,
     sharing.contacts,
     history.auditor_key,
+    policy.policy,
+    policy.claim,
     custody.retain,
     custody.hold,
     custody.release,

@@ -48,10 +48,15 @@ def put(session: Session, paths: tuple[Path, ...], policy_number: str | None, ta
 
     started = time.monotonic()
     report = run(work())
+    return tell_put(session, report, time.monotonic() - started)
+
+
+def tell_put(session: Session, report: PutReport, took_s: float = 0.0) -> int:
+    """Say what a put did; the exit code."""
     if session.json:
         output.document(output.plain(report))
     else:
-        _tell_put(session, report, time.monotonic() - started)
+        _tell_put(session, report, took_s)
     failed = [problem for problem in report.problems if not problem.stored]
     if not failed:
         return Exit.OK
@@ -85,7 +90,7 @@ def _tell_put(session: Session, report: PutReport, took_s: float) -> None:
         fresh = sum(stored.size for stored in report.stored if not stored.already)
         already = sum(stored.already for stored in report.stored)
         known = f", {already} of them stored before" if already else ""
-        rate = f", {output.size(int(fresh / took_s))}/s" if fresh else ""
+        rate = f", {output.size(int(fresh / took_s))}/s" if fresh and took_s else ""
         output.note(f"{output.files(len(report.stored))}{known}, {output.size(fresh)} in {took_s:.1f} s{rate}")
 
 

@@ -1,0 +1,195 @@
+"""Policies and claims in a vault: put with their terms, kept as long as they must be, found again, handed over as a whole.
+
+    policies = Policies(vault)
+    await policies.put([Path("policy.pdf")], Terms("VN-7", holder="Jane Doe", retain_until="2036-12-31"))
+    for version in policies.history("VN-7"): ...
+    await policies.put_claim("C-17", "VN-7", [Path("scan.dcm"), Path("letter.pdf")])
+
+Law: the retention stands on the ledger before a put is reported as done. A claim is one object with one entry: its documents, and a record
+that lists them with their hashes and the versions of the policy that were in force, so whoever is granted it can check all of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+from medshard.describe import describe
+from medshard.model import Description, OnProgress, Problem, PutReport, Row
+from medshard.packs import Plan, Unit
+from medshard.policies.model import Terms, Version, end_of, versions
+from medshard.query import Query
+from medshard.source import Part, hash_file
+from medshard.text import fold
+from medshard.vault import Vault
+from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed
+
+record_name: Final = b"claim.json"
+record_bytes_max: Final = 16 * 1024 * 1024
+
+
+class Policies:
+    """Of one open vault."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+
+    # -- policies
+
+    async def put(self, paths: Sequence[Path], terms: Terms, *, progress: OnProgress | None = None) -> PutReport:
+        """Store documents of one policy, each an object of its own, and retain them. Raises Malformed for terms that make no sense."""
+        terms = terms.checked()
+        units, problems = [], []
+        for path in paths:
+            part, problem = _part(path, os.fsencode(path.name), terms.attributes, pdf_only=True)
+            if part is not None:
+                units.append(Unit(part.name, (part,), is_pack=False))
+            if problem is not None:
+                problems.append(problem)
+        report = await self._vault.store(Plan(tuple(units), tuple(problems)), progress)
+        await self.retain([stored.sha256 for stored in report.stored], terms.retain_until)
+        return report
+
+    async def retain(self, hashes: Sequence[bytes], until: str) -> None:
+        """Keep documents to the end of a day; none for an empty one, or one that has passed."""
+        if hashes and until and end_of(until) > time.time():
+            await self._vault.custody.retain(hashes, end_of(until))
+
+    def history(self, number: str) -> list[Version]:
+        """The documents of one policy, own or shared, in order. Raises Absent where there is none."""
+        found = [row for row in self._vault.find(Query(policy_number=number)) if row.attributes.get("policy-number") == number]
+        if not found:
+            raise Absent(f"no document of policy {number} is known", hint="`medshard policy find` searches by holder, product and day.")
+        return versions(found)
+
+    def find(
+        self,
+        *,
+        number: str | None = None,
+        holder: str | None = None,
+        product: str | None = None,
+        in_force: date | None = None,
+        claim: str | None = None,
+    ) -> Iterator[Row]:
+        """The documents that meet every condition. Words of a holder or a product may come in any order; case and accents do not matter."""
+        for row in self._vault.find(Query(policy_number=number)):
+            terms = Terms.of(row.attributes)
+            if not terms.number and not terms.claim:
+                continue
+            if not (_has_words(terms.holder, holder) and _has_words(terms.product, product)):
+                continue
+            if (in_force is not None and not terms.in_force(in_force)) or (claim is not None and fold(terms.claim) != fold(claim)):
+                continue
+            yield row
+
+    # -- claims
+
+    async def put_claim(
+        self, claim: str, number: str, paths: Sequence[Path], *, retain_until: str = "", progress: OnProgress | None = None
+    ) -> PutReport:
+        """Store what belongs to a claim as one object, with its record. Raises Conflict for a claim that is there, Malformed, or Absent."""
+        terms = Terms(number, kind="claim", claim=claim, retain_until=retain_until).checked()
+        if next(self.find(claim=terms.claim), None) is not None:
+            raise Conflict(f"claim {terms.claim} is stored already", hint="Give what came later a number of its own, such as C-17/2.")
+        today = datetime.now(UTC).date()
+        covered = [each for each in self.history(number) if each.terms.kind in ("policy", "endorsement") and each.terms.in_force(today)]
+        parts, problems = [], []
+        for place, path in enumerate(paths, 1):
+            part, problem = _part(path, f"{place:03}-".encode() + os.fsencode(path.name), terms.attributes)
+            if part is None:
+                raise Malformed(f"{path}: {problem.message if problem else 'not a file'}; the claim is stored whole or not at all")
+            parts.append(part)
+            problems += [problem] if problem else []
+        record = _record(terms, today, parts, covered)
+        about = Description("application/json", terms.attributes)
+        beside = parts[0].path.parent / record_name.decode()
+        parts.insert(0, Part(beside, record_name, len(record), time.time_ns(), about, opener=lambda: io.BytesIO(record)))
+        unit = Unit(terms.claim.encode().replace(b"/", b"-"), tuple(parts), is_pack=True)
+        report = await self._vault.store(Plan((unit,), tuple(problems)), progress)
+        await self.retain([stored.sha256 for stored in report.stored], terms.retain_until)
+        return report
+
+    def claim(self, claim: str) -> list[Row]:
+        """The documents of a claim, own or shared, its record first. Raises Absent."""
+        found = sorted(self.find(claim=claim), key=lambda row: (row.ledger_index, row.member or 0))
+        if not found:
+            raise Absent(f"no claim {claim} is known", hint="`medshard shared` learns what others have shared with this vault.")
+        return [row for row in found if row.file_id == found[0].file_id]
+
+    async def check_claim(self, claim: str) -> dict[str, Any]:
+        """Read a claim's record and every document of it, and compare; the record, with what the ledger proves.
+
+        Whoever was granted the claim needs nobody else for this. Each read stands in the ledger, where its owner sees it. Raises Damaged.
+        """
+        rows = self.claim(claim)
+        by_hash = {row.sha256: row for row in rows}
+        record_row = next((row for row in rows if row.name == record_name), None)
+        if record_row is None or record_row.size > record_bytes_max:
+            raise Damaged(f"claim {claim} has no record that says what belongs to it")
+        record: dict[str, Any] = json.loads(await self._vault.read(record_row.sha256, 0, record_row.size))
+        for each in record["documents"]:
+            digest = bytes.fromhex(each["sha256"])
+            row = by_hash.get(digest)
+            if row is None or row.size != each["size"]:
+                raise Damaged(f"{each['name']} is in the record of claim {claim} and not among its documents")
+            await self._vault.get(digest, out=cast(BinaryIO, _Nowhere()))
+        info = await self._vault.info(record_row.sha256)
+        return record | {"ledger_index": info.ledger_index, "cosigners": list(info.cosigners), "checked": len(record["documents"])}
+
+
+def _record(terms: Terms, today: date, parts: Sequence[Part], covered: Sequence[Version]) -> bytes:
+    """What belongs to a claim, in writing."""
+    documents = [{"name": os.fsdecode(part.name), "sha256": hash_file(part.path).hex(), "size": part.size} for part in parts]
+    policies = [
+        {"version": each.version, "kind": each.terms.kind, "sha256": each.row.sha256.hex(), "ledger_index": each.row.ledger_index}
+        for each in covered
+    ]
+    told = {
+        "medshard": "claim 1",
+        "claim": terms.claim,
+        "policy": terms.number,
+        "day": str(today),
+        "documents": documents,
+        "in_force": policies,
+    }
+    return json.dumps(told, indent=1, ensure_ascii=False).encode()
+
+
+def _part(path: Path, name: bytes, attributes: dict[str, str], *, pdf_only: bool = False) -> tuple[Part | None, Problem | None]:
+    """A file with its description, or why it is not stored. A remark on one that is stored comes with it."""
+    try:
+        if not path.is_file():
+            return None, Problem(path, "is not a regular file", stored=False)
+        with open(path, "rb") as file:
+            described = describe(file, name)
+        if pdf_only and described.description.media_type != "application/pdf":
+            return None, Problem(path, "is not a PDF; `medshard put --policy-number` stores any file", stored=False)
+        about = replace(described.description, attributes={**described.description.attributes, **attributes})
+        problem = Problem(path, described.problem, stored=True) if described.problem else None
+        return Part.at(path, name, about), problem
+    except OSError as error:
+        return None, Problem(path, f"cannot be read: {error.strerror or error}", stored=False)
+
+
+def _has_words(text: str, wanted: str | None) -> bool:
+    if wanted is None:
+        return True
+    folded = fold(text)
+    return all(word in folded for word in fold(wanted).split())
+
+
+class _Nowhere(io.RawIOBase):
+    """A file that forgets what is written to it: the read itself compares the hash."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return len(data)
