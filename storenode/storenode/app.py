@@ -13,9 +13,9 @@ import signal
 import sqlite3
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -178,7 +178,8 @@ async def serve(config: Config) -> bool:
     tasks = [asyncio.create_task(_sweep(parts)), asyncio.create_task(doorkeeper.watch(lambda: server.connections))]
     again = False
     try:
-        await ledger.start()
+        if not await _done(ledger.start(), stopping):  # a million entries without a snapshot take half a minute and more
+            return False
         context = server_ssl_context(membership.roster, keys)
         membership.on_change(_adopter(parts, keys, context, stopping))
         site = web.TCPSite(runner, *config.listen_address, ssl_context=context, reuse_address=True)
@@ -204,6 +205,19 @@ async def serve(config: Config) -> bool:
         await peers.close()
         store.close()
     return again
+
+
+async def _done(work: Coroutine[Any, Any, None], stopping: asyncio.Event) -> bool:
+    """Do it; False if the node was told to stop meanwhile."""
+    task, told = asyncio.ensure_future(work), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({task, told}, return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
 
 
 def _adopter(parts: Parts, keys: NodeKeys, context: ssl.SSLContext, stopping: asyncio.Event) -> Callable[[Roster], None]:

@@ -383,3 +383,21 @@ async def test_a_full_disk_is_507_and_no_stack_trace(node: Running, monkeypatch:
 
 def test_the_cell_size_header_has_the_name_in_the_format_document() -> None:
     assert cell_size_header == "Medshard-Cell-Size"
+
+
+async def test_a_node_that_is_told_to_stop_stops_while_it_still_reads_its_ledger() -> None:
+    from storenode.app import _done
+
+    stopping, left = asyncio.Event(), []
+
+    async def read() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            left.append(True)
+
+    asyncio.get_running_loop().call_soon(stopping.set)
+    assert not await _done(read(), stopping)
+    assert left == [True]
+    stopping.clear()
+    assert await _done(asyncio.sleep(0), stopping)

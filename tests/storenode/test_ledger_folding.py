@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from medshard_protocol.state import State
 from storenode.ledger.engine import Head
 from storenode.ledger.folding import tables_name
 from storenode.ledger.journal import Journal
+from storenode.ledger.store import Store
 
 nonce = bytes(16)
 
@@ -101,6 +103,27 @@ async def test_without_its_file_the_state_is_made_anew_and_no_signature_checked_
     await mirror.journal.start()
     assert mirror.journal.state.rows() == before
     assert checked == []
+
+
+async def test_a_start_folds_piece_by_piece_whoever_asks_what_is_published(mirror, monkeypatch):
+    """To check a checkpoint takes its roster, and with it all entries before: a million of them at once were a gigabyte."""
+    await mirror.journal.close()
+    (mirror.folder / tables_name).unlink()
+    monkeypatch.setattr("storenode.ledger.folding.replay_entries_max", 3)
+    store = Store(mirror.folder, mirror.c.roster.origin, bytes(32))
+    note = mirror.c.note(mirror.c.checkpoint(store.entries(0, 10)), (0, 1, 2)).to_bytes()
+    store.remember(10, (), note)
+    store.close()
+    mirror.journal = Journal(mirror.folder, mirror.c.roster)
+    starting = asyncio.create_task(mirror.journal.start())
+    seen = set()
+    while not starting.done():
+        assert mirror.journal.published is None
+        seen.add(mirror.journal.folded.size)
+        await asyncio.sleep(0)
+    await starting
+    assert {3, 6, 9} <= seen
+    assert mirror.journal.published.checkpoint.size == 10
 
 
 async def test_a_state_that_is_ahead_of_a_restored_ledger_is_made_anew(mirror):

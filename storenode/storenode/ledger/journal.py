@@ -74,6 +74,7 @@ class Journal:
         self.news = News()  # of entries and published checkpoints
         self.on_published: list[Callable[[Published, float], None]] = []  # told of each, and when it was heard by the monotonic clock
         self._remembering: asyncio.Future[None] | None = None
+        self._replaying = False
         self._closed = False
         self._freezing = False  # a FREEZE entry was stored and perhaps not yet folded
         self._stale = True  # a write failed, and what it left has not been read back
@@ -97,7 +98,9 @@ class Journal:
         memory = self.store.memory()
         self._heard = memory.published
         self.folding.begin(memory, self.head.size, _claimed_size(memory.published))
+        self._replaying = True  # to check what is published takes its roster, and so everything before it at once
         await self.folding.replay(self.head.size)
+        self._replaying = False
 
     async def close(self) -> None:
         """Finish the write that is under way and close the files."""
@@ -255,8 +258,8 @@ class Journal:
 
     @property
     def published(self) -> Published | None:
-        """The newest checkpoint with a quorum that this node knows, and has all entries of."""
-        if self._heard:
+        """The newest checkpoint with a quorum that this node knows, and has all entries of. None while a start folds them."""
+        if self._heard and not self._replaying:
             self._check_heard()
         return self._published
 
