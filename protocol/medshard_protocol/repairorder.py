@@ -324,6 +324,18 @@ def unpack_wish(data: bytes) -> Wish:
     return Wish(shard, bool(f.uint(most=1)), bool(f.uint(most=1)))
 
 
+def pack_drain(on: bool) -> bytes:
+    """Body of POST /v1/drain: begin, or stop."""
+    return canonical.encode([version, int(on)])
+
+
+def unpack_drain(data: bytes) -> bool:
+    """Parse the body of POST /v1/drain."""
+    f = Fields(canonical.decode(data, bytes_max=64, what="drain"), count=2, what="drain")
+    f.uint(least=version, most=version)
+    return bool(f.uint(most=1))
+
+
 def moves_path(file_id: FileId) -> str:
     """Where any node tells which shards of a file have moved."""
     return f"/v1/moves/{file_id.hex()}"

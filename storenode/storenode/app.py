@@ -43,8 +43,9 @@ from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
 from storenode.repairing import routes as repairing
+from storenode.repairing.routes import repairs_key
 from storenode.rotation import promote, waits
-from storenode.routes import Node, node_key
+from storenode.routes import Node, node_key, sections_key
 from storenode.shardstore import ShardStore
 from storenode.succession import archive_prefix, successor_routes
 from storenode.timestamping import Timestamping
@@ -98,7 +99,8 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, keys.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
-    repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
+    repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
+    app[sections_key] = {"repair": repairs.status}
     app.router.add_routes(parts.node.ledger.routes())
     app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys)))
     return app
@@ -186,6 +188,7 @@ async def serve(config: Config) -> bool:
         await site.start()
         await following.start()
         stamping.start()
+        app[repairs_key].start()
         tasks.append(start(watch, config.limits.watch_every_s))
         async with serve_metrics(config, metrics, lambda: _gauge(parts)):
             log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex(), "roster": membership.roster.number})
@@ -198,6 +201,7 @@ async def serve(config: Config) -> bool:
             task.cancel()
         await stamping.close()
         await following.close()
+        await app[repairs_key].close()
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
         await draining.wait(shutdown_s)
         await runner.cleanup()

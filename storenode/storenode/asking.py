@@ -50,6 +50,8 @@ def ask(config: Config, keys: NodeKeys, path: str, method: str = "GET", body: by
         raise _why_not(config, error) from None
     finally:
         connection.close()
+    if response.status == 204:
+        return {}
     if response.status != 200:
         raise unpack_error(response.status, data, "node")
     try:

@@ -67,6 +67,19 @@ class LedgerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     sequencer: bool = False
 
 
+class RepairSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """When lost shards are made again, and how fast. Times in seconds."""
+
+    on: bool = True
+    margin: int = 254
+    grace_s: float = 3600.0
+    patience_s: float = 14_400.0
+    rate_bytes_per_s: int = 20_000_000
+    at_once: int = 2
+    rebalance: bool = True
+    rebalance_over: float = 0.05
+
+
 class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which outside authority (RFC 3161) is asked for timestamps over the ledger; an empty url is none."""
 
@@ -76,6 +89,7 @@ class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 _no_authority: Final = TimestampSection()
+_repair: Final = RepairSection()
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,6 +102,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     log: LogSection = LogSection()
     ledger: LedgerSection = LedgerSection()
     timestamp: TimestampSection = TimestampSection()
+    repair: RepairSection = RepairSection()
 
 
 @dataclass(frozen=True)
@@ -108,6 +123,7 @@ class Config:
     ledger_engine: str = "sqlite"
     sequencer: bool = False  # stands by to order the ledger's entries
     timestamp: TimestampSection = _no_authority
+    repair: RepairSection = _repair
 
     @classmethod
     def load(cls, home: Path) -> Config:
@@ -165,6 +181,7 @@ class Config:
             ledger_engine=file.ledger.engine,
             sequencer=file.ledger.sequencer,
             timestamp=file.timestamp,
+            repair=file.repair,
         )
 
 
@@ -180,7 +197,15 @@ def write_config(
 ) -> None:
     """Write a commented HOME/config.toml that ``Config.load`` accepts. Raises Conflict where one exists, Malformed for wrong values."""
     text = _template.format(
-        url=url, listen=listen, capacity=f"{capacity_bytes:_}", metrics=metrics, limits=Limits(), sequencer=str(sequencer).lower()
+        url=url,
+        listen=listen,
+        capacity=f"{capacity_bytes:_}",
+        metrics=metrics,
+        limits=Limits(),
+        sequencer=str(sequencer).lower(),
+        repair=_repair,
+        repair_on=str(_repair.on).lower(),
+        rebalance=str(_repair.rebalance).lower(),
     )
     Config.parse(home, text)
     create(home / config_name, text.encode(), mode=0o644, durable=durable)
@@ -194,6 +219,7 @@ def _refuse_unknown(path: Path, values: dict[str, Any]) -> None:
         "log": LogSection,
         "ledger": LedgerSection,
         "timestamp": TimestampSection,
+        "repair": RepairSection,
     }
     for section, kind in sections.items():
         known = kind.__struct_fields__
@@ -246,10 +272,18 @@ def _check_numbers(path: Path, file: _File) -> None:
         ("limits.sweep_after_s", limits.sweep_after_s, 0.1, 10 * 365 * 86400),
         ("limits.watch_every_s", limits.watch_every_s, 0.1, 3600),
         ("timestamp.every_h", file.timestamp.every_h, 0.0001, 24 * 366),
+        ("repair.margin", file.repair.margin, 0, 254),
+        ("repair.grace_s", file.repair.grace_s, 0.1, 365 * 86400),
+        ("repair.patience_s", file.repair.patience_s, 0.1, 365 * 86400),
+        ("repair.at_once", file.repair.at_once, 1, 16),
+        ("repair.rebalance_over", file.repair.rebalance_over, 0, 1),
     )
     for key, value, least, most in checks:
         if not least <= value <= most:
             raise _wrong(path, key, f"a number from {least:,} to {most:,}".replace(",", "_"), value, "choose a number in that range")
+    if file.repair.rate_bytes_per_s and not 1 << 20 <= file.repair.rate_bytes_per_s <= 1 << 40:
+        expected = f"0 for no limit, or a number from {1 << 20:_} to {1 << 40:_}"  # slower, a line would seem to stand still
+        raise _wrong(path, "repair.rate_bytes_per_s", expected, file.repair.rate_bytes_per_s, "choose a number in that range")
     if file.timestamp.url and not file.timestamp.url.startswith(("https://", "http://")):
         raise _wrong(path, "timestamp.url", "a web address", file.timestamp.url, 'write for example url = "http://tsa.example/tsr"')
     if file.ledger.engine != "sqlite" and not file.ledger.engine.startswith(("postgresql://", "postgres://")):
@@ -321,6 +355,24 @@ sequencer = {sequencer}
 # url = ""
 # every_h = 24.0
 # digest = "sha256"
+
+[repair]
+# Lost shards are made again by the nodes themselves. Set false to have none made by this node, and to find none.
+# on = {repair_on}
+# Repair a file when it could lose no more than so many shards. The default repairs at the first loss.
+# margin = {repair.margin}
+# A node that has not answered for so many seconds is gone, and its shards with it. Each repair uses up a node that never had a shard of
+# the file, for good; so a restart or a broken cable should fit in.
+# grace_s = {repair.grace_s}
+# A node that said that it makes a shard again, and has not done it after so many seconds, is passed over.
+# patience_s = {repair.patience_s}
+# Bytes a second that all repairs of this node may move, as the one that gets a shard and as a helper; 0 for no limit.
+# rate_bytes_per_s = {repair.rate_bytes_per_s:_}
+# Shards that this node makes again at a time.
+# at_once = {repair.at_once}
+# Hand shards to a node that joined, if that is where they belong now and it is emptier than this one by so large a part of its capacity.
+# rebalance = {rebalance}
+# rebalance_over = {repair.rebalance_over}
 
 [limits]
 # Largest shard taken. A shard is the file's size over k.

@@ -69,6 +69,7 @@ class Metrics:
         self._repairs: Counter[str] = Counter()
         self._exchanged: Counter[str] = Counter()
         self._sums = 0
+        self._repaired_bytes = 0
         self._emergencies = 0
         self._bytes = {"in": 0, "out": 0}
         self._swept = 0
@@ -115,6 +116,22 @@ class Metrics:
     def summed(self, size: int) -> None:
         """Count bytes of sums that this node gave to repairs."""
         self._sums += size
+
+    def repaired_bytes(self, size: int) -> None:
+        """Count bytes of shards that this node took over."""
+        self._repaired_bytes += size
+
+    def tended(self, queue: int, lowest_margin: int | None, stuck: int) -> None:
+        """Set how many files this node knows to be short of shards, the lowest margin of one, and how many nobody may mend."""
+        self._gauges |= {"medshard_repair_queue": queue, "medshard_repair_stuck_files": stuck}
+        if lowest_margin is None:
+            self._gauges.pop("medshard_repair_lowest_margin", None)
+        else:
+            self._gauges["medshard_repair_lowest_margin"] = lowest_margin
+
+    def draining(self, left: int) -> None:
+        """Set how many shards this node still has to hand over before it may leave."""
+        self._gauges["medshard_drain_left_shards"] = left
 
     def emergency(self) -> None:
         """Count a read that was served in an emergency."""
@@ -220,6 +237,7 @@ class Metrics:
             exchanged.add_metric([cause], self._exchanged[cause])
         yield from (refused, repairs, exchanged)
         yield CounterMetricFamily("medshard_repair_sum_bytes", "Bytes of sums given to repairs.", value=self._sums)
+        yield CounterMetricFamily("medshard_repair_bytes", "Bytes of shards that this node took over.", value=self._repaired_bytes)
 
     def _gauge_families(self) -> Iterable[Any]:
         from prometheus_client.core import GaugeMetricFamily
@@ -265,6 +283,10 @@ _help: Final = {
     "medshard_stored_bytes": "Bytes of shards and manifests stored.",
     "medshard_free_bytes": "Bytes that may still be stored: the lesser of quota left and disk left.",
     "medshard_capacity_bytes": "Bytes that this node may store at most.",
+    "medshard_repair_queue": "Files that this node knows, or suspects, to be short of shards.",
+    "medshard_repair_lowest_margin": "How many more shards the worst of them may lose; below 0 it cannot be read. Absent when all is well.",
+    "medshard_repair_stuck_files": "Files with a lost shard that no node may take over.",
+    "medshard_drain_left_shards": "Shards that this node has still to hand over before it may leave.",
     "medshard_roster_number": "Which roster this node goes by; 0 is the genesis file.",
     "medshard_emergency_reads_waiting": "Emergency reads that are served and not yet in the ledger.",
     "medshard_ledger_size": "Entries in this node's mirror of the ledger.",

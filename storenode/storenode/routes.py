@@ -10,6 +10,7 @@ import asyncio
 import functools
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -64,6 +65,7 @@ class Node:
 
 
 node_key: Final = web.AppKey("node", Node)
+sections_key: Final = web.AppKey("sections", dict[str, Callable[[], dict[str, object]]])  # of the status, by the parts that tell them
 
 
 def routes() -> list[web.RouteDef]:
@@ -244,6 +246,7 @@ async def status(request: web.Request) -> web.Response:
                 "free_bytes": node.store.free_bytes(),
                 "ledger": node.ledger.status(),
                 "watch": watch.status() if (watch := request.app.get(watch_key)) else None,
+                **{name: tell() for name, tell in request.app[sections_key].items()},
             }
         ),
         content_type="application/json",

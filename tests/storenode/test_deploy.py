@@ -28,6 +28,8 @@ def exported() -> set[str]:
     metrics.stored(1, 1, 1, 1)
     metrics.capacity(1)
     metrics.emergencies_waiting(1)
+    metrics.tended(1, 1, 1)
+    metrics.draining(1)
     metrics.certificate("node", 1)
     metrics.ledger({"entries": {"REGISTER": 1}})
     return {line.split("{")[0].split(" ")[0] for line in metrics.render().decode().splitlines() if not line.startswith("#")}

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 
 from storenode import openapi
 from storenode.app import Parts, build, open_paths
+from storenode.config import RepairSection
 from storenode.routes import Node
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ formats = Path(__file__).parents[2] / "docs" / "formats"
 async def test_the_document_has_each_route_of_the_application_and_no_other(net: Net) -> None:
     ledger = net.open(0)
     parts: Any = MagicMock(spec=Parts)
-    parts.node = Node(MagicMock(), net.roster.nodes[0].id, MagicMock(), ledger)
+    parts.node = Node(MagicMock(repair=RepairSection()), net.roster.nodes[0].id, MagicMock(), ledger)
     app = build(parts, MagicMock())
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None}
     told = {(operation.method, operation.path) for operation in openapi.operations}

@@ -92,6 +92,7 @@ for _part in (
     ending.freeze,
     successor.successor,
     repairing.repair,
+    repairing.drain,
     watch.watch,
     watch.evidence,
     log.log,

@@ -101,6 +101,7 @@ def status(session: Session) -> None:
         f"sequencer    {ledger.get('leader') or 'none yet'}, epoch {ledger.get('epoch')}",
         f"roster       number {membership.roster.number}" + ("" if document["member"] else ": WITHOUT THIS NODE, which serves reads only"),
         f"watch        {_watched(answer.get('watch'))}",
+        f"repair       {_repaired(answer.get('repair'))}",
         f"genesis      {membership.genesis.sha256.hex()}",
         f"certificate  good until {expires:%Y-%m-%d}",
     )
@@ -187,6 +188,21 @@ def _watched(watch: Any) -> str:
     else:
         text = f"{len(last['heads'])} mirrors show one history" + (f", {len(last['silent'])} do not answer" if last["silent"] else "")
     return text + (f" ({kept} files of evidence, see: storenode evidence list)" if kept else "")
+
+
+def _repaired(repair: Any) -> str:
+    """What this node knows to be short of shards, in a line."""
+    if not repair:
+        return "not told"
+    text = "all is well" if repair["on"] else "OFF in config.toml: this node finds and makes no lost shards"
+    if repair["files"]:
+        worst = repair["lowest_margin"]
+        how_bad = "SOME CANNOT BE READ" if worst < 0 else f"the worst could lose {worst} more"
+        text = f"{repair['files']} files are short of shards, {how_bad}; {repair['mine']} are for this node"
+    text += f"; {repair['stuck']} STUCK, no node may take them" if repair["stuck"] else ""
+    text += f"; gone: {', '.join(repair['gone'])}" if repair["gone"] else ""
+    drain = repair["drain"]
+    return text + (f"; leaving: {drain['left']} shards left to hand over" if drain["draining"] else "")
 
 
 def _moment(seconds: int) -> str:

@@ -41,7 +41,8 @@ from storenode.metrics import Metrics
 from storenode.peers import Peers
 from storenode.repairing import ground
 from storenode.repairing.ground import Denied
-from storenode.repairing.line import Broken, Sums, sums
+from storenode.repairing.line import Broken, Sums, pieces, sums
+from storenode.repairing.rate import Bucket
 from storenode.routes import Node
 from storenode.shardstore import Shard
 
@@ -75,8 +76,8 @@ class Accepted:
 class Helper:
     """One node's part in others' repairs. Lives in one event loop."""
 
-    def __init__(self, node: Node, key: Ed25519PrivateKey, peers: Peers, metrics: Metrics) -> None:
-        self._node, self._key, self._peers, self._metrics = node, key, peers, metrics
+    def __init__(self, node: Node, key: Ed25519PrivateKey, peers: Peers, metrics: Metrics, bucket: Bucket) -> None:
+        self._node, self._key, self._peers, self._metrics, self._bucket = node, key, peers, metrics, bucket
         self._accepted: dict[Sha256, Accepted] = {}
         self._running = 0
 
@@ -213,8 +214,16 @@ class Helper:
                     total = await asyncio.to_thread(self._add, accepted, frame, partial, factor, mask)
                 except Damaged as error:
                     raise Broken(self._node.id, self._node.id, str(error)) from None
-                await response.write(sum_frame + total)
-                self._metrics.summed(len(total))
+                await self._write(response, total)
+
+    async def _write(self, response: web.StreamResponse, total: bytes) -> None:
+        """Send one frame, no faster than this node repairs."""
+        head, offset = sum_frame, 0
+        for size in pieces(len(total)):
+            await self._bucket.take(size)
+            await response.write(head + total[offset : offset + size])
+            head, offset = b"", offset + size
+        self._metrics.summed(len(total))
 
     def _add(self, accepted: Accepted, frame: Frame, before: bytes | None, factor: int, mask: Mask) -> bytes:
         """This node's step for one frame. Blocking. Raises Damaged for cells that are not what they were."""

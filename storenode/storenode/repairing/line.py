@@ -1,7 +1,7 @@
 """Sums as they come from the node before: frame by frame, with patience for a slow one and a name for a broken one.
 
-Law: at most one frame is held. Whoever finds the line broken says which node it was that failed, and who says so: the replacement sees
-both, and believes neither more than it must.
+Law: at most one frame is held, and patience is for the next piece of it. Whoever finds the line broken says which node it was that
+failed, and who says so: the replacement sees both, and believes neither more than it must.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import aiohttp
 
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.ids import NodeId, node_id_size
-from medshard_protocol.repair import broken_frame, sum_frame
+from medshard_protocol.repair import broken_frame, frame_bytes, sum_frame
 from medshard_protocol.repairorder import Order, pack_ask
 from storenode.peers import Peers
 
@@ -47,18 +47,26 @@ class Sums:
     async def read(self, length: int) -> bytes:
         """The next sum. Raises Broken."""
         try:
-            async with asyncio.timeout(self._patience_s):
-                kind = await self._body.readexactly(1)
-                if kind == sum_frame:
-                    return await self._body.readexactly(length)
-                if kind != broken_frame:
-                    raise Broken(self._source, self._me, "sends what is no sum")
-                told = await self._body.readexactly(2 * node_id_size)
+            kind = await self._exactly(1)
+            if kind == sum_frame:
+                return b"".join([await self._exactly(size) for size in pieces(length)])
+            if kind != broken_frame:
+                raise Broken(self._source, self._me, "sends what is no sum")
+            told = await self._exactly(2 * node_id_size)
         except TimeoutError:
             raise Broken(self._source, self._me, f"sent nothing for {self._patience_s:g} s") from None
         except (asyncio.IncompleteReadError, aiohttp.ClientError, OSError, ssl.SSLError) as error:
             raise Broken(self._source, self._me, f"hung up ({type(error).__name__})") from None
         raise Broken(NodeId(told[:node_id_size]), NodeId(told[node_id_size:]), "as a helper says")
+
+    async def _exactly(self, size: int) -> bytes:
+        async with asyncio.timeout(self._patience_s):
+            return await self._body.readexactly(size)
+
+
+def pieces(length: int) -> list[int]:
+    """How a frame of so many bytes is sent: a file's cells may be larger than what comes in one go at a limited rate."""
+    return [min(frame_bytes, length - at) for at in range(0, length, frame_bytes)]
 
 
 @asynccontextmanager

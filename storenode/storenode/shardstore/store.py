@@ -90,12 +90,16 @@ class ShardStore:
 
     def begin(self, size: int, cell_size: int) -> Incoming:
         """Make room for a shard of ``size`` bytes. Raises Full. Pair with ``commit`` or ``abandon``."""
+        self.check_room(size)
+        self._reserved += size
+        return Incoming(size, cell_size, None if size <= self._small_max else self._tmp / uuid.uuid4().hex)
+
+    def check_room(self, size: int) -> None:
+        """Raise Full if a shard of ``size`` bytes could not be taken now."""
         if self.used + self._reserved + size > self._capacity:
             raise Full("this node's quota is used up", hint="the operator can raise capacity_bytes, or add a node")
         if self.free_bytes() < size + self._reserved + reserve_bytes:
             raise Full("this node's disk is full", hint="the operator must free space or add a disk")
-        self._reserved += size
-        return Incoming(size, cell_size, None if size <= self._small_max else self._tmp / uuid.uuid4().hex)
 
     def abandon(self, incoming: Incoming) -> None:
         """Forget an upload that did not finish."""
@@ -298,6 +302,11 @@ class ShardStore:
             await self._delete(file_id, root)
             self.used -= size
         return len(stale)
+
+    async def remove(self, shard: Shard) -> None:
+        """Delete a shard that another node has now, and its manifest."""
+        await self._delete(shard.file_id, shard.root)
+        self.used -= shard.size
 
     async def _delete(self, file_id: FileId, root: bytes) -> None:
         def change(connection: Connection) -> None:

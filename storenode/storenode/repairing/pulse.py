@@ -1,0 +1,93 @@
+"""Which nodes answer at all, and since when some do not.
+
+Law: a node is gone when the roster does not list it, or when it has not answered once for the whole time of grace. One answer in that
+time is enough: slow is not gone. Where most are silent, it is this node that is cut off, and nobody is gone. What is known here is this
+node's own experience and goes to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from medshard_protocol.errors import MedshardError
+from medshard_protocol.ids import NodeId
+from medshard_protocol.roster import Roster
+from storenode.peers import Peers
+
+every_s: Final = 15.0
+answer_s: Final = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Pulse:
+    """Asks every node of the roster for its health. Lives in one event loop."""
+
+    def __init__(self, me: NodeId, peers: Peers, roster: Callable[[], Roster], grace_s: float) -> None:
+        self._me, self._peers, self._roster, self._grace_s = me, peers, roster, grace_s
+        self._answered: dict[NodeId, float] = {}  # when each node answered last, or was first missed
+        self._silent: set[NodeId] = set()
+        self._gone: frozenset[NodeId] = frozenset()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Ask everybody from now on."""
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Ask no more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await self.beat()
+            await asyncio.sleep(self.every_s)
+
+    @property
+    def every_s(self) -> float:
+        """How often each is asked."""
+        return min(every_s, self._grace_s / 4)
+
+    @property
+    def gone(self) -> frozenset[NodeId]:
+        """Nodes of the roster that have not answered for the time of grace."""
+        return self._gone
+
+    def is_gone(self, node: NodeId) -> bool:
+        """Whether a node is not to be counted on any more."""
+        return node in self._gone or all(each.id != node for each in self._roster().nodes)
+
+    def answers(self, node: NodeId) -> bool:
+        """Whether a node is in the roster and answered when it was asked last."""
+        return not self.is_gone(node) and node not in self._silent
+
+    async def beat(self) -> None:
+        """Ask everybody once."""
+        now = asyncio.get_running_loop().time()
+        nodes = [each.id for each in self._roster().nodes if each.id != self._me]
+        for node, is_up in zip(nodes, await asyncio.gather(*map(self._ask, nodes)), strict=True):
+            if is_up:
+                self._silent.discard(node)
+                self._answered[node] = asyncio.get_running_loop().time()
+            else:
+                self._silent.add(node)
+                self._answered.setdefault(node, now)
+        silent = [node for node in nodes if node in self._silent]
+        if 2 * len(silent) > len(nodes):  # more likely it is this node that is cut off
+            return
+        gone = frozenset(node for node in silent if now - self._answered[node] >= self._grace_s)
+        for node in gone - self._gone:
+            log.warning("a node has been silent too long: its shards count as lost", extra={"node_failed": node.hex()[:16]})
+        self._gone = gone
+
+    async def _ask(self, node: NodeId) -> bool:
+        try:
+            status, _ = await self._peers(node, "GET", "/healthz", b"", min(answer_s, max(self.every_s, 1.0)))
+        except MedshardError:
+            return False
+        return status == 200
