@@ -3,7 +3,8 @@
     python repairers.py HOME        runs the node of that home
 
 HOME/received has the bodies that came, requests' and answers' alike, one after the other as they came off the wire.
-HOME/misbehave.json: {"do": "lie"} adds a bit to its sums, {"do": "die", "frame": N} ends the process before its Nth frame.
+HOME/misbehave.json: {"do": "lie"} adds a bit to its sums, {"do": "die", "frame": N} ends the process before its Nth frame, {"do": "dawdle",
+"s": S} takes so long for each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def misbehave(home: Path) -> None:
         frames += 1
         if rule["do"] == "die" and frames >= rule["frame"]:
             os._exit(9)
+        if rule["do"] == "dawdle":
+            time.sleep(rule["s"])  # in a thread of its own
         total = add(this, *values)
         return total[:-1] + bytes([total[-1] ^ 1]) if rule["do"] == "lie" else total
 

@@ -5,28 +5,21 @@ Seven institutions with a node each, and code 3 of 6: one node has no shard of a
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.cluster.repairers import received_name, rules_name
+from tests.cluster.mending import File, Repairing, bring_back, put_whole
 
 from medshard import Vault
-from medshard.consortium import LocalConsortium
 from medshard.home import Home
-from medshard_protocol.entries import Move, sign_entry
 from medshard_protocol.galois import mul, times
-from medshard_protocol.ids import Key, NodeId
-from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import shard_path, unpack_error
-from medshard_protocol.proofs import pack_append, unpack_appended
 from medshard_protocol.repairorder import (
     Link,
     Order,
@@ -38,67 +31,18 @@ from medshard_protocol.repairorder import (
     unpack_moves,
     unpack_offer,
 )
-from medshard_protocol.roster import Node
 from medshard_protocol.shards import split
-from storenode.asking import exchange
-from storenode.identity import NodeKeys
 
 k, n = 3, 6
 small, large = 2_500_000, 6_000_000  # seven cells a shard and read in one request; sixteen, and streamed
 
 
-class Repairing(LocalConsortium):
-    """A consortium whose nodes write down what they receive."""
-
-    def _program(self, name: str) -> list[str]:
-        return [sys.executable, str(Path(__file__).with_name("repairers.py")), str(self.home(name))]
-
-    def node(self, name: str) -> Node:
-        assert self.roster is not None
-        return next(node for node in self.roster.nodes if node.name == name)
-
-    def name(self, node: NodeId) -> str:
-        assert self.roster is not None
-        return self.roster.node(node).name
-
-    def keys(self, name: str) -> NodeKeys:
-        return NodeKeys.load(self.home(name))
-
-    def ask(self, by: str, of: str, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """A request of one node to another, with the first one's own keys."""
-        assert self.roster is not None
-        return exchange(self.node(of), self.roster, self.keys(by), method, path, body, timeout_s=8.0)
-
-    def repair(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "repair", "--json", *arguments]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
-
-    def repaired(self, name: str, *arguments: str) -> dict[str, Any]:
-        done = self.repair(name, *arguments)
-        assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
-        return told
-
-    def misbehave(self, name: str, **rule: object) -> None:
-        (self.home(name) / rules_name).write_text(json.dumps(rule))
-
-    def received(self, name: str, since: int = 0) -> bytes:
-        return (self.home(name) / received_name).read_bytes()[since:]
-
-    def move(self, name: str, manifest: Manifest, shard: int) -> int:
-        """Let a node say on the ledger that it takes a shard over."""
-        assert self.roster is not None
-        keys = self.keys(name)
-        body = Move(manifest.file_id, shard, keys.node_id, os.urandom(16))
-        entry = sign_entry(self.roster.origin, body, Key(keys.node.public_key().public_bytes_raw()), keys.node.sign).to_bytes()
-        status, answer = self.ask(name, name, "POST", "/v1/ledger/append", pack_append([entry]))
-        assert status == 200, answer
-        return unpack_appended(answer, [entry])[0].index
-
-
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repairing]:
-    with Repairing(tmp_path_factory.mktemp("repair"), institutions=7, code=(k, n)) as consortium:
+    consortium = Repairing(tmp_path_factory.mktemp("repair"), institutions=7, code=(k, n))
+    consortium.make()
+    consortium.configure(on=False)  # here tests say what is repaired, and when
+    with consortium:
         yield consortium
 
 
@@ -106,42 +50,12 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repairing]:
 async def vault(trial: Repairing) -> AsyncIterator[Vault]:
     async with Vault.open(trial.vault_home, trial.passphrase) as opened:
         yield opened
-    for name in trial.names:
-        (trial.home(name) / rules_name).unlink(missing_ok=True)
-        process = trial.running.get(name)
-        if process is None or process.poll() is not None:
-            trial.restart(name)
-
-
-class File:
-    """A file that was put, with all of its shards as they lie on the nodes' disks."""
-
-    def __init__(self, trial: Repairing, plain: Path, sha256: bytes, manifest: Manifest) -> None:
-        self.trial, self.plain, self.sha256, self.manifest = trial, plain, sha256, manifest
-        self.id = manifest.file_id.hex()
-        self.holders = [trial.name(ref.node) for ref in manifest.shards]
-        (self.spare,) = set(trial.names) - set(self.holders)
-
-    def on_disk(self, name: str) -> Path:
-        (path,) = (self.trial.home(name) / "data" / "shards" / self.id[:2]).glob(f"{self.id}-*")
-        return path
-
-    def shards(self) -> list[bytes]:
-        return [self.on_disk(name).read_bytes() for name in self.holders]
+    bring_back(trial)
 
 
 @pytest.fixture
 async def file(trial: Repairing, vault: Vault, tmp_path: Path, request: pytest.FixtureRequest) -> File:
-    size = getattr(request, "param", small)
-    plain = tmp_path / "plain"
-    plain.write_bytes(os.urandom(size))
-    while True:  # until every holder has its shard: a slow one is left behind, for repair
-        (stored,) = (await vault.put([plain])).stored
-        manifest, _ = await vault.evidence(stored.sha256)
-        made = File(trial, plain, stored.sha256, manifest)
-        if all(list((trial.home(name) / "data" / "shards" / made.id[:2]).glob(f"{made.id}-*")) for name in made.holders):
-            return made
-        plain.write_bytes(os.urandom(size))
+    return await put_whole(trial, vault, tmp_path / "plain", getattr(request, "param", small))
 
 
 def orders(trial: Repairing, file: File, name: str, shard: int, move: int, **changed: Any) -> Order:
@@ -162,12 +76,15 @@ def orders(trial: Repairing, file: File, name: str, shard: int, move: int, **cha
 
 def of_each(trial: Repairing, order: Order, by: str, what: str, body: bytes) -> list[bytes | str]:
     """What each helper of an order answers, or what it has against it."""
-    path, said = f"/v1/repair/{order.file_id.hex()}/{order.shard}/{what}", list[bytes | str]()
-    for link in order.chain:
+    path = f"/v1/repair/{order.file_id.hex()}/{order.shard}/{what}"
+
+    def one(link: Link) -> bytes | str:
         name = trial.name(link.node)
         status, answer = trial.ask(by, name, "POST", path, body)
-        said.append(answer if status in (200, 204) else str(unpack_error(status, answer, name)))
-    return said
+        return answer if status in (200, 204) else str(unpack_error(status, answer, name))
+
+    with ThreadPoolExecutor() as aside:  # one that has not seen a MOVE entry waits for it
+        return list(aside.map(one, order.chain))
 
 
 def hand_in(trial: Repairing, order: Order, by: str) -> list[str]:
@@ -194,7 +111,7 @@ def ask_for_sum(trial: Repairing, order: Order, by: str, of: str) -> tuple[int, 
 async def test_a_shard_lost_for_good_is_made_again_and_read(trial: Repairing, vault: Vault, file: File, tmp_path: Path) -> None:
     lost = file.shards()[2]
     trial.kill(file.holders[2])
-    planned = trial.repaired(file.spare, file.id, "--dry-run")
+    planned = trial.repaired(file.spare, file.id, dry_run=True)
     assert (planned["missing"], planned["shard"], planned["next_in_placement"][-1]) == ([2], 2, file.spare)
     told = trial.repaired(file.spare, file.id)
     assert (told["state"], told["shard"], told["broken"], told["suspects"]) == ("done", 2, [], [])
@@ -273,7 +190,7 @@ async def test_a_holder_whose_disk_lost_a_shard_makes_it_again(trial: Repairing,
 async def test_a_helper_that_dies_in_the_middle_is_replaced_and_the_shard_is_finished(trial: Repairing, file: File) -> None:
     lost = file.shards()[0]
     trial.kill(file.holders[0])
-    first = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][0]
+    first = trial.repaired(file.spare, file.id, dry_run=True)["helpers"][0]
     trial.misbehave(first, do="die", frame=4)
     told = trial.repaired(file.spare, file.id)
     assert told["state"] == "done"
@@ -285,7 +202,7 @@ async def test_a_helper_that_dies_in_the_middle_is_replaced_and_the_shard_is_fin
 async def test_a_helper_that_lies_is_found_by_exchange_and_named(trial: Repairing, file: File) -> None:
     lost = file.shards()[5]
     trial.kill(file.holders[5])
-    liar = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][1]
+    liar = trial.repaired(file.spare, file.id, dry_run=True)["helpers"][1]
     trial.misbehave(liar, do="lie")
     told = trial.repaired(file.spare, file.id)
     assert (told["state"], told["suspects"]) == ("done", [liar])
@@ -295,7 +212,7 @@ async def test_a_helper_that_lies_is_found_by_exchange_and_named(trial: Repairin
 async def test_a_helper_whose_disk_changed_a_cell_says_so_and_is_left_out(trial: Repairing, file: File) -> None:
     lost = file.shards()[3]
     trial.kill(file.holders[3])
-    rotten = trial.repaired(file.spare, file.id, "--dry-run")["helpers"][0]
+    rotten = trial.repaired(file.spare, file.id, dry_run=True)["helpers"][0]
     with file.on_disk(rotten).open("r+b") as shard:
         shard.seek(file.manifest.layout.cell_size * 2 + 5)
         shard.write(b"rot")
@@ -389,7 +306,7 @@ async def test_a_vault_gets_no_sum_and_begins_no_repair(trial: Repairing, vault:
 
 async def test_a_shard_that_is_there_is_not_made_again(trial: Repairing, file: File) -> None:
     assert trial.repaired(file.spare, file.id)["state"] == "nothing"
-    assert trial.repaired(file.spare, file.id, "--shard", "2")["state"] == "nothing"
+    assert trial.repaired(file.spare, file.id, 2)["state"] == "nothing"
     assert trial.ask(file.spare, file.holders[2], "HEAD", shard_path(file.manifest.file_id, 2))[0] == 204
 
 
