@@ -52,6 +52,7 @@ from storenode.timestamping import Timestamping
 from storenode.watching import Watch
 from storenode.watching.inside import node_watch, start, watch_key
 from storenode.watching.watch import Trust
+from storenode.wire import TlsSite, body_size
 
 log = logging.getLogger("storenode")
 open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", successor_path})  # answer without a certificate
@@ -178,13 +179,13 @@ async def serve(config: Config) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     tasks = [asyncio.create_task(_sweep(parts)), asyncio.create_task(doorkeeper.watch(lambda: server.connections))]
-    again = False
+    again, site = False, None
     try:
         if not await _done(ledger.start(), stopping):  # a million entries without a snapshot take half a minute and more
             return False
         context = server_ssl_context(membership.roster, keys)
         membership.on_change(_adopter(parts, keys, context, stopping))
-        site = web.TCPSite(runner, *config.listen_address, ssl_context=context, reuse_address=True)
+        site = TlsSite(runner, *config.listen_address, context)
         await site.start()
         await following.start()
         stamping.start()
@@ -205,6 +206,8 @@ async def serve(config: Config) -> bool:
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
         await draining.wait(shutdown_s)
         await runner.cleanup()
+        if site is not None:
+            site.close()
         await ledger.close()
         await peers.close()
         store.close()
@@ -288,7 +291,7 @@ def _guard(parts: Parts) -> Middleware:
             raise
         finally:
             took = time.monotonic() - started
-            parts.metrics.request(request.method, route, status, took, request.content_length or 0, sent)
+            parts.metrics.request(request.method, route, status, took, body_size(request) or 0, sent)
             if log.isEnabledFor(logging.DEBUG) or status >= 500:
                 log.log(
                     logging.WARNING if status >= 500 else logging.DEBUG,

@@ -1,8 +1,7 @@
 """What a connection may cost before anybody has asked for anything: little memory, and not forever.
 
 Law: whoever connects has ``silence_s`` to send the head of a first request that the node answers; after that aiohttp's keep-alive limit
-holds. asyncio gives each TLS connection a read buffer of 256 KiB at once, idle or not, and has no setting for it but a class attribute: a
-thousand idle connections would be 256 MB. 24 KiB hold a TLS record and a half, and cost a tenth more processor for each byte received.
+holds. What a connection's TLS costs is in wire.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
-from asyncio import sslproto
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -18,12 +16,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 silence_s: Final = 30.0
-tls_buffer_bytes: Final = 24 * 1024
 
 
 def prepare() -> None:
-    """Make connections cheap, and let as many be open as the operating system allows. Once, before the first connection."""
-    sslproto.SSLProtocol.max_size = tls_buffer_bytes
+    """Let as many connections be open as the operating system allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

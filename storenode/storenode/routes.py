@@ -44,9 +44,11 @@ from storenode.callers import caller
 from storenode.config import Config
 from storenode.gate import gate_key
 from storenode.ledger import Ledger
-from storenode.shardstore import Incoming, Shard, ShardStore
+from storenode.lending import Gone, Stalled
+from storenode.shardstore import Incoming, Shard, ShardStore, StoredFile
 from storenode.shardstore.store import check_size
 from storenode.watching.inside import watch_key
+from storenode.wire import Connection, body_size
 
 thread_cells_least: Final = 2048
 block_bytes: Final = 1024 * 1024  # one thread hop and one disk call for this much
@@ -91,13 +93,17 @@ def routes() -> list[web.RouteDef]:
 async def put_shard(request: web.Request) -> web.Response:
     """Take one shard, streamed."""
     node, (file_id, index) = request.app[node_key], shard_id(request)
-    if request.content_length is None:
+    size = body_size(request)
+    if size is None:
         raise Malformed("a shard is sent with its Content-Length")
-    check_size(request.content_length, node.config.limits.shard_bytes_max, "a shard")
-    cell_size = _cell_size(request, request.content_length)
-    incoming = node.store.begin(request.content_length, cell_size)
+    check_size(size, node.config.limits.shard_bytes_max, "a shard")
+    incoming = node.store.begin(size, _cell_size(request, size))
+    stall_s, connection = node.config.limits.body_stall_s, request.transport
     try:
-        await _receive(request, incoming, node.config.limits.body_stall_s)
+        if isinstance(connection, Connection) and connection.body_size:
+            await _receive_aside(connection, incoming, stall_s)
+        else:
+            await _receive(request, incoming, stall_s)
         put = await node.store.commit(incoming, file_id, index, caller(request).key)
     finally:
         node.store.abandon(incoming)
@@ -163,17 +169,31 @@ async def get_shard(request: web.Request) -> web.StreamResponse:
     prefix = len(head).to_bytes(4, "big") + head
     start = cells.start * shard.cell_size
     end = min(cells.stop * shard.cell_size, shard.size)
-    data = await _read(node, shard, start, min(block_bytes, end - start))  # before the head: a shard that is gone is an error
     if end - start <= block_bytes:
-        return web.Response(body=prefix + data, content_type=body_type)
-    response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
-    _widen(request)
-    await response.prepare(request)
-    await response.write(prefix)
-    await response.write(data)
-    for offset in range(start + block_bytes, end, block_bytes):
-        await response.write(await _read(node, shard, offset, min(block_bytes, end - offset)))
+        return web.Response(body=prefix + await _read(node, shard, start, end - start), content_type=body_type)
+    with node.store.open(shard) as file:  # before the answer's head: a shard that is gone is an error
+        response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
+        await response.prepare(request)
+        await response.write(prefix)
+        await _send(request, response, file, range(start, end), node.config.limits.body_stall_s)
     return response
+
+
+async def _send(request: web.Request, response: web.StreamResponse, file: StoredFile, span: range, stall_s: float) -> None:
+    """The bytes of a shard's file. An answer that was begun and cannot be ended breaks off."""
+    connection = request.transport
+    try:
+        if isinstance(connection, Connection):
+            _widen(connection)
+            await connection.send(len(span), lambda at, room: file.read_into(span.start + at, room), stall_s)
+            return
+        for offset in range(span.start, span.stop, block_bytes):
+            block = bytearray(min(block_bytes, span.stop - offset))
+            await asyncio.to_thread(file.read_into, offset, memoryview(block))
+            await response.write(block)
+    except (Gone, Stalled, Damaged):
+        if connection is not None:
+            connection.abort()
 
 
 async def get_manifest(request: web.Request) -> web.Response:
@@ -269,6 +289,16 @@ async def read_body(request: web.Request, bytes_max: int) -> bytes:
     return b"".join(chunks)
 
 
+async def _receive_aside(connection: Connection, incoming: Incoming, stall_s: float) -> None:
+    try:
+        await connection.receive(lambda block: incoming.write([block]), stall_s)
+    except Gone:
+        raise Malformed("the connection ended before the whole body had come") from None
+    except Stalled:
+        connection.abort()
+        raise web.HTTPRequestTimeout(text=f"no byte came for {stall_s:g} s") from None
+
+
 async def _receive(request: web.Request, incoming: Incoming, stall_s: float) -> None:
     pending: list[bytes] = []
     held = 0
@@ -327,13 +357,13 @@ async def _read(node: Node, shard: Shard, offset: int, length: int) -> bytes:
     return await asyncio.to_thread(node.store.read, shard, offset, length)
 
 
-def _widen(request: web.Request) -> None:
+def _widen(connection: Connection) -> None:
     """Let the kernel take a whole block at once: a fifth of the CPU of a large answer is waking up to give it the rest.
 
     Where it does not allow so much (net.core.wmem_max), asking would only stop it from widening by itself.
     """
-    if request.transport is not None and _kernel_allows() >= send_buffer_bytes:
-        request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    if _kernel_allows() >= send_buffer_bytes:
+        connection.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
 
 
 @functools.cache

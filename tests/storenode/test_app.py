@@ -59,6 +59,7 @@ from storenode.routes import Node
 from storenode.shardstore import ShardStore
 from storenode.watching.inside import node_watch
 from storenode.watching.watch import Trust
+from storenode.wire import TlsSite
 
 cell = 1000
 
@@ -143,7 +144,7 @@ async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, Metrics(), following, watch)
     runner = web.AppRunner(build(parts, keys), access_log=None, lingering_time=0.2)
     await runner.setup()
-    await web.TCPSite(runner, *config.listen_address, ssl_context=server_ssl_context(roster, keys)).start()
+    await TlsSite(runner, *config.listen_address, server_ssl_context(roster, keys)).start()
     async with aiohttp.ClientSession() as session:
         running = Running(url, keys.node_id, roster, store, institution, owner, session, context_with(institution, owner, tmp_path))
         yield running

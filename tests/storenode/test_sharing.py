@@ -62,6 +62,7 @@ from storenode.shardstore import ShardStore
 from storenode.sharing import endings_key, obey_once, sealed_key
 from storenode.watching.inside import node_watch
 from storenode.watching.watch import Trust
+from storenode.wire import TlsSite
 
 cell = 1000
 
@@ -185,7 +186,7 @@ async def node(tmp_path: Path, unused_tcp_port: int, monkeypatch: pytest.MonkeyP
     await ledger.start()
     runner = web.AppRunner(app, access_log=None, lingering_time=0.2, shutdown_timeout=0.2)
     await runner.setup()
-    await web.TCPSite(runner, *config.listen_address, ssl_context=server_ssl_context(roster, keys)).start()
+    await TlsSite(runner, *config.listen_address, server_ssl_context(roster, keys)).start()
     async with aiohttp.ClientSession() as session:
         running = Running(roster, institution, tmp_path, session, ledger, store, metrics, app)
         await running.join("owner", "reader", "other")

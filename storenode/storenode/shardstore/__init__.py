@@ -3,6 +3,6 @@
 from storenode.shardstore.endings import Endings
 from storenode.shardstore.incoming import Incoming
 from storenode.shardstore.sealed import Sealed
-from storenode.shardstore.store import Put, Shard, ShardStore
+from storenode.shardstore.store import Put, Shard, ShardStore, StoredFile
 
-__all__ = ["Endings", "Incoming", "Put", "Sealed", "Shard", "ShardStore"]
+__all__ = ["Endings", "Incoming", "Put", "Sealed", "Shard", "ShardStore", "StoredFile"]

@@ -29,7 +29,7 @@ class Incoming:
         self._hasher = blake3()
         self._in_cell = 0
 
-    def write(self, chunks: Sequence[bytes]) -> None:
+    def write(self, chunks: Sequence[bytes | memoryview]) -> None:
         """Take more bytes. Blocking: call it from a thread. Raises Malformed when more come than announced."""
         for chunk in chunks:
             self.received += len(chunk)
@@ -74,7 +74,7 @@ class Incoming:
         self._in_cell = 0
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
+def _write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

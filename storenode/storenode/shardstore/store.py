@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any
+from typing import Any, Self
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, TooLarge
 from medshard_protocol.ids import FileId, Key, Tag
@@ -55,6 +55,30 @@ class Put:
 
     root: bytes
     created: bool
+
+
+class StoredFile:
+    """A shard's file, open. Any thread may read. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            raise Damaged("the shard's file is gone from this node's disk") from None
+
+    def read_into(self, offset: int, room: memoryview) -> None:
+        """Fill ``room`` with what lies at ``offset``, as it lies on disk. Blocking. Raises Damaged when there is less."""
+        while room:
+            got = os.preadv(self._file.fileno(), [room], offset)
+            if not got:
+                raise Damaged("the shard's file on this node's disk is too short")
+            room, offset = room[got:], offset + got
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 class ShardStore:
@@ -268,6 +292,10 @@ class ShardStore:
         if len(data) != min(length, shard.size - offset):
             raise Damaged("the shard's file on this node's disk is too short")
         return data
+
+    def open(self, shard: Shard) -> StoredFile:
+        """The file of a shard that is not small. Raises Damaged when it is gone."""
+        return StoredFile(self._path(shard.file_id, shard.root))
 
     def bad_cells(self, shard: Shard) -> list[int]:
         """Re-read the whole shard and re-hash it: the numbers of the cells that do not match. Blocking."""
