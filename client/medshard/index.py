@@ -76,6 +76,7 @@ class Index:
         self._cipher = AESGCM(hmac.digest(key, b"medshard/index/v1/seal", hashlib.sha256))
         self._slot_key = hmac.digest(key, b"medshard/index/v1/slot", hashlib.sha256)
         self._lock = threading.RLock()
+        self._data_version = -1
         with self._speaking():
             self._db = sqlite3.connect(path, timeout=busy_wait_s, isolation_level=None, check_same_thread=False)
             try:
@@ -161,6 +162,13 @@ class Index:
         """How many files, or members of packs, the index knows."""
         with self._speaking():
             return int(self._db.execute("SELECT count(*) FROM files").fetchone()[0])
+
+    def changed(self) -> bool:
+        """Whether another process has written here since this was last asked; yes the first time."""
+        with self._speaking():
+            (version,) = self._db.execute("PRAGMA data_version").fetchone()
+            before, self._data_version = self._data_version, version
+            return bool(version != before)
 
     def file_ids(self) -> set[bytes]:
         """Every object of this vault's own."""

@@ -237,6 +237,10 @@ class Vault:
         """What the local index says of one own object: a file, or the members of a pack in order."""
         return self._index.by_file(file_id)
 
+    def index_changed(self) -> bool:
+        """Whether another process has changed the local index since this was last asked; yes the first time."""
+        return self._index.changed()
+
     def file_ids(self) -> set[bytes]:
         """Every own object that the local index knows."""
         return self._index.file_ids()

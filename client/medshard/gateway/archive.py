@@ -16,7 +16,8 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,7 +26,8 @@ from medshard.gateway.catalog import Catalog
 from medshard.gateway.describing import describe
 from medshard.gateway.model import Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
 from medshard.gateway.objects import Objects
-from medshard.gateway.packing import instances_of, plan_of
+from medshard.gateway.packing import plan_of
+from medshard.gateway.receipts import catch_up, receipt_in
 from medshard.gateway.spool import Arrival, Entry, Spool
 from medshard.model import PutReport
 from medshard.vault import Vault
@@ -82,6 +84,7 @@ class Archive:
 
     def __init__(self, vault: Vault, spool: Spool, catalog: Catalog, objects: Objects, rules: Rules | None = None) -> None:
         self.vault = vault
+        self.loop: asyncio.AbstractEventLoop  # the vault's, from ``start`` on
         self.spool = spool
         self.catalog = catalog
         self.objects = objects
@@ -93,9 +96,12 @@ class Archive:
         self._turns: dict[Series, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._slots = asyncio.Semaphore(puts_at_once)
         self._not_before = 0.0
+        self.last_failure = ""  # why the last put failed; empty after one that did not
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Learn what the vault has and what the spool was left with. Raises Damaged or Malformed."""
+        self.loop = asyncio.get_running_loop()
         await self.catch_up()
         await asyncio.to_thread(self._recover)
 
@@ -153,6 +159,18 @@ class Archive:
             if isinstance(result, BaseException):
                 raise result
 
+    def settle_soon(self, series: Iterable[Series]) -> None:
+        """Begin to store what waits of these series, and do not wait for it. For any thread."""
+        wanted = list(series)
+
+        def begin() -> None:
+            task = asyncio.ensure_future(self.settle(wanted))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+        if wanted:
+            self.loop.call_soon_threadsafe(begin)
+
     async def watch(self) -> None:
         """Settle each series to which nothing has come for a while, for ever."""
         while True:
@@ -164,7 +182,7 @@ class Archive:
                 with contextlib.suppress(MedshardError, OSError):  # it is logged, and tried again
                     await self.settle(complete)
 
-    async def committed(self, uids: Iterable[str]) -> Mapping[str, Receipt | None]:
+    async def committed(self, uids: Iterable[str]) -> dict[str, Receipt | None]:
         """What is safe of these SOP instances, after everything that waits of their series was stored. None for what is not here."""
         wanted = list(dict.fromkeys(uids))
         series = {(each.study, each.series) for uid in wanted for each in self.catalog.instances(uid) if each.place is None}
@@ -176,6 +194,10 @@ class Archive:
                 found[uid] = self.receipt(uid)
             found.setdefault(uid, None)
         return found
+
+    def commit_soon(self, uids: Iterable[str]) -> Future[dict[str, Receipt | None]]:
+        """``committed`` from another thread."""
+        return asyncio.run_coroutine_threadsafe(self.committed(list(uids)), self.loop)
 
     # -- out
 
@@ -210,10 +232,7 @@ class Archive:
 
     def receipt(self, sop_uid: str) -> Receipt:
         """What proves that an instance is stored. Raises Absent."""
-        for instance in self.catalog.instances(sop_uid):
-            if place := instance.place:
-                return Receipt(instance.sop_class, sop_uid, instance.sha256, place.file_id, place.ledger_index, instance.flagged)
-        raise Absent(f"no instance {sop_uid} is in the store", hint="`medshard gateway status` shows what waits in the spool")
+        return receipt_in(self.catalog, sop_uid)
 
     def waiting(self) -> tuple[int, int]:
         """How many instances of how many series are in the spool and not yet in the store."""
@@ -224,15 +243,9 @@ class Archive:
 
     async def catch_up(self) -> None:
         """Take in what others have put into the vault, or taken out of it, since the catalog last looked."""
-        have, known = await asyncio.to_thread(self.vault.file_ids), await asyncio.to_thread(self.catalog.files)
-        await asyncio.to_thread(self.catalog.forget, known - have)
-        await asyncio.to_thread(self._take_over, have - known)
-
-    def _take_over(self, files: set[bytes]) -> None:
-        for file_id in files:
-            self.catalog.put(instances_of(self.vault.rows_of(file_id)))
-        self.catalog.flush()
-        self.catalog.note_files(files)
+        if not (self.vault.index_changed() or self.catalog.refresh()):
+            return
+        await asyncio.to_thread(catch_up, self.vault, self.catalog)
 
     def _recover(self) -> None:
         done = []
@@ -263,8 +276,10 @@ class Archive:
                 report = await self.vault.store(plan_of(series, entries, self.spool))
             except MedshardError as error:
                 self._not_before = time.monotonic() + retry_s
+                self.last_failure = str(error)
                 self._say("not-stored", instances=len(entries), why=str(error))
                 raise
+            self.last_failure = ""
             await asyncio.to_thread(self._stored, series, entries, report)
             self._say(
                 "stored", instances=len(entries), bytes=sum(each.size for each in entries), seconds=round(time.monotonic() - began, 3)
@@ -298,6 +313,11 @@ class Archive:
         self.spool.done(done)
         for problem in report.problems:
             self._say("problem", why=problem.message)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, MedshardError | OSError):
+            self._say("bug", why=f"{type(error).__name__}: {error}")
 
     def _counted(self, verdict: Verdict) -> Verdict:
         with self._lock:

@@ -27,6 +27,8 @@ from medshard.gateway import mirror, tags
 from medshard.gateway.matching import Test, test_for
 from medshard.gateway.model import Instance, Place, Query, Row
 from medshard.gateway.tags import Level
+from medshard.keys import VaultKeys
+from medshard.sealing import hkdf
 from medshard_protocol.errors import Damaged
 
 queue_max: Final = 512  # instances that wait in memory for one transaction
@@ -51,6 +53,16 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 
 
+def catalog_path(home: Path) -> Path:
+    """The DICOM index of the vault at ``home``."""
+    return home / "dicom.sqlite"
+
+
+def catalog_key(keys: VaultKeys) -> bytes:
+    """What the DICOM index is sealed with."""
+    return hkdf(keys.root, b"", b"medshard/vault/v1/dicom-index")
+
+
 class Catalog:
     """Open, or make, the catalog at ``path``. Raises Damaged for one that ``key`` (32 bytes) does not open."""
 
@@ -62,11 +74,11 @@ class Catalog:
         self._queue: dict[str, dict[bytes, Instance]] = {}
         self._queued = 0
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
             os.chmod(path, 0o600)
             self._prepare()
-            self._mirror = mirror.Mirror()
-            self._mirror.fill((number, self._open("study", token, sealed)) for number, token, sealed in self._db.execute(_all_studies))
+            self._mirror = self._mirrored()
+            self._data_version = int(self._db.execute("PRAGMA data_version").fetchone()[0])
         except sqlite3.Error as error:
             raise self._damaged(str(error)) from error
 
@@ -76,6 +88,22 @@ class Catalog:
             self.flush()
             self._db.close()
             self._mirror.close()
+
+    def refresh(self) -> bool:
+        """Whether another process has written here since the last call. What it wrote is seen then."""
+        with self._lock:
+            (version,) = self._db.execute("PRAGMA data_version").fetchone()
+            before, self._data_version = self._data_version, version
+            if version == before:
+                return False
+            self._mirror.close()
+            self._mirror = self._mirrored()
+            return True
+
+    def _mirrored(self) -> mirror.Mirror:
+        made = mirror.Mirror()
+        made.fill((number, self._open("study", token, sealed)) for number, token, sealed in self._db.execute(_all_studies))
+        return made
 
     # -- change
 

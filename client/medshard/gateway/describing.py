@@ -66,8 +66,10 @@ def _describe(head: bytes, size: int) -> Described:
     meta = read_head(head)
     raw, pixels = _values(head, meta, size)
     big = meta.transfer_syntax == explicit_be
-    encodings = _encodings(raw.get(tags.CHARACTER_SET, b""))
-    found = {tag: text for tag, value in raw.items() if tag in tags.known and (text := _decoded(tag, value, encodings, big=big))}
+    encodings = encodings_of(raw.get(tags.CHARACTER_SET, b""))
+    found = {
+        tag: text for tag, value in raw.items() if tag in tags.known and (text := decoded(tags.known[tag].vr, value, encodings, big=big))
+    }
     found[tags.TRANSFER_SYNTAX] = meta.transfer_syntax
     for tag, said in ((tags.SOP_CLASS, meta.sop_class), (tags.SOP_UID, meta.sop_uid)):
         if said and tag not in found:
@@ -101,7 +103,8 @@ def _values(head: bytes, meta: Meta, size: int) -> tuple[dict[int, bytes], str]:
     return raw, pixels
 
 
-def _encodings(value: bytes) -> list[str]:
+def encodings_of(value: bytes) -> list[str]:
+    """Python's names for the values of Specific Character Set."""
     try:
         names = [name.strip() for name in value.decode("ascii").rstrip("\0 ").split("\\")]
         return convert_encodings(names if names != [""] else ["ISO_IR 6"])
@@ -109,14 +112,14 @@ def _encodings(value: bytes) -> list[str]:
         return ["latin-1"]  # every byte means something in it, and nothing is lost: the file keeps what it says
 
 
-def _decoded(tag: int, value: bytes, encodings: list[str], *, big: bool) -> str:
-    vr = tags.known[tag].vr
+def decoded(vr: str, value: bytes, encodings: list[str], *, big: bool) -> str:
+    """A raw value as DICOM text."""
     if vr in _numbers:
         form, width = _numbers[vr]
         count = len(value) // width
         return "\\".join(map(str, unpack_from(f"{'>' if big else '<'}{count}{form}", value)))
     if vr == "DA":
-        return _stripped(value.decode("ascii", "replace")).replace(".", "").replace("-", "")  # ACR-NEMA wrote 2004.01.19
+        return _stripped(value.decode("ascii", "replace")).replace(".", "")  # ACR-NEMA wrote 2004.01.19
     if vr not in _text or (value.isascii() and b"\x1b" not in value):
         return _stripped(value.decode("ascii", "replace"))
     try:

@@ -1,0 +1,45 @@
+"""Receipts: from a SOP Instance UID to what proves that it is stored, with or without a gateway that runs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
+from medshard.gateway.model import Receipt
+from medshard.gateway.packing import instances_of
+from medshard.vault import Vault
+from medshard_protocol.errors import Absent
+
+
+def receipt_in(catalog: Catalog, sop_uid: str) -> Receipt:
+    """What proves that an instance is stored. Raises Absent."""
+    for instance in catalog.instances(sop_uid):
+        if place := instance.place:
+            return Receipt(instance.sop_class, sop_uid, instance.sha256, place.file_id, place.ledger_index, instance.flagged)
+    raise Absent(f"no instance {sop_uid} is in the store", hint="it may still wait in a gateway's spool")
+
+
+def catch_up(vault: Vault, catalog: Catalog) -> None:
+    """Take in what was put into the vault, or taken out of it, since the catalog last looked. Blocking."""
+    have, known = vault.file_ids(), catalog.files()
+    catalog.forget(known - have)
+    fresh = have - known
+    for file_id in fresh:
+        catalog.put(instances_of(vault.rows_of(file_id)))
+    catalog.flush()
+    catalog.note_files(fresh)
+
+
+async def look_up(vault: Vault, sop_uid: str) -> Receipt:
+    """``receipt_in`` the index of this vault. Raises Absent."""
+
+    def work(path: Path) -> Receipt:
+        catalog = Catalog(path, catalog_key(vault.keys))
+        try:
+            catch_up(vault, catalog)
+            return receipt_in(catalog, sop_uid)
+        finally:
+            catalog.close()
+
+    return await asyncio.to_thread(work, catalog_path(vault.home.folder))
