@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, deidentify, history, local, look, output, policy, prove, sharing, store
+from medshard.cli import check, custody, deidentify, gateway, history, local, look, output, policy, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -76,6 +76,8 @@ for _part in (
     check.verify,
     check.doctor,
     check.reindex,
+    gateway.gateway,
+    gateway.receipt,
     local.join,
     local.up,
     local.demo,

@@ -1,0 +1,161 @@
+"""gateway and receipt: the department's door to the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medshard.cli import output
+from medshard.cli.exits import Exit
+from medshard.cli.options import Session, examples, run, shared
+
+if TYPE_CHECKING:
+    from medshard.gateway.model import Receipt
+    from medshard.gateway.service import Settings
+
+
+def _from_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Let a file say what flags leave unsaid."""
+    if path is None:
+        return
+    from medshard.gateway.settings import read_file
+
+    found = read_file(path)
+    known = {each.name for each in context.command.params}
+    if unknown := sorted(key.replace("_", "-") for key in found if key not in known):
+        raise click.BadParameter(f"{path}: {', '.join(unknown)} is not known; `medshard gateway --help` lists the names")
+    context.default_map = found
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog=examples(
+        "medshard gateway                                             # this machine alone may send",
+        "medshard gateway --peer PACS=127.0.0.1:4242 --calling CT01",
+        "echoscu -aec MEDSHARD 127.0.0.1 11112 && storescu -aec MEDSHARD 127.0.0.1 11112 +sd study/",
+        "curl http://127.0.0.1:8043/status",
+        "medshard receipt 1.2.840.113…                                # SHA-256, file id and ledger index",
+    ),
+)
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), is_eager=True, expose_value=False, callback=_from_file,
+              metavar="FILE", help="Settings in TOML: keys as these flags, and [[peers]].")  # fmt: skip
+@click.option("--dir", "dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="For the spool [HOME/gateway].")
+@click.option(
+    "--dimse", metavar="HOST:PORT", default="127.0.0.1:11112", show_default=True, help="Where the DICOM node listens; 'off' for none."
+)
+@click.option("--title", default="MEDSHARD", show_default=True, metavar="AE", help="AE title of this node.")
+@click.option("--any-called", is_flag=True, help="Answer whatever AE title is called.")
+@click.option("--calling", multiple=True, metavar="AE", help="An AE title that may call. Repeatable; peers may as well.")
+@click.option("--any-calling", is_flag=True, help="Anybody may call. Only on 127.0.0.1.")
+@click.option(
+    "--peer", "peers", multiple=True, metavar="AE=HOST:PORT", help="A node that C-MOVE and commitment reports may go to. Repeatable."
+)
+@click.option(
+    "--private-class", "private_class", multiple=True, metavar="UID", help="A private SOP class to store; '*' for all. Repeatable."
+)
+@click.option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="PEM certificate for DICOM over TLS.")
+@click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its key.")
+@click.option("--tls-peers", type=click.Path(path_type=Path), metavar="FILE", help="CA of the peers' certificates; each has to show one.")
+@click.option("--same-uid", type=click.Choice(("keep-both", "refuse")), default="keep-both", show_default=True,
+              help="What to do with other bytes under a SOP Instance UID that is stored.")  # fmt: skip
+@click.option("--quiet-time", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, metavar="SECONDS",
+              help="A series to which nothing came for so long is complete.")  # fmt: skip
+@click.option(
+    "--spool-size", default="20GiB", show_default=True, metavar="SIZE", help="What may wait for the nodes; more is answered with A700."
+)
+@click.option("--associations", type=click.IntRange(1, 1000), default=64, show_default=True, help="How many at a time.")
+@click.option("--status", metavar="HOST:PORT", default="127.0.0.1:8043", show_default=True, help="Status and metrics; 'off' for none.")
+@shared
+def gateway(session: Session, **flags: Any) -> int:
+    """Be a DICOM archive for scanners, PACS and viewers.
+
+    Runs in the foreground. What is sent with C-STORE is on this machine's disk, encrypted and fsynced, before it is answered. Each
+    series becomes one sealed object in the store when its sender has gone, when a storage commitment is asked for, or when nothing
+    more has come for a while. Queries (C-FIND) are answered from an index that is encrypted at rest; C-MOVE and C-GET send what is
+    stored, byte for byte, and every retrieval is in the ledger first.
+
+    SIGTERM ends it in good order: running messages are finished, and what waits is stored if the nodes take it within a minute. What
+    is left in the spool is stored after the next start. Log lines are JSON on standard error and name no patient.
+    """
+    if click.get_current_context().invoked_subcommand is not None:
+        return Exit.OK
+    import logging
+
+    from medshard.gateway.service import JsonLines, serve
+
+    settings = _settings(session, **flags)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    log = logging.getLogger("medshard.gateway")
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if session.quiet else logging.INFO)
+
+    async def work() -> None:
+        async with session.vault() as vault:
+            await serve(vault, settings)
+
+    run(work())
+    return Exit.OK
+
+
+def _settings(session: Session, **flags: Any) -> Settings:
+    from medshard.gateway import settings
+    from medshard.gateway.archive import Rules
+    from medshard.gateway.service import Settings, check_status
+
+    tls = None
+    given = [flags["tls_cert"], flags["tls_key"], flags["tls_peers"]]
+    if any(given):
+        if not all(given):
+            raise click.UsageError("--tls-cert, --tls-key and --tls-peers belong together")
+        tls = settings.TlsFiles(*map(Path, given))
+    dimse = None
+    if flags["dimse"] != "off":
+        dimse = settings.listening(
+            flags["dimse"],
+            flags["title"],
+            calling=flags["calling"],
+            any_calling=flags["any_calling"],
+            any_called=flags["any_called"],
+            peers=map(settings.peer, flags["peers"]),
+            private=flags["private_class"],
+            associations_max=flags["associations"],
+            tls=tls,
+        )
+    return Settings(
+        folder=flags["dir"] or session.home / "gateway",
+        spool_bytes_max=settings.size(flags["spool_size"]),
+        rules=Rules(keep_both=flags["same_uid"] == "keep-both", quiet_s=flags["quiet_time"]),
+        dimse=dimse,
+        status=None if flags["status"] == "off" else check_status(settings.address(flags["status"])),
+    )
+
+
+@click.command(epilog=examples("medshard receipt 1.2.840.113619.2.5.1762583153…", "medshard receipt --json 1.2.840…"))
+@click.argument("sop_uid", metavar="SOP_UID")
+@shared
+def receipt(session: Session, sop_uid: str) -> int:
+    """Show what proves that a DICOM instance is stored.
+
+    Its SHA-256, the file that it lies in, and that file's place in the ledger. The SHA-256 is that of the file as it was imported or
+    came by STOW-RS; of what came by C-STORE, that of the data set behind the head that docs/dicom-conformance.md describes.
+    `medshard prove SHA256` makes a proof for outsiders from it.
+    """
+
+    async def work() -> Receipt:
+        from medshard.gateway.receipts import look_up
+
+        async with session.vault() as vault:
+            return await look_up(vault, sop_uid)
+
+    found = run(work())
+    if session.json:
+        output.document(output.plain(found))
+    else:
+        output.line(f"{found.sha256.hex()}  {found.sop_uid}")
+        output.line(f"  in file {found.file_id.hex()}, ledger index {found.ledger_index}")
+        if found.flagged:
+            output.line("  other bytes were sent under this UID too; both are kept, these are served")
+    return Exit.OK
