@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from hashlib import sha256
-from typing import Final
+from typing import Final, TypeAlias
 
 import aiohttp
 
@@ -19,7 +19,7 @@ from medshard.keys import VaultKeys
 from medshard.tls import context_for, unverified_context
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
 from medshard_protocol.identity import certificate_key, client_csr, is_issued_by, node_hostname
-from medshard_protocol.invite import Invite, pack_join, unpack_joined
+from medshard_protocol.invite import Invite, pack_join, pack_readmission, unpack_joined
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
@@ -27,18 +27,20 @@ from medshard_protocol.rosters import Link, follow, unpack_links
 timeout_s: Final = 30.0
 answer_bytes_max: Final = 6 * 1024 * 1024
 
+Links: TypeAlias = list[Link]
+
 
 async def join(home: Home, keys: VaultKeys, code: str) -> None:
     """Enrol the vault's key and write genesis file and certificate. Raises Malformed, Refused, Damaged or Unavailable."""
     invite = Invite.from_code(code)
-    genesis = await _request("GET", invite.url + "/v1/genesis", None, unverified_context(), None)
+    genesis = await genesis_of(invite.url)
     if sha256(genesis).digest() != invite.genesis_sha256:
         raise Damaged(
             f"{invite.url} serves another genesis file than the invitation names",
             hint="do not join: somebody may be between you and the institution; ask it for a new invitation",
         )
     _same_consortium(home, genesis)
-    roster, links = await _newest(Roster.from_bytes(genesis), invite.url)
+    roster, links = await newest(Roster.from_bytes(genesis), invite.url)
     node = _node(roster, invite)
     institution = roster.institutions[invite.institution]
     context = context_for(institution.ca, former=institution.former)
@@ -53,7 +55,23 @@ async def join(home: Home, keys: VaultKeys, code: str) -> None:
     write_durably(home.certificate, certificate)
 
 
-async def _newest(roster: Roster, url: str) -> tuple[Roster, list[Link]]:
+async def genesis_of(url: str) -> bytes:
+    """The genesis file that a node serves, unchecked. Raises Unavailable."""
+    return await _request("GET", url + "/v1/genesis", None, unverified_context(), None)
+
+
+async def certificate_again(roster: Roster, node: Node, keys: VaultKeys) -> bytes:
+    """A certificate for a key that this node's institution has enrolled. Raises Refused where it does not vouch for it, or Unavailable."""
+    institution = roster.institutions[node.institution]
+    context = context_for(institution.ca, former=institution.former)
+    answer = await _request("POST", node.url + "/v1/certificate", pack_readmission(client_csr(keys.signing)), context, node)
+    certificate = unpack_joined(answer)
+    if certificate_key(certificate) != keys.public or not is_issued_by(certificate, institution.ca):
+        raise Unavailable(f"{node.name} gives a certificate for another key, or of another institution")
+    return certificate
+
+
+async def newest(roster: Roster, url: str) -> tuple[Roster, Links]:
     """Follow the rosters from the genesis file on, as the inviting node tells of them. Raises Damaged for a change that does not hold."""
     links: list[Link] = []
     while more := unpack_links(await _request("GET", f"{url}/v1/rosters?after={roster.number}", None, unverified_context(), None)):

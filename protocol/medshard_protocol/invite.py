@@ -82,8 +82,20 @@ def unpack_join(body: bytes) -> tuple[bytes, bytes]:
     return fields.bytes(exactly=secret_size), fields.bytes(most=csr_bytes_max)
 
 
+def pack_readmission(csr: bytes) -> bytes:
+    """Body of POST /v1/certificate: a key that is enrolled asks for a certificate again, with a request that proves possession."""
+    return canonical.encode([version, csr])
+
+
+def unpack_readmission(body: bytes) -> bytes:
+    """Parse the body of POST /v1/certificate into a certificate request (DER). Raises Malformed."""
+    fields = Fields(canonical.decode(body, bytes_max=join_bytes_max, what="certificate"), count=2, what="certificate")
+    fields.uint(least=version, most=version)
+    return fields.bytes(most=csr_bytes_max)
+
+
 def pack_joined(certificate: bytes) -> bytes:
-    """Answer to POST /v1/join."""
+    """Answer to POST /v1/join and to POST /v1/certificate."""
     return canonical.encode([version, certificate])
 
 

@@ -23,6 +23,7 @@ from cryptography.x509 import load_der_x509_certificate
 
 from medshard_protocol.entries import Enrol, nonce_size, sign_entry
 from medshard_protocol.errors import Full, MedshardError, Refused
+from medshard_protocol.identity import certificate_key
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
@@ -55,9 +56,13 @@ from storenode.watching.watch import Trust
 from storenode.wire import TlsSite, body_size
 
 log = logging.getLogger("storenode")
-open_paths: Final = frozenset({"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", successor_path})  # answer without a certificate
+open_paths: Final = frozenset(
+    {"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", "/v1/certificate", successor_path}
+)  # answer without a certificate
 public_prefixes: Final = ("/log/", archive_prefix)  # so do these, where the operator says so
-writes: Final = frozenset({"/v1/files", "/v1/ledger/append", "/v1/join"})  # beside every PUT and DELETE; not for a node that has left
+writes: Final = frozenset(
+    {"/v1/files", "/v1/ledger/append", "/v1/join", "/v1/certificate"}
+)  # beside every PUT and DELETE; not for a node that has left
 again_after_s: Final = 2.0  # what the others get to hear of a roster with our new keys, before we begin again with those
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
 read_bytes: Final = 256 * 1024  # a connection reads this far ahead of its handler; the default stops and starts four times as often
@@ -103,7 +108,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
     app[sections_key] = {"repair": repairs.status}
     app.router.add_routes(parts.node.ledger.routes())
-    app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys)))
+    app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys), _vouched(parts, keys)))
     return app
 
 
@@ -329,6 +334,16 @@ def _enrol(parts: Parts, keys: NodeKeys) -> Callable[[Key], Awaitable[None]]:
         await parts.node.ledger.append([sign_entry(parts.roster.origin, body, author, ca.sign)])
 
     return enrol
+
+
+def _vouched(parts: Parts, keys: NodeKeys) -> Callable[[Key], bool]:
+    def vouched(key: Key) -> bool:
+        """Whether this node's institution vouches for a key, by this node's own mirror."""
+        facts = parts.node.ledger.state
+        known, own = facts.vouched_at(key, facts.size), facts.roster.institution_of(certificate_key(keys.ca_certificate))
+        return known is not None and own is not None and known.institution == own.name
+
+    return vouched
 
 
 def _gauge(parts: Parts) -> None:

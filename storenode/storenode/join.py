@@ -1,4 +1,4 @@
-"""POST /v1/join: a vault shows an invitation, proves its key, and gets the institution's word for it.
+"""POST /v1/join: a vault shows an invitation, proves its key, and gets the institution's word for it. POST /v1/certificate: once more.
 
 Law: the order is claim, enrol, certify, mark as used. After a crash anywhere the same key with the same code goes through again and ends
 in the same state; another key never does. Nothing that the vault wrote reaches its certificate but its key.
@@ -17,7 +17,7 @@ from aiohttp import web
 from medshard_protocol.errors import Malformed, Refused, TooLarge, Unavailable
 from medshard_protocol.identity import csr_key
 from medshard_protocol.ids import Key
-from medshard_protocol.invite import join_bytes_max, pack_joined, unpack_join
+from medshard_protocol.invite import join_bytes_max, pack_joined, unpack_join, unpack_readmission
 from medshard_protocol.messages import body_type
 from storenode.config import Config
 from storenode.identity import Institution, NodeKeys, issue_client_cert
@@ -26,6 +26,7 @@ from storenode.invites import Invites
 log = logging.getLogger(__name__)
 
 Enrol = Callable[[Key], Awaitable[None]]
+Vouched = Callable[[Key], bool]
 wrong_max: Final = 10  # wrong codes from one address in a window; right ones do not count, for a clinic may sit behind one address
 window_s: Final = 60.0
 addresses_max: Final = 4096
@@ -86,8 +87,8 @@ class Desk:
         return certificate
 
 
-def join_routes(config: Config, keys: NodeKeys, enrol: Enrol) -> list[web.RouteDef]:
-    """The route. Where the CA key is kept elsewhere it only says so."""
+def join_routes(config: Config, keys: NodeKeys, enrol: Enrol, vouched: Vouched) -> list[web.RouteDef]:
+    """The routes. Where the CA key is kept elsewhere they only say so. ``vouched`` says whether this institution vouches for a key now."""
     throttle = Throttle()
     desk = Desk(Invites(config.data), Institution(keys.ca, keys.ca_certificate), enrol) if keys.ca is not None else None
 
@@ -104,7 +105,24 @@ def join_routes(config: Config, keys: NodeKeys, enrol: Enrol) -> list[web.RouteD
             raise
         return web.Response(body=pack_joined(certificate), content_type=body_type)
 
-    return [web.post("/v1/join", join)]
+    async def certify(request: web.Request) -> web.Response:
+        """A certificate again, for whoever still has the key: after a disaster, or when the old one has run out."""
+        if keys.ca is None:
+            raise Refused("this node does not keep its institution's CA key", hint="ask the node that does")
+        address = request.remote or ""
+        throttle.check(address)
+        try:
+            csr = unpack_readmission(await _body(request, config.limits.body_stall_s))
+            if not vouched(csr_key(csr)):
+                raise Refused("this institution does not vouch for this key", hint="ask the institution that enrolled it, or join anew")
+        except (Malformed, Refused):
+            throttle.wrong(address)
+            raise
+        certificate = issue_client_cert(Institution(keys.ca, keys.ca_certificate), csr)
+        log.info("certified again", extra={"peer": csr_key(csr).hex()})
+        return web.Response(body=pack_joined(certificate), content_type=body_type)
+
+    return [web.post("/v1/join", join), web.post("/v1/certificate", certify)]
 
 
 async def _body(request: web.Request, stall_s: float) -> bytes:

@@ -70,6 +70,7 @@ operations: Final = (
     Operation("GET", path, "This document", gives=json_type),
     Operation("GET", "/v1/genesis", "The genesis file", "roster", open=True),
     Operation("POST", "/v1/join", "A certificate for an invitation", "invite", body_type, open=True),
+    Operation("POST", "/v1/certificate", "A certificate again, for a key that is enrolled", "invite", body_type, open=True),
     Operation("GET", "/v1/status", "What an operator wants to know", gives=json_type),
     # shards and manifests
     Operation("PUT", _shard, "Store a shard, streamed", takes=bytes_type, good=_kept, headers=(cell_size_header,)),

@@ -346,7 +346,20 @@ def test_the_command_tree_is_whole() -> None:
     assert isinstance(command, click.Group)
     keeping = {"put", "get", "ls", "find", "info", "verify", "doctor", "reindex", "join", "up", "demo"}
     sharing = {"share", "revoke", "shared", "log", "key", "contacts", "auditor-key", "deidentify"}
-    custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "policy", "claim"}
+    custody = {
+        "retain",
+        "hold",
+        "release",
+        "kept",
+        "retire",
+        "erase",
+        "certificate",
+        "check-certificate",
+        "policy",
+        "claim",
+        "keys",
+        "recover",
+    }
     assert set(command.commands) == keeping | sharing | custody | {"prove", "check-proof"}
 
 

@@ -72,7 +72,7 @@ async def open_desk(home: Path, *, keep_ca_key: bool = True) -> AsyncIterator[De
     async with aiohttp.ClientSession() as session:
         desk = Desk("", keys, Invites(config.data), session)
         app = web.Application(middlewares=[translate], client_max_size=0)
-        app.add_routes(join_routes(config, keys, desk.enrol))
+        app.add_routes(join_routes(config, keys, desk.enrol, lambda key: key in desk.enrolled))
         runner = web.AppRunner(app, shutdown_timeout=0.05)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, deidentify, gateway, history, local, look, output, policy, prove, sharing, store
+from medshard.cli import check, custody, deidentify, gateway, history, keys, local, look, output, policy, prove, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -59,6 +59,8 @@ for _part in (
     deidentify.deidentify,
     history.log,
     sharing.key,
+    keys.keys,
+    keys.recover,
     sharing.contacts,
     history.auditor_key,
     policy.policy,

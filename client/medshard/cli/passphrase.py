@@ -34,6 +34,22 @@ def new(home: Path) -> str:
         sys.stderr.write("These differ. Once more.\n")
 
 
+def changed(home: Path) -> str:
+    """Another passphrase for a vault: MEDSHARD_NEW_PASSPHRASE, or on the terminal, twice."""
+    if (text := os.environ.get("MEDSHARD_NEW_PASSPHRASE")) is not None:
+        if not text:
+            raise Refused("an empty passphrase protects nothing", hint="Choose several words that nobody else would.")
+        return text
+    hint = "Set MEDSHARD_NEW_PASSPHRASE, or run the command on a terminal."
+    while True:
+        first = _ask(f"New passphrase for the vault {home}: ", hint)
+        if not first:
+            raise Refused("an empty passphrase protects nothing", hint="Choose several words that nobody else would.")
+        if first == _ask("Again: ", hint):
+            return first
+        sys.stderr.write("These differ. Once more.\n")
+
+
 def of_auditors(file: Path, *, new: bool = False) -> str:
     """The passphrase of an auditors' key file: MEDSHARD_AUDITORS_PASSPHRASE, or on the terminal; twice for a new one."""
     if (text := os.environ.get("MEDSHARD_AUDITORS_PASSPHRASE")) is not None:
