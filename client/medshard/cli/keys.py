@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from pathlib import Path
@@ -247,6 +246,8 @@ def drill(session: Session, lost: bytes, custodians: str, message: str, wait: fl
 
 
 async def _ask_and_collect(session: Session, vault: Vault, lost: Key, custodians: str, message: str, wait: float) -> Collected:
+    import asyncio  # late, as everything that --help does not need
+
     from medshard.escrow import Escrow
 
     escrow = Escrow(vault)
