@@ -35,7 +35,7 @@ def policy() -> None:
     """
 
 
-def _terms(kind: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _terms() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def give(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in (
             click.option("--retain", metavar="WHEN", default="", help=f"Kept until then, whatever anybody says later: {_retain}"),
@@ -43,7 +43,7 @@ def _terms(kind: bool = True) -> Callable[[Callable[..., Any]], Callable[..., An
             click.option("--valid-from", metavar="DAY", default="", help="First day in force."),
             click.option("--product", metavar="TEXT", default="", help="What kind of insurance."),
             click.option("--holder", metavar="NAME", default="", help="Whose policy it is."),
-            *([click.option("--kind", type=click.Choice(("policy", "endorsement", "letter")), default="policy", help="[policy]")] if kind else []),
+            click.option("--kind", type=click.Choice(("policy", "endorsement", "letter")), default="policy", help="[policy]"),
             click.option("--number", required=True, metavar="NUMBER", help="The policy's number."),
         ):
             command = option(command)
