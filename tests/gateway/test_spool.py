@@ -1,0 +1,188 @@
+"""The spool: what it has said yes to is there after a crash, byte for byte, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from medshard.gateway import spool as spools
+from medshard.gateway.spool import Entry, Spool, chunk_plain
+from medshard.keys import VaultKeys
+from medshard.sealing import hkdf
+from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
+
+vectors = Path(__file__).parent.parent / "vectors" / "spool.json"
+about = {"sop-uid": "1.2.3", "patient-name": "Müller^Änne=山田^太郎"}
+
+
+@contextmanager
+def opened(folder: Path, bytes_max: int = 1 << 30) -> Iterator[Spool]:
+    spool = Spool(folder, b"k" * 32, bytes_max=bytes_max)
+    try:
+        yield spool
+    finally:
+        spool.close()
+
+
+def stored(spool: Spool, file: bytes) -> Entry:
+    arrival = spool.begin()
+    for at in range(0, len(file), 100_000):
+        arrival.write(file[at : at + 100_000])
+    return arrival.finish(about)
+
+
+def test_the_vector_is_read_as_its_document_says(tmp_path: Path) -> None:
+    vector = json.loads(vectors.read_text())
+    key = hkdf(VaultKeys.from_root(bytes.fromhex(vector["root"])).root, b"", b"medshard/vault/v1/spool")
+    assert key.hex() == vector["spool_key"]
+    (tmp_path / "000000000001.spool").write_bytes(bytes.fromhex(vector["segment"]))
+    spool = Spool(tmp_path, key, bytes_max=1 << 20)
+    entries = spool.recover()
+    assert [spool.read(entry, 0, entry.size).hex() for entry in entries] == [each["file"] for each in vector["instances"]]
+    assert [(each.received, each.attributes) for each in entries] == [
+        (each["received"], each["attributes"]) for each in vector["instances"]
+    ]
+    spool.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, chunk_plain - 1, chunk_plain, chunk_plain + 1, 3 * chunk_plain + 77])
+def test_any_size_comes_back_whole_and_by_ranges_before_and_after_a_restart(tmp_path: Path, size: int) -> None:
+    file = os.urandom(size)
+    ranges = [(0, size), (size // 2, size // 2 + 10), (max(0, size - 5), size + 5), (chunk_plain - 1, chunk_plain + 1)]
+    with opened(tmp_path) as spool:
+        entry = stored(spool, file)
+        assert entry.sha256 == sha256(file).digest()
+        assert [spool.read(entry, *each) for each in ranges] == [file[slice(*each)] for each in ranges]
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [entry]
+        assert [spool.read(entry, *each) for each in ranges] == [file[slice(*each)] for each in ranges]
+
+
+def test_wherever_the_last_segment_is_cut_only_what_was_finished_before_comes_back(tmp_path: Path) -> None:
+    files = [os.urandom(200), os.urandom(100)]
+    with opened(tmp_path / "whole") as spool:
+        entries = [stored(spool, file) for file in files]
+        second = entries[1].offset
+    (path,) = (tmp_path / "whole").glob("*.spool")
+    whole = path.read_bytes()
+    for cut in [*range(0, second, 37), *range(second, len(whole) + 1)]:
+        folder = tmp_path / f"cut{cut}"
+        folder.mkdir()
+        (folder / path.name).write_bytes(whole[:cut])
+        with opened(folder) as spool:
+            found = spool.recover()
+            assert found == entries[: 0 if cut < second else 2 if cut == len(whole) else 1], cut
+            assert [spool.read(entry, 0, entry.size) for entry in found] == files[: len(found)]
+
+
+def test_a_changed_byte_is_found_when_it_is_read(tmp_path: Path) -> None:
+    with opened(tmp_path) as spool:
+        entry = stored(spool, os.urandom(5000))
+    (path,) = tmp_path.glob("*.spool")
+    data = bytearray(path.read_bytes())
+    data[entry.offset + 2500] ^= 1
+    path.write_bytes(data)
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [entry]
+        with pytest.raises(Damaged):
+            spool.read(entry, 0, 10)
+
+
+def test_finish_returns_after_the_disk_has_it_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    data, folder = os.fdatasync, spools.fsync_folder
+
+    def fdatasync(descriptor: int) -> None:
+        data(descriptor)
+        synced.append("data")
+
+    def fsync_folder(path: Path) -> None:
+        folder(path)
+        synced.append("folder")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(spools, "fsync_folder", fsync_folder)
+    with opened(tmp_path) as spool:
+        stored(spool, b"x" * 1000)
+        assert synced == ["folder", "data"]
+
+
+def test_a_failed_sync_is_no_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with opened(tmp_path) as spool:
+        kept = stored(spool, b"first")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", fails)
+            with pytest.raises(Full, match="disk fails"):
+                stored(spool, b"second")
+        assert spool.read(stored(spool, b"third"), 0, 9) == b"third"
+        assert spool.read(kept, 0, 9) == b"first"
+
+
+def test_what_is_over_the_limit_is_full_and_done_makes_room(tmp_path: Path) -> None:
+    with opened(tmp_path, bytes_max=3 * chunk_plain) as spool:
+        first = stored(spool, bytes(chunk_plain))
+        with pytest.raises(Full):
+            stored(spool, bytes(4 * chunk_plain))
+        assert spool.read(first, 0, 3) == bytes(3)
+        spool.done([first])
+        assert spool.used_bytes == 0
+        assert not list(tmp_path.glob("*.spool"))
+        with pytest.raises(Absent):
+            spool.read(first, 0, 3)
+        stored(spool, bytes(chunk_plain))
+
+
+def test_what_a_sender_broke_off_is_not_there(tmp_path: Path) -> None:
+    with opened(tmp_path) as spool:
+        first = stored(spool, b"whole")
+        broken = spool.begin()
+        broken.write(bytes(2 * chunk_plain))
+        broken.drop()
+        last = stored(spool, b"after it")
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [first, last]
+        assert spool.read(last, 0, 20) == b"after it"
+
+
+def test_many_at_once_do_not_mix(tmp_path: Path) -> None:
+    files = [os.urandom(chunk_plain + 1000 * number) for number in range(8)]
+    entries: dict[int, Entry] = {}
+    with opened(tmp_path) as spool:
+
+        def work(number: int) -> None:
+            entries[number] = stored(spool, files[number])
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [spool.read(entries[number], 0, 1 << 30) for number in range(8)] == files
+
+
+def test_two_gateways_do_not_share_a_spool_and_strange_files_are_not_touched(tmp_path: Path) -> None:
+    with opened(tmp_path), pytest.raises(Conflict):
+        Spool(tmp_path, b"k" * 32, bytes_max=1)
+    (tmp_path / "000000000009.spool").write_bytes(b"something else, of somebody else, that is long enough to be a segment")
+    with opened(tmp_path) as spool, pytest.raises(Malformed):
+        spool.recover()
+    assert (tmp_path / "000000000009.spool").exists()
+
+
+def test_no_byte_of_an_instance_is_in_clear_on_the_disk(tmp_path: Path) -> None:
+    with opened(tmp_path) as spool:
+        stored(spool, b"Patient: Anna Example" * 1000)
+        (path,) = tmp_path.glob("*.spool")
+        data = path.read_bytes()
+        assert b"Anna" not in data
+        assert "Müller".encode() not in data
