@@ -347,9 +347,8 @@ def test_the_command_tree_is_whole() -> None:
     keeping = {"put", "get", "ls", "find", "info", "verify", "doctor", "reindex", "join", "up", "demo"}
     sharing = {"share", "revoke", "shared", "log", "key", "contacts", "auditor-key", "deidentify", "prove", "check-proof"}
     custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "keys", "recover"}
-    departments = {"policy", "claim", "gateway", "receipt"}
+    departments = {"report", "policy", "claim", "gateway", "receipt"}
     assert set(command.commands) == keeping | sharing | custody | departments
-
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("12h", 43_200), ("30d", 2_592_000), ("4w", 2_419_200), ("1y", 31_536_000)])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, deidentify, gateway, history, keys, local, look, output, policy, prove, sharing, store
+from medshard.cli import check, custody, deidentify, gateway, history, keys, local, look, output, policy, prove, report, sharing, store
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -65,6 +65,7 @@ for _part in (
     history.auditor_key,
     policy.policy,
     policy.claim,
+    report.report,
     custody.retain,
     custody.hold,
     custody.release,
