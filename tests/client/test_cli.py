@@ -43,11 +43,11 @@ digest = "ab" * 32
 # Parsing
 
 
-def words() -> list[str]:
-    """Every command, those of groups with the group's name."""
+def words(group: click.Group = command, before: str = "") -> list[str]:
+    """Every command, those of groups with the groups' names."""
     named = []
-    for name, each in sorted(command.commands.items()):
-        named += [f"{name} {inner}" for inner in sorted(each.commands)] if isinstance(each, click.Group) else [name]
+    for name, each in sorted(group.commands.items()):
+        named += words(each, f"{before}{name} ") if isinstance(each, click.Group) else [before + name]
     return named
 
 

@@ -9,11 +9,13 @@ import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit
+from medshard.cli.gatewaytoken import token
 from medshard.cli.options import Session, examples, run, shared
 
 if TYPE_CHECKING:
     from medshard.gateway.model import Receipt
     from medshard.gateway.service import Settings
+    from medshard.gateway.web import WebRules
 
 
 def _from_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -35,6 +37,9 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
         "medshard gateway                                             # this machine alone may send",
         "medshard gateway --peer PACS=127.0.0.1:4242 --calling CT01",
         "echoscu -aec MEDSHARD 127.0.0.1 11112 && storescu -aec MEDSHARD 127.0.0.1 11112 +sd study/",
+        "curl http://127.0.0.1:8042/dicom-web/studies?PatientName=doe*",
+        "medshard gateway --viewer ohif/dist                          # then open http://127.0.0.1:8042/",
+        "medshard gateway token add viewer                            # from now on DICOMweb wants a token",
         "curl http://127.0.0.1:8043/status",
         "medshard receipt 1.2.840.113…                                # SHA-256, file id and ledger index",
     ),
@@ -66,6 +71,16 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
     "--spool-size", default="20GiB", show_default=True, metavar="SIZE", help="What may wait for the nodes; more is answered with A700."
 )
 @click.option("--associations", type=click.IntRange(1, 1000), default=64, show_default=True, help="How many at a time.")
+@click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8042", show_default=True, help="Where DICOMweb listens; 'off' for none.")
+@click.option("--http-cert", type=click.Path(path_type=Path), metavar="FILE", help="PEM certificate for HTTPS.")
+@click.option("--http-key", type=click.Path(path_type=Path), metavar="FILE", help="Its key.")
+@click.option("--http-client-ca", type=click.Path(path_type=Path), metavar="FILE", help="CA of the clients' certificates; each shows one.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Pages from there may use DICOMweb. Repeatable.")
+@click.option(
+    "--viewer", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="A built viewer, such as OHIF's dist, served at /."
+)
+@click.option("--base-url", default="", metavar="URL", help="How clients call /dicom-web, where a proxy stands in front.")
+@click.option("--cache-size", default="10GiB", show_default=True, metavar="SIZE", help="For what was read lately, encrypted, in DIR.")
 @click.option("--status", metavar="HOST:PORT", default="127.0.0.1:8043", show_default=True, help="Status and metrics; 'off' for none.")
 @shared
 def gateway(session: Session, **flags: Any) -> int:
@@ -74,7 +89,7 @@ def gateway(session: Session, **flags: Any) -> int:
     Runs in the foreground. What is sent with C-STORE is on this machine's disk, encrypted and fsynced, before it is answered. Each
     series becomes one sealed object in the store when its sender has gone, when a storage commitment is asked for, or when nothing
     more has come for a while. Queries (C-FIND) are answered from an index that is encrypted at rest; C-MOVE and C-GET send what is
-    stored, byte for byte, and every retrieval is in the ledger first.
+    stored, byte for byte, and every retrieval is in the ledger first. DICOMweb does the same over HTTP, at /dicom-web.
 
     SIGTERM ends it in good order: running messages are finished, and what waits is stored if the nodes take it within a minute. What
     is left in the spool is stored after the next start. Log lines are JSON on standard error and name no patient.
@@ -129,8 +144,31 @@ def _settings(session: Session, **flags: Any) -> Settings:
         spool_bytes_max=settings.size(flags["spool_size"]),
         rules=Rules(keep_both=flags["same_uid"] == "keep-both", quiet_s=flags["quiet_time"]),
         dimse=dimse,
+        web=None if flags["http"] == "off" else _web(session, **flags),
+        cache_bytes_max=settings.size(flags["cache_size"]),
         status=None if flags["status"] == "off" else check_status(settings.address(flags["status"])),
     )
+
+
+def _web(session: Session, **flags: Any) -> WebRules:
+    from medshard.gateway import settings, web
+    from medshard.gateway.tokens import tokens_file
+
+    rules = web.WebRules(
+        *settings.address(flags["http"]),
+        tokens_file(flags["dir"] or session.home / "gateway"),
+        certificate=flags["http_cert"],
+        key=flags["http_key"],
+        client_ca=flags["http_client_ca"],
+        cors=tuple(flags["cors"]),
+        viewer=flags["viewer"],
+        base_url=flags["base_url"].rstrip("/"),
+    )
+    web.check(rules)
+    return rules
+
+
+gateway.add_command(token)
 
 
 @click.command(epilog=examples("medshard receipt 1.2.840.113619.2.5.1762583153…", "medshard receipt --json 1.2.840…"))

@@ -13,6 +13,7 @@ import hmac
 import os
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -71,6 +72,8 @@ class Catalog:
         self._cipher = AESGCM(hmac.digest(key, b"medshard/dicom-index/v1/seal", hashlib.sha256))
         self._tokens = hmac.digest(key, b"medshard/dicom-index/v1/token", hashlib.sha256)
         self._lock = threading.RLock()
+        self._versions: defaultdict[str, int] = defaultdict(int)
+        self._forgotten = 0
         self._queue: dict[str, dict[bytes, Instance]] = {}
         self._queued = 0
         try:
@@ -112,6 +115,7 @@ class Catalog:
         with self._lock:
             for instance in instances:
                 self._queue.setdefault(instance.uid, {})[instance.sha256] = instance
+                self._versions[instance.study] += 1
                 self._queued += 1
             if self._queued >= queue_max:
                 self.flush()
@@ -136,6 +140,7 @@ class Catalog:
 
     def forget(self, files: Iterable[bytes]) -> None:
         """Drop the instances of files that are no longer in the vault."""
+        self._forgotten += 1
         self.flush()
         with self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -180,6 +185,10 @@ class Catalog:
         wanted = None if uids is None else set(uids)
         return sorted((each for each in found if wanted is None or each.uid in wanted), key=_by_number)
 
+    def version(self, study: str) -> tuple[int, int]:
+        """Another one whenever something may have changed in a study."""
+        return self._versions.get(study, 0), self._forgotten
+
     def waiting(self, place: Place) -> list[Instance]:
         """The instances of one file."""
         with self._lock:
@@ -205,30 +214,20 @@ class Catalog:
     def _find(self, query: Query) -> Iterator[Row]:
         tests = {tag: test for tag, value in query.keys.items() if (test := test_for(tag, value)) and tags.level_of(tag) is not None}
         own = {tag: test for tag, test in tests.items() if (tags.level_of(tag) or Level.PATIENT) <= Level.STUDY}
-        patients: set[tuple[str | None, str | None]] = set()
-        numbers = self._studies_by_uid(query) if query.level > Level.PATIENT else None
-        for number, study in self._candidates(query.keys, numbers):
-            if not _meets(study, own):
-                continue
-            if query.level > Level.PATIENT:
-                yield from self._below(query, tests, number, study)
-            elif (who := (study.get(tags.PATIENT_ID), study.get(0x00100021))) not in patients:
-                patients.add(who)
-                with self._lock:
-                    patient = self._mirror.patient(study)
-                yield Row(Level.PATIENT, patient)
-
-    def _candidates(self, keys: Mapping[int, str], numbers: list[int] | None) -> Iterator[tuple[int, dict[int, str]]]:
-        """Studies that may match, newest first, in growing portions, so that a first page is there at once."""
-        below, most = 1 << 62, _batch
-        while True:
+        if query.level is Level.PATIENT:
             with self._lock:
-                found = self._mirror.studies(keys, numbers, below, most)
-                studies = self._mirror.rows(found)
-            yield from studies
-            if len(found) < most:
-                return
-            below, most = found[-1], min(2 * most, 10_000)
+                patients = self._mirror.patients(query.keys)
+            yield from (Row(Level.PATIENT, each) for each in patients if _meets(each, own))
+            return
+        numbers = self._studies_by_uid(query)
+        with self._lock:
+            candidates = self._mirror.studies(query.keys, numbers)
+        for at in range(0, len(candidates), _batch):
+            with self._lock:
+                studies = self._mirror.rows(candidates[at : at + _batch])
+            for number, study in studies:
+                if _meets(study, own):
+                    yield from self._below(query, tests, number, study)
 
     def _studies_by_uid(self, query: Query) -> list[int] | None:
         """The studies of the series or instances that are named by UID, where no study is; None where none is named."""

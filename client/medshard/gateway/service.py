@@ -21,10 +21,13 @@ from typing import Any, Final
 from aiohttp import web
 
 from medshard.gateway.archive import Archive, Rules
+from medshard.gateway.blocks import CachedBlocks
+from medshard.gateway.cache import BlockCache
 from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
 from medshard.gateway.dimse.server import DimseServer, Listening, loopback
 from medshard.gateway.objects import StoreObjects
 from medshard.gateway.spool import Spool
+from medshard.gateway.web import WebRules, serving
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
 from medshard.vault import Vault
@@ -32,6 +35,7 @@ from medshard_protocol.errors import Malformed, MedshardError
 
 associations_end_s: Final = 10.0
 last_puts_s: Final = 60.0
+cache_bytes_least: Final = 64 * 1024 * 1024  # frame tables and metadata of what is looked at need some room
 follow_s: Final = 2.0  # how soon what another process has put into the vault is found
 log = logging.getLogger("medshard.gateway")
 
@@ -45,6 +49,13 @@ class Settings:
     rules: Rules
     dimse: Listening | None
     status: tuple[str, int] | None
+    web: WebRules | None = None
+    cache_bytes_max: int = cache_bytes_least
+
+
+def cache_key(keys: VaultKeys) -> bytes:
+    """What segments of the cache derive their keys from."""
+    return hkdf(keys.root, b"", b"medshard/vault/v1/gateway-cache")
 
 
 def spool_key(keys: VaultKeys) -> bytes:
@@ -111,12 +122,18 @@ async def serve(vault: Vault, settings: Settings) -> None:
     async with archive_of(vault, settings) as archive, contextlib.AsyncExitStack() as stack:
         dimse = DimseServer(archive, settings.dimse) if settings.dimse else None
         gateway = Gateway(archive, dimse)
+        where: dict[str, str] = {}
         if settings.status is not None:
             await _status_page(stack, gateway, settings.status)
+        if settings.web is not None:
+            cache = BlockCache(settings.folder / "cache", cache_key(vault.keys), bytes_max=max(settings.cache_bytes_max, cache_bytes_least))
+            stack.callback(cache.close)
+            vault.ranges.blocks = CachedBlocks(cache)
+            where["http"] = await stack.enter_async_context(serving(archive, cache, settings.web))
         if dimse is not None:
             dimse.start()
         tasks = [asyncio.create_task(archive.watch()), asyncio.create_task(_follow(archive))]
-        where = {"dimse": f"{settings.dimse.host}:{dimse.port}"} if dimse and settings.dimse else {}
+        where |= {"dimse": f"{settings.dimse.host}:{dimse.port}"} if dimse and settings.dimse else {}
         _say("started", spooled=archive.waiting()[0], **where)
         try:
             await stop.wait()
