@@ -34,6 +34,7 @@ Sign: TypeAlias = Callable[[bytes], bytes]  # makes a signature with a key that 
 
 note_bytes_max = 2 << 20  # 256 institutions with an Ed25519 and an ML-DSA-44 cosignature each take 1 MiB
 signatures_max = 600
+remembered_bytes_max = 64 * 1024  # of a note that was parsed a moment ago
 size_max = 2**63 - 1
 time_max = 2**63 - 1  # seconds since 1970
 signature_bytes_max = 8192  # the largest standard post-quantum signature of tlog-cosignature has 2420
@@ -87,23 +88,40 @@ class Note:
     @classmethod
     def from_bytes(cls, data: bytes) -> Note:
         """Parse a note. Raises Malformed."""
-        if len(data) > note_bytes_max:
-            raise Malformed(f"note: {len(data)} bytes, more than the {note_bytes_max} allowed")
-        try:
-            whole = data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Malformed("note: not UTF-8") from None
-        head, blank, tail = whole.rpartition("\n\n")
-        if _control.search(whole) or not blank or not tail.endswith("\n"):
-            raise Malformed("note: expected text, an empty line, and signature lines")
-        lines = tail[:-1].split("\n")
-        if len(lines) > signatures_max:
-            raise Malformed(f"note: more than the {signatures_max} signatures allowed")
-        return cls(head + "\n", tuple(Signature.from_line(line + "\n") for line in lines))
+        return _parsed(data) if len(data) <= remembered_bytes_max else _parse(data)
+
+    @staticmethod
+    def text_of(data: bytes) -> str:
+        """The text alone, its signature lines unread. Raises Malformed."""
+        return _halves(data)[0]
 
     def signed_by(self, more: Iterable[Signature]) -> Note:
         """The same text with more signatures after those it has."""
         return Note(self.text, (*self.signatures, *more))
+
+
+def _parse(data: bytes) -> Note:
+    text, tail = _halves(data)
+    lines = tail[:-1].split("\n")
+    if len(lines) > signatures_max:
+        raise Malformed(f"note: more than the {signatures_max} signatures allowed")
+    return Note(text, tuple(Signature.from_line(line + "\n") for line in lines))
+
+
+_parsed = lru_cache(maxsize=16)(_parse)  # the same head is looked at by several parts of a program, one after the other
+
+
+def _halves(data: bytes) -> tuple[str, str]:
+    if len(data) > note_bytes_max:
+        raise Malformed(f"note: {len(data)} bytes, more than the {note_bytes_max} allowed")
+    try:
+        whole = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Malformed("note: not UTF-8") from None
+    head, blank, tail = whole.rpartition("\n\n")
+    if _control.search(whole) or not blank or not tail.endswith("\n"):
+        raise Malformed("note: expected text, an empty line, and signature lines")
+    return head + "\n", tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +163,7 @@ class Verifier:
     @property
     def key_id(self) -> bytes:
         """First four bytes of SHA-256(name, newline, type, key)."""
-        return hashlib.sha256(self.name.encode() + b"\n" + bytes([self.type]) + self.key).digest()[:4]
+        return _key_id(self.name, self.type, self.key)
 
     def vkey(self) -> str:
         """The key as other C2SP tools take it."""
@@ -180,7 +198,7 @@ class Verifier:
         try:
             if time > time_max:
                 raise ValueError
-            _public(self.type, self.key).verify(value, message)
+            _verify(self.type, self.key, value, message)
         except (InvalidSignature, ValueError):
             raise Refused(f"the signature of {self.name} does not hold") from None
         return time
@@ -239,7 +257,8 @@ def open_signed(note: Note, roster: Roster) -> Checkpoint:
     checkpoint = Checkpoint.from_text(note.text)
     if checkpoint.origin != roster.origin:
         raise Refused(f"checkpoint: of the log {checkpoint.origin!r}, not of {roster.origin!r}")
-    lines = [(verifier, line) for verifier in log_verifiers(roster) for line in note.signatures if verifier.made(line)]
+    known = {(verifier.name, verifier.key_id): verifier for verifier in log_verifiers(roster)}
+    lines = [(verifier, line) for line in note.signatures if (verifier := known.get((line.name, line.key_id))) is not None]
     if not lines:
         raise Refused("checkpoint: not signed by the log")
     for verifier, line in lines:
@@ -257,6 +276,13 @@ def cosigners(note: Note, roster: Roster, *, pq: bool = False) -> dict[NodeId, i
             node, verifier = found
             times[node] = verifier.verify(note.text, signature)
     return times
+
+
+def cosigned_times(note: Note, roster: Roster) -> dict[NodeId, int]:
+    """When a roster's nodes cosigned a note that was checked before, as its Ed25519 lines say."""
+    known = _cosigners(roster, pq=False)
+    found = ((known.get((line.name, line.key_id)), line) for line in note.signatures)
+    return {who[0]: int.from_bytes(line.value[:8], "big") for who, line in found if who is not None}
 
 
 def open_published(data: bytes, roster: Roster, *, pq: bool = False) -> Checkpoint:
@@ -277,6 +303,17 @@ def open_published(data: bytes, roster: Roster, *, pq: bool = False) -> Checkpoi
 def _cosigners(roster: Roster, pq: bool) -> dict[tuple[str, bytes], tuple[NodeId, Verifier]]:
     verifiers = ((node.id, (pq_verifier if pq else cosigner_verifier)(roster, node.id)) for node in roster.nodes if node.pq_key or not pq)
     return {(verifier.name, verifier.key_id): (node, verifier) for node, verifier in verifiers}
+
+
+@lru_cache(maxsize=256)
+def _verify(kind: int, key: bytes, signature: bytes, message: bytes) -> None:
+    """Raise InvalidSignature unless this key signed this. What held is remembered for a while: one head goes through many hands here."""
+    _public(kind, key).verify(signature, message)
+
+
+@lru_cache(maxsize=1024)
+def _key_id(name: str, kind: int, key: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + bytes([kind]) + key).digest()[:4]
 
 
 @lru_cache(maxsize=1024)

@@ -32,8 +32,10 @@ from medshard_protocol.roster import name_chars_max
 version: Final = 1
 access_header: Final = "Medshard-Access"
 emergency_header: Final = "Medshard-Emergency"
+checkpoint_header: Final = "Medshard-Checkpoint"
 tickets_max: Final = 64  # 64 entries of 48 files: more than fit into one request for small shards
 tickets_chars_max: Final = tickets_max * 20
+checkpoint_chars_max: Final = 8000  # some 40 cosignatures; HTTP servers stop at 8190
 emergency_chars_max: Final = (entry_bytes_max + 2) // 3 * 4
 hpke_public_size: Final = 1216  # MLKEM768-X25519
 hpke_label: Final = b"medshard/hpke-key/v1"
@@ -106,6 +108,19 @@ def unpack_tickets(text: str) -> tuple[int, ...]:
     return places
 
 
+def pack_checkpoint(note: bytes) -> str:
+    """Value of ``checkpoint_header``: a published checkpoint, as base64url without padding. Empty for one that is too long to be shown."""
+    text = base64.urlsafe_b64encode(note).decode().rstrip("=")
+    return text if len(text) <= checkpoint_chars_max else ""
+
+
+def unpack_checkpoint(text: str) -> bytes:
+    """Parse the value of ``checkpoint_header``; what it says is unchecked. Raises Malformed."""
+    if len(text) > checkpoint_chars_max:
+        raise Malformed(f"{checkpoint_header}: more than {checkpoint_chars_max} characters")
+    return _from_base64url(text, f"{checkpoint_header}: expected a note in base64url")
+
+
 def pack_emergency(entry: Entry) -> str:
     """Value of ``emergency_header``: the ACCESS entry that will be appended when the ledger is back, as base64url without padding."""
     return base64.urlsafe_b64encode(entry.to_bytes()).decode().rstrip("=")
@@ -113,16 +128,19 @@ def pack_emergency(entry: Entry) -> str:
 
 def unpack_emergency(text: str) -> Entry:
     """Parse the value of ``emergency_header``. Raises Malformed."""
-    if len(text) > emergency_chars_max or not _base64url.match(text):
-        raise Malformed(f"{emergency_header}: expected an entry in base64url")
+    if len(text) > emergency_chars_max:
+        raise Malformed(f"{emergency_header}: more than {emergency_chars_max} characters")
+    return Entry.from_bytes(_from_base64url(text, f"{emergency_header}: expected an entry in base64url"))
+
+
+def _from_base64url(text: str, expected: str) -> bytes:
     try:
-        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if _base64url.match(text) else b""
     except (binascii.Error, ValueError):
-        raise Malformed(f"{emergency_header}: expected an entry in base64url") from None
-    entry = Entry.from_bytes(data)
-    if pack_emergency(entry) != text:
-        raise Malformed(f"{emergency_header}: not canonical base64url")
-    return entry
+        raise Malformed(expected) from None
+    if not data or base64.urlsafe_b64encode(data).decode().rstrip("=") != text:
+        raise Malformed(expected)
+    return data
 
 
 # -- showing that an entry is published

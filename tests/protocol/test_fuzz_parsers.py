@@ -219,6 +219,9 @@ def of_sharing() -> dict[str, Parser]:
     told = (sharing.Told(1, entry.to_bytes(), inclusion.path, False), sharing.Told(2, inclusion.entry, inclusion.path, True))
     return {
         "sharing.unpack_tickets": of_text(sharing.unpack_tickets, sharing.pack_tickets, "0", "7,8,1000000", str(2**63 - 1)),
+        "sharing.unpack_checkpoint": of_text(
+            sharing.unpack_checkpoint, sharing.pack_checkpoint, sharing.pack_checkpoint(inclusion.checkpoint)
+        ),
         "sharing.unpack_emergency": of_text(sharing.unpack_emergency, sharing.pack_emergency, sharing.pack_emergency(entry)),
         "sharing.unpack_shown": Parser(sharing.unpack_shown, sharing.pack_shown, (sharing.pack_shown(inclusion),)),
         "sharing.unpack_seen": Parser(sharing.unpack_seen, sharing.pack_seen, (sharing.pack_seen(0), sharing.pack_seen(2**40))),
