@@ -24,16 +24,28 @@ from medshard.envelopes import seal_reason
 from medshard.ledger import LedgerClient
 from medshard.quorum import no_quorum, waiting_for_the_ledger
 from medshard.transport import Net, without_name
+from medshard_protocol.checkpoint import Note, cosigned_times
 from medshard_protocol.entries import Access, Entry, Purpose, access_files_max, entry_bytes_max, nonce_size
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId, Key, NodeId, file_id_size
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, not_yet, reason_in
 from medshard_protocol.roster import Node
-from medshard_protocol.sharing import access_header, emergency_header, pack_emergency, pack_shown, pack_tickets, tickets_max, unpack_seen
+from medshard_protocol.sharing import (
+    access_header,
+    checkpoint_header,
+    emergency_header,
+    pack_checkpoint,
+    pack_emergency,
+    pack_shown,
+    pack_tickets,
+    tickets_max,
+    unpack_seen,
+)
 
 ticket_s: Final = 540.0  # nodes honour 600 s, counted from a checkpoint before the entry; a minute is for idle heads and the way
 pass_files_max: Final = tickets_max * access_files_max
+fresh_s: Final = 2.0  # nodes are told within a tenth of a second what is published; so long a read tells them itself
 show_timeout_s: Final = 3.0
 emergency_wait_s: Final = 30.0  # nodes want 10 s of silence from the ledger before they serve without it
 emergency_pause_s: Final = 0.5
@@ -44,7 +56,9 @@ Work: TypeAlias = Callable[[Net, frozenset[FileId]], Awaitable[None]]  # reads t
 
 
 @dataclass(frozen=True, slots=True)
-class _Ticket:
+class Ticket:
+    """One announced read."""
+
     inclusion: Inclusion
     until: float  # by the monotonic clock
 
@@ -55,7 +69,7 @@ class Tickets:
     def __init__(self, net: Net, ledger: LedgerClient) -> None:
         self._net = net
         self._ledger = ledger
-        self._held: dict[tuple[FileId, int], _Ticket] = {}
+        self._held: dict[tuple[FileId, int], Ticket] = {}
         self._unsent: dict[tuple[tuple[FileId, ...], int], Entry] = {}  # signed, and perhaps on their way: tried again, not made again
 
     async def announce(self, file_ids: Sequence[FileId], purpose: int) -> list[Pass]:
@@ -67,14 +81,14 @@ class Tickets:
         parts = [distinct[at : at + pass_files_max] for at in range(0, len(distinct), pass_files_max)]
         fresh = [file_id for file_id in distinct if not self.holds(file_id, purpose)]
         await self._append(fresh, purpose)
-        if any(len(self._inclusions(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
+        if any(len(self.held(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
             await self._append(distinct, purpose)
-        return [Pass(self, self._net, frozenset(part), purpose, self._inclusions(part, purpose)) for part in parts]
+        return [Pass(self, self._net, frozenset(part), purpose, self.held(part, purpose)) for part in parts]
 
-    async def renew(self, file_ids: Collection[FileId], purpose: int) -> list[Inclusion]:
+    async def renew(self, file_ids: Collection[FileId], purpose: int) -> list[Ticket]:
         """Announce again, whatever is held."""
         await self._append(list(file_ids), purpose)
-        return self._inclusions(file_ids, purpose)
+        return self.held(file_ids, purpose)
 
     def expire(self) -> None:
         """Hold no tickets any more: the next read is announced anew."""
@@ -98,30 +112,45 @@ class Tickets:
         self._held = {known: ticket for known, ticket in self._held.items() if ticket.until > now}
         for group, inclusion in zip(groups, inclusions, strict=True):
             self._unsent.pop((group, purpose), None)
-            self._held.update({(file_id, purpose): _Ticket(inclusion, now + ticket_s) for file_id in group})
+            self._held.update({(file_id, purpose): Ticket(inclusion, now + ticket_s) for file_id in group})
 
-    def _inclusions(self, file_ids: Collection[FileId], purpose: int) -> list[Inclusion]:
+    def held(self, file_ids: Collection[FileId], purpose: int) -> list[Ticket]:
+        """The tickets for these files, each once, oldest first."""
         tickets = (self._held[file_id, purpose] for file_id in file_ids)
-        return list({ticket.inclusion.index: ticket.inclusion for ticket in tickets}.values())
+        return sorted({ticket.inclusion.index: ticket for ticket in tickets}.values(), key=lambda ticket: ticket.inclusion.index)
 
 
 class Pass:
     """What one read shows to the holders of its files, and what can be done when one of them objects."""
 
-    def __init__(self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], purpose: int, inclusions: Sequence[Inclusion]) -> None:
+    def __init__(self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], purpose: int, tickets_held: Sequence[Ticket]) -> None:
         self.file_ids = file_ids
         self.refusals: dict[NodeId, MedshardError] = {}
         self.within_reach = False  # a holder says that the ledger is: of interest in an emergency
         self._tickets = tickets
         self._net = net
         self._purpose = purpose
-        self._inclusions = list(inclusions)
+        self._held = list(tickets_held)
         self._showing: dict[NodeId, asyncio.Task[bool]] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     def headers(self) -> dict[str, str]:
-        """What goes with each request for shards."""
-        return {access_header: pack_tickets(inclusion.index for inclusion in self._inclusions)}
+        """What goes with each request for shards: the places, and while they are new the checkpoint that shows that they are published."""
+        shown = {access_header: pack_tickets(ticket.inclusion.index for ticket in self._held)}
+        if self._is_fresh and (checkpoint := pack_checkpoint(self._held[-1].inclusion.checkpoint)):
+            shown[checkpoint_header] = checkpoint
+        return shown
+
+    def is_known_to(self, node: NodeId) -> bool:
+        """Whether this node has stored the newest entry: it cosigned it, or has had the time."""
+        if not self._is_fresh:
+            return True
+        note = Note.from_bytes(self._held[-1].inclusion.checkpoint)
+        return node in cosigned_times(note, self._net.roster)
+
+    @property
+    def _is_fresh(self) -> bool:
+        return bool(self._held) and time.monotonic() < self._held[-1].until - ticket_s + fresh_s
 
     async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
         """Whether it is worth while to ask again what this holder objected to for the ``tries``th time."""
@@ -155,7 +184,7 @@ class Pass:
 
     async def _show(self, node: Node) -> bool:
         """Show a holder that the entries are published; the newest proof does for all, as one checkpoint covers what is before it."""
-        newest = max(self._inclusions, key=lambda inclusion: inclusion.index)
+        newest = self._held[-1].inclusion
         try:
             answer = await self._net.call(node, "POST", "/v1/access", pack_shown(newest), timeout_s=show_timeout_s)
             return unpack_seen(answer) == newest.index
@@ -164,7 +193,7 @@ class Pass:
             return False
 
     async def _renew(self) -> None:
-        self._inclusions = await self._tickets.renew(self.file_ids, self._purpose)
+        self._held = await self._tickets.renew(self.file_ids, self._purpose)
         self._showing.clear()
 
 
@@ -193,6 +222,10 @@ class Admitted(Net):
     def __init__(self, net: Net, shown: Pass) -> None:
         self.__dict__.update(net.__dict__)  # the same sessions, lines and memory of who was slow: only what is shown differs
         self._shown = shown
+
+    def is_informed(self, node: NodeId) -> bool:
+        """Whether a holder certainly knows the entry that is shown."""
+        return self._shown.is_known_to(node)
 
     def shard_headers(self) -> dict[str, str]:
         """What goes with each request for shards."""

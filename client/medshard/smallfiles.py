@@ -182,10 +182,10 @@ class SmallReads:
     def _choose(self, manifest: Manifest, count: int) -> list[int]:
         if count <= 0:
             return []
-        suspect = self._net.health.is_suspect
+        suspect, informed = self._net.health.is_suspect, self._net.is_informed
         free = [i for i in range(manifest.layout.n) if i not in self._asked[manifest.file_id]]
         holders = self._holders[manifest.file_id]
-        return sorted(free, key=lambda i: (suspect(holders[i]), i))[:count]
+        return sorted(free, key=lambda i: (suspect(holders[i]), not informed(holders[i]), i))[:count]
 
     def _chunks(self, items: list[tuple[FileId, int]]) -> list[list[tuple[FileId, int]]]:
         chunks: list[list[tuple[FileId, int]]] = [[]]

@@ -29,7 +29,7 @@ from storenode.membership import Membership
 
 ask_every_s: Final = 15.0  # one node, drawn anew each time: at sixteen nodes each is asked once in a quarter of a minute
 look_every_s: Final = 1.0
-fold_s: Final = 0.05
+fold_s: Final = 0.25
 ask_wait_s: Final = 3.0
 body_wait_s: Final = 30.0
 

@@ -10,6 +10,7 @@ clock. Only when no published checkpoint has come for a while may an emergency i
 from __future__ import annotations
 
 import asyncio
+import logging
 import statistics
 import time
 from bisect import bisect_right
@@ -19,15 +20,22 @@ from typing import Final
 
 from aiohttp import web
 
-from medshard_protocol.checkpoint import Note, cosigner_verifier, open_published
+from medshard_protocol.checkpoint import Note, cosigned_times, open_published
 from medshard_protocol.entries import Access, Entry, Type
-from medshard_protocol.errors import MedshardError, Refused
+from medshard_protocol.errors import Malformed, MedshardError, Refused
 from medshard_protocol.facts import Facts
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, Refusal, Right, not_yet
 from medshard_protocol.roster import Roster
-from medshard_protocol.sharing import access_header, emergency_header, unpack_emergency, unpack_tickets
+from medshard_protocol.sharing import (
+    access_header,
+    checkpoint_header,
+    emergency_header,
+    unpack_checkpoint,
+    unpack_emergency,
+    unpack_tickets,
+)
 from storenode.emergency import Emergencies
 from storenode.ledger import Ledger, Published
 from storenode.metrics import Metrics
@@ -37,6 +45,9 @@ ticket_s: Final = 600.0  # how long one ACCESS entry opens its files
 wait_s: Final = 1.0  # for an entry or a checkpoint that is on its way to this node
 out_of_reach_s: Final = 10.0  # a quorum publishes a fresh head every 5 s
 admitted_max: Final = 65_536  # remembered decisions; 200 bytes each
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,7 @@ class Gate:
                 if enforced:
                     raise _Denied(Refusal(Reason.NO_ENTRY))
                 return
-            await self._admit_by(caller, unpack_tickets(shown), file_ids)
+            await self._admit_by(caller, unpack_tickets(shown), file_ids, headers.get(checkpoint_header))
         except _Denied as denied:
             self._metrics.denied(denied.refusal.reason)
             raise denied.refusal.error() from None
@@ -158,9 +169,11 @@ class Gate:
 
     # -- the ordinary way
 
-    async def _admit_by(self, caller: Key, places: Sequence[int], file_ids: Sequence[FileId]) -> None:
+    async def _admit_by(self, caller: Key, places: Sequence[int], file_ids: Sequence[FileId], checkpoint: str | None) -> None:
         if self._all_admitted(caller, places, file_ids):
             return
+        if checkpoint is not None:
+            self._hear(unpack_checkpoint(checkpoint))
         await self._wait(lambda: self._pending(places) if self._unreadable(caller, places, file_ids) else None)
         refusal = self._unreadable(caller, places, file_ids)
         if refusal is not None:
@@ -220,6 +233,8 @@ class Gate:
         refusal = pending()
         if refusal is None or refusal.reason not in not_yet:
             return
+        if refusal.reason is Reason.NOT_IN_MIRROR:
+            self._ledger.hurry()
         try:
             async with asyncio.timeout(wait_s):
                 while (refusal := pending()) is not None and refusal.reason in not_yet:
@@ -234,6 +249,16 @@ class Gate:
         size, cosigned = published.checkpoint.size, cosigned_at(published.note, self._ledger.roster)
         if self._ages.note(size, cosigned, heard_at):
             self._fresh_at = heard_at
+
+    def _hear(self, note: bytes) -> None:
+        """Look at the published checkpoint that a reader shows, since this node may not have been told yet. One that does not hold under
+        this node's roster helps nobody: what the node hears by itself counts, as without it. Raises Malformed."""
+        try:
+            self._journal.believe(note)
+        except Malformed:
+            raise
+        except MedshardError as error:
+            log.info("a checkpoint that a reader showed is not believed: %s", error)
 
     def _check(self, inclusion: Inclusion) -> None:
         """Hear the checkpoint of a proof, if it holds. Each is checked once."""
@@ -288,13 +313,8 @@ class _Denied(Exception):
 
 def cosigned_at(note: bytes, roster: Roster) -> float:
     """When a checkpoint that was checked before was cosigned: the median of its cosigners' clocks, in Unix seconds."""
-    names = {verifier.name: verifier for verifier in (cosigner_verifier(roster, node.id) for node in roster.nodes)}
-    times = []
-    for signature in Note.from_bytes(note).signatures:
-        verifier = names.get(signature.name)
-        if verifier is not None and verifier.made(signature):
-            times.append(int.from_bytes(signature.value[:8], "big"))
-    return float(statistics.median(times)) if times else 0.0
+    times = cosigned_times(Note.from_bytes(note), roster)
+    return float(statistics.median(times.values())) if times else 0.0
 
 
 _order: Final = {reason: number for number, reason in enumerate(Reason)}

@@ -41,6 +41,7 @@ _schemas: Final[dict[str, dict[str, Any]]] = {
     "roster": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
     cell_size_header: {"type": "integer", "minimum": 1, "maximum": 2**24},
     "Medshard-Access": {"type": "string", "pattern": "^[0-9]{1,19}(,[0-9]{1,19}){0,63}$"},
+    "Medshard-Checkpoint": {"type": "string", "pattern": "^[A-Za-z0-9_-]{4,8000}$"},
     "Medshard-Emergency": {"type": "string", "pattern": "^[A-Za-z0-9_-]{4,4096}$"},
 }
 
@@ -62,7 +63,7 @@ class Operation:
 
 
 _shard: Final = "/v1/shards/{file}/{index}"
-_rights: Final = ("Medshard-Access", "Medshard-Emergency")
+_rights: Final = ("Medshard-Access", "Medshard-Checkpoint", "Medshard-Emergency")
 _kept: Final = (200, 201)
 
 operations: Final = (
@@ -121,6 +122,7 @@ operations: Final = (
     Operation("GET", "/before/{number}/log/{path}", "A file of an earlier log, as it ended", "ledger", gives=bytes_type),
     # between the ledger's nodes
     Operation("GET", "/v1/ledger/mirror", "The sequencer's channel (WebSocket)", "ledger", good=(101,)),
+    Operation("POST", "/v1/ledger/hurry", "Push to the node that asks what it lacks, at once", "ledger", gives="", good=(204,)),
     Operation("GET", "/v1/ledger/ask", "How this node stands to the log", "ledger"),
     Operation("POST", "/v1/ledger/promise", "Follow a sequencer from now on", "ledger", body_type),
     Operation("POST", "/v1/ledger/forward", "Entries for the sequencer", "ledger", body_type),

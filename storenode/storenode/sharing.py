@@ -251,10 +251,10 @@ async def _obey(ledger: Ledger, sealed: Sealed, endings: Endings) -> None:
 
 async def obey_once(ledger: Ledger, sealed: Sealed, endings: Endings) -> bool:
     """Destroy what published entries have ended since the last time, and what has come due. False if some of them are not folded yet."""
-    published, done = ledger.journal.published, sealed.obeyed()
+    published, done = ledger.journal.checked, sealed.obeyed()  # or every head would be verified here at once, by nodes that nobody asks
+    facts = ledger.journal.folding.state
     if published is None:
         return True
-    facts = ledger.journal.folding.state
     end = min(published.checkpoint.size, facts.size)
     ended = facts.ended(done, end)
     if ended:
@@ -289,6 +289,8 @@ async def get_ending(request: web.Request) -> web.Response:
 
 async def _folded(ledger: Ledger, true: Callable[[Facts], bool]) -> None:
     """Wait a little for an entry that is on its way here."""
+    if not true(ledger.state):
+        ledger.hurry()
     with suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
             while not true(ledger.state):

@@ -18,7 +18,16 @@ from medshard_protocol.errors import MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, Refusal
-from medshard_protocol.sharing import access_header, emergency_header, pack_seen, unpack_emergency, unpack_shown, unpack_tickets
+from medshard_protocol.sharing import (
+    access_header,
+    checkpoint_header,
+    emergency_header,
+    pack_seen,
+    unpack_checkpoint,
+    unpack_emergency,
+    unpack_shown,
+    unpack_tickets,
+)
 
 keys = VaultKeys.from_root(b"r" * 32)
 auditors = hpke.PrivateKey(b"a" * 32)
@@ -35,6 +44,7 @@ class World:
         self.entries: list[Entry] = []
         self.down: Unavailable | None = None
         self.shown: list[str] = []
+        self.note = b"note"
         self.net = Net(roster, {})
         self.ledger = LedgerClient(self.net, keys)
 
@@ -45,7 +55,7 @@ class World:
             for entry in entries:
                 if entry not in self.entries:
                     self.entries.append(entry)
-                places.append(Inclusion(self.entries.index(entry), entry.to_bytes(), (), b"note"))
+                places.append(Inclusion(self.entries.index(entry), entry.to_bytes(), (), self.note))
             return places
 
         async def waiting(net: Net, answer: Coroutine[Any, Any, Any]) -> Any:
@@ -170,6 +180,30 @@ async def test_only_requests_of_an_admitted_read_carry_a_ticket(world: World) ->
     assert admitted.roster is world.net.roster
 
 
+async def test_a_new_ticket_is_shown_with_the_checkpoint_until_everybody_has_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    (shown,) = await Tickets(world.net, world.ledger).announce(files(1), 0)
+    assert unpack_checkpoint(shown.headers()[checkpoint_header]) == b"note"
+    now[0] += access.fresh_s + 0.1
+    assert set(shown.headers()) == {access_header}
+
+
+async def test_holders_that_cosigned_are_informed_at_once_and_the_others_a_little_later(
+    world: World, consortium: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    made = consortium(4)
+    world.note = made.note(made.checkpoint([b"entry"]), (0, 2, 3)).to_bytes()
+    (shown,) = await Tickets(world.net, world.ledger).announce(files(1), 0)
+    admitted = Admitted(world.net, shown)
+    assert [admitted.is_informed(node.id) for node in world.net.roster.nodes] == [True, False, True, True]
+    now[0] += access.fresh_s + 0.1
+    assert all(admitted.is_informed(node.id) for node in world.net.roster.nodes)
+    assert all(world.net.is_informed(node.id) for node in world.net.roster.nodes)
+
+
 # Emergencies
 
 
@@ -216,7 +250,7 @@ async def test_a_ledger_that_comes_back_meanwhile_is_used(world: World) -> None:
     holders = Back(Reason.WITHIN_REACH, None)
     world.down = Unavailable("no quorum")
     assert await reader(world, []).read(files(1), Purpose.TREATMENT, "fire", holders)
-    assert [list(header) for header in holders.headers] == [[emergency_header], [access_header]]
+    assert [list(header) for header in holders.headers] == [[emergency_header], [access_header, checkpoint_header]]
 
 
 async def test_without_a_reason_there_is_no_emergency_and_the_way_is_named(world: World) -> None:

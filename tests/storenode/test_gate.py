@@ -18,7 +18,7 @@ from medshard_protocol.identity import public_key
 from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, reason_in
-from medshard_protocol.sharing import access_header, emergency_header, pack_emergency, pack_tickets
+from medshard_protocol.sharing import access_header, checkpoint_header, emergency_header, pack_checkpoint, pack_emergency, pack_tickets
 from storenode import gate as module
 from storenode.emergency import Emergencies
 from storenode.gate import Ages, Gate
@@ -42,7 +42,9 @@ class Mirror:
         self.appended = []
         self.reachable = False
         self.emergencies = Emergencies(folder, self.append, self.is_appended, retry_s=0.01)
-        self.gate = Gate(SimpleNamespace(journal=self.journal, roster=c.roster), self.emergencies, self.metrics)
+        self.hurried = 0
+        ledger = SimpleNamespace(journal=self.journal, roster=c.roster, hurry=self.hurry)
+        self.gate = Gate(ledger, self.emergencies, self.metrics)
         self.written = []
 
     async def append(self, entry):
@@ -52,6 +54,9 @@ class Mirror:
 
     async def is_appended(self, name):
         return name in [each.author + each.body.nonce for each in self.appended]
+
+    def hurry(self):
+        self.hurried += 1
 
     def key(self, who):
         return public_key(self.c.key(who))
@@ -332,6 +337,65 @@ async def test_a_proof_of_entries_that_the_mirror_lacks_waits_for_them(mirror):
     entry = mirror.written.pop()
     await mirror.store(entry)  # the checkpoint that was shown covers it, and was kept
     await mirror.read("owner", place)
+
+
+# -- checkpoints shown with a read
+
+
+def shown(note):
+    return {checkpoint_header: pack_checkpoint(note)}
+
+
+async def test_a_read_that_shows_the_checkpoint_need_not_wait_until_this_node_is_told(mirror, monkeypatch):
+    monkeypatch.setattr(module, "wait_s", 60.0)
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    await mirror.read("owner", place, **shown(mirror.note()))
+    assert mirror.journal.published.checkpoint.size == place + 1
+    assert mirror.hurried == 0
+
+
+async def test_a_shown_checkpoint_is_believed_only_under_a_quorum_of_this_roster_and_this_log(mirror, consortium):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    mirror.written[place] = mirror.c.entry("owner", access(two)).to_bytes()
+    other_log = mirror.note()
+    mirror.written[place] = mirror.journal.entries(place, place + 1)[0]
+    signed = mirror.note()
+    forged = signed[:-9] + b"AAAAAAA=\n"
+    few, other = mirror.note(cosigners=(0, 1)), consortium(7)
+    for note in (few, mirror.note(cosigners=(0, 0, 1)), mirror.note(cosigners=(4, 5, 6), c=other), forged, other_log, mirror.note(place)):
+        await mirror.refused(Reason.NOT_PUBLISHED, "owner", place, **shown(note))
+    await mirror.read("owner", place, **shown(signed))
+
+
+async def test_a_shown_checkpoint_takes_no_newer_ones_place(mirror):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    older = mirror.note()
+    await mirror.store(mirror.c.entry("owner", access(two)))
+    newest = mirror.note()
+    for note in (older, mirror.note(cosigners=(0, 1))):
+        mirror.journal.hear(newest)
+        await mirror.read("owner", place, **shown(note))
+        assert mirror.journal.published.note == newest
+
+
+async def test_what_is_no_note_in_base64url_is_malformed(mirror):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    for text in ("", "!", "A", "QUJD", "QUJD=", "A" * 8001):
+        with pytest.raises(Malformed):
+            await mirror.read("owner", place, **{checkpoint_header: text})
+    assert pack_checkpoint(bytes(6001)) == ""
+
+
+async def test_a_checkpoint_of_an_entry_on_its_way_is_kept_and_the_entry_asked_for(mirror):
+    mirror.written.append(mirror.c.entry("owner", access()).to_bytes())
+    place, note = len(mirror.written) - 1, mirror.note()
+    reading = asyncio.create_task(mirror.read("owner", place, **shown(note)))
+    async with asyncio.timeout(5):
+        while not mirror.hurried:
+            await asyncio.sleep(0)
+    await mirror.store(mirror.written.pop())
+    await reading
+    assert mirror.hurried == 1
 
 
 # -- emergencies

@@ -436,6 +436,7 @@ async def test_what_a_crash_left_undone_is_destroyed_after_the_next_start(node: 
         await node.say("owner", Revoke(grant, b""))
         await asyncio.sleep(0.1)
         assert sealed.grant(file_id, grant) is not None
+    assert node.ledger.state.size  # folds what was stored
     await obey_once(node.ledger, sealed, node.app[endings_key])
     assert sealed.grant(file_id, grant) is None
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, cosigners, log_verifier, note_bytes_max
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigned_times, log_verifier, note_bytes_max
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.facts import Documents
@@ -76,6 +76,7 @@ class Ledger:
         self._takeover: Takeover | None = None
         self._standby: Standby | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._hurrying: asyncio.Task[None] | None = None
         self.forwarding = Forwarding(self)
         self.full = FullHeads(journal.folder, node, pq_key, call, lambda: self.roster, lambda: self.published)
         mirror.signed = self.full.remember
@@ -144,9 +145,10 @@ class Ledger:
     async def close(self) -> None:
         """Finish what is being written and close the files."""
         await self.full.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._hurrying] if self._hurrying else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.journal.close()
 
     def adopt(self, roster: Roster) -> None:
@@ -205,7 +207,7 @@ class Ledger:
         """When the newest published checkpoint was cosigned, by its cosigners' clocks (their median), in Unix seconds."""
         if self.published is None:
             return None
-        return statistics.median(cosigners(Note.from_bytes(self.published.note), self.roster).values())
+        return statistics.median(cosigned_times(Note.from_bytes(self.published.note), self.roster).values())
 
     def inclusion_of(self, file_id: FileId) -> Inclusion | None:
         """Prove a file's registration from what this node knows now; None if that is not enough, for up to 50 ms after it happened."""
@@ -255,6 +257,23 @@ class Ledger:
             return await self._call(node, "POST", wire.forward_path, body, timeout_s)
         except (Unavailable, OSError, TimeoutError, aiohttp.ClientError) as error:
             raise Unreachable(f"the sequencer does not answer ({error or type(error).__name__})") from None
+
+    def push_now(self, node: NodeId) -> None:
+        """A mirror needs the newest entries at once, if this node orders them."""
+        if self._sequencer is not None:
+            self._sequencer.hurry(node)
+
+    def hurry(self) -> None:
+        """Somebody waits here for an entry that is on its way: let the node that orders them push it at once."""
+        leader = self.mirror.leader
+        if leader is not None and leader != self._node and (self._hurrying is None or self._hurrying.done()):
+            self._hurrying = asyncio.create_task(self._ask_to_hurry(leader))
+
+    async def _ask_to_hurry(self, leader: NodeId) -> None:
+        try:
+            await self._call(leader, "POST", wire.hurry_path, b"", ask_wait_s)
+        except (MedshardError, OSError, TimeoutError, aiohttp.ClientError) as error:
+            _log.info("the sequencer was not reached: %s", error or type(error).__name__)
 
     def suspect(self, why: str) -> None:
         """The sequencer does its work badly: take over, if this node may."""

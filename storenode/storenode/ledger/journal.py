@@ -32,7 +32,7 @@ from storenode.ledger.engine import Engine, Head, name_of
 from storenode.ledger.folding import Folding
 from storenode.ledger.store import Store
 
-fold_after_s = 0.02  # other processes on the machine are still busy with the same checkpoint
+fold_after_s = 0.2  # whoever needs what an entry means asks, and it is folded then; many at once cost less
 remember_after_s = 1.0  # after a crash at most this much is checked again
 fold_entries_max = 64  # checked in one go without letting requests wait: about 8 ms
 unfolded_entries_max = 4096  # a mirror that catches up lets its state fall no further behind: who asks for it waits half a second
@@ -97,7 +97,7 @@ class Journal:
         """Fold the entries that are on disk. What was checked before the last stop is not checked again."""
         memory = self.store.memory()
         self._heard = memory.published
-        self.folding.begin(memory, self.head.size, _claimed_size(memory.published))
+        self.folding.begin(memory, self.head.size, _size_or_none(memory.published))
         self._replaying = True  # to check what is published takes its roster, and so everything before it at once
         await self.folding.replay(self.head.size)
         self._replaying = False
@@ -263,6 +263,11 @@ class Journal:
             self._check_heard()
         return self._published
 
+    @property
+    def checked(self) -> Published | None:
+        """The newest of which that was found already; for whoever must not have it found."""
+        return self._published
+
     def inclusion(self, place: int, published: Published) -> Inclusion:
         """Prove the entry at ``place`` under ``published``."""
         path = self._tree.inclusion_path(place, published.checkpoint.size)
@@ -281,6 +286,16 @@ class Journal:
         self._set_published(published)
         self._later("remember", remember_after_s, self._remember_soon)
 
+    def believe(self, note: bytes) -> None:
+        """Take note of a published checkpoint that a stranger shows: checked at once, so that nothing forged takes the place of what was
+        heard from a sequencer. Raises Malformed or Refused."""
+        size = _claimed_size(note)
+        if self._heard and _claimed_size(self._heard) >= size:
+            self._check_heard()
+        if self._published is None or self._published.checkpoint.size < size:
+            self.open_published(note)
+            self.hear(note)
+
     def hear(self, note: bytes) -> None:
         """Take note of a checkpoint that somebody says has its quorum. It is checked when it is needed."""
         if self._published is None or note != self._published.note:
@@ -293,8 +308,7 @@ class Journal:
 
     def _check_heard(self) -> None:
         try:
-            claimed = Checkpoint.from_text(Note.from_bytes(self._heard).text)
-            if claimed.size > self.head.size:
+            if _claimed_size(self._heard) > self.head.size:
                 return  # cosigned by others before this node has the entries; kept until they come
             note, self._heard = self._heard, b""
             checkpoint = self.open_published(note)
@@ -310,7 +324,7 @@ class Journal:
     def open_published(self, note: bytes) -> Checkpoint:
         """Read a checkpoint that a quorum published: of the roster that its size belongs to, or of a later one. Raises Malformed or
         Refused. A head that was published before a change is published once more by the next quorum, while no entry follows."""
-        due = self.roster_of(Checkpoint.from_text(Note.from_bytes(note).text).size)
+        due = self.roster_of(_claimed_size(note))
         try:
             return open_published(note, due)
         except Refused:
@@ -388,8 +402,13 @@ async def _whole(writing: asyncio.Future[_T]) -> _T:
 
 
 def _claimed_size(note: bytes) -> int:
+    """What a note's text says, whoever signed it. Raises Malformed or Refused."""
+    return Checkpoint.from_text(Note.text_of(note)).size
+
+
+def _size_or_none(note: bytes) -> int:
     try:
-        return Checkpoint.from_text(Note.from_bytes(note).text).size
+        return _claimed_size(note)
     except MedshardError:
         return 0
 

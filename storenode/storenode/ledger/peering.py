@@ -37,6 +37,7 @@ class PeerRoutes:
             web.get(wire.ask_path, self.ask, allow_head=False),
             web.post(wire.promise_path, self.promise),
             web.post(wire.forward_path, self.forward),
+            web.post(wire.hurry_path, self.hurry),
             web.post(cosign_path, self.cosign),
             web.get(wire.entries_path, self.entries, allow_head=False),
         ]
@@ -65,6 +66,11 @@ class PeerRoutes:
         _node(request)
         status, answer = await self._ledger.append_here(await read_body(request, append_bytes_max))
         return web.Response(status=status, body=answer, content_type=body_type)
+
+    async def hurry(self, request: web.Request) -> web.Response:
+        """Push the newest entries to the node that asks now, not a moment later. Nothing, where this node orders none."""
+        self._ledger.push_now(_node(request))
+        return web.Response(status=204)
 
     async def cosign(self, request: web.Request) -> web.Response:
         """Give both kinds of cosignature for a checkpoint that this node cosigned a moment ago."""

@@ -4,13 +4,19 @@ Law: a task always sends from where its mirror stands to the newest checkpoint. 
 handed on unread, and so is the news that a mirror follows a later epoch. A mirror whose last entries stand against this log is shown, as
 soon as there is one, a published checkpoint that rules them out. A mirror that is dead, frozen or wrong costs a time-out in its own task
 and is asked again after a growing pause.
+
+An entry waits for a quorum and for nobody else, so it goes to as many mirrors as make one, and one to spare, who take turns. The others
+get it a moment later, with whatever has come by then and the news that it is published; or at once where the first ones take longer than
+they use to, where one of them fails, or where a mirror says that it needs it now (docs/decisions/0031-first-a-quorum.md).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,7 +35,12 @@ push_timeout_s = 3.0
 catch_up_timeout_s = 20.0  # a full push of 4 MiB to a slow disk over a slow line
 pause_first_s = 0.1
 pause_most_s = 1.0  # what a mirror that comes back may have to wait; a dead one costs a connection attempt a second
-tell_after_s = 0.1  # under load the next checkpoint carries the news along, and nothing is sent for it alone
+tell_after_s = 0.1  # the next checkpoint carries the news along, and what the others have not got yet: little is sent for that alone
+spare_voices = 1  # beyond a quorum: one that stands still costs no time
+patience_s = 0.02  # with the first ones; more where quorums use to take longer
+patience_rounds = 3.0
+patience_most_s = 0.5
+quick_s = 0.04  # mirrors that answer within this are equally good; then within four times as much, and so on
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +52,7 @@ class Round:
     checkpoint: Checkpoint
     note: Note  # signed by the log
     began: float
+    number: int = 0  # counted by those who push
     cosigned: dict[NodeId, Signature] = field(default_factory=dict)
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,6 +74,10 @@ class _Peer:
     own: tuple[int, bytes] = (0, b"")  # the longest checkpoint that it has cosigned, with that signature
     shown: bool = False  # it has less than it has cosigned, and is to be told
     round: Round | None = None  # the newest it has cosigned
+    wanted: int = 0  # the round that it is to be brought now, or a later one
+    turn: int = 0  # the last round in which it was among the first
+    took_s: float = 0.0  # to answer, of late
+    asked: bool = False  # and has not answered
     told: int = 0  # the newest edition of the published note that it has been told
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     failures: int = 0  # since the last success
@@ -82,6 +98,7 @@ class Pushers:
         act: Acts,
     ) -> None:
         self._journal = journal
+        self._roster = roster
         self._own = own
         self._call = call
         self._epoch = epoch
@@ -92,6 +109,10 @@ class Pushers:
         self._tasks: dict[NodeId, asyncio.Task[None]] = {}
         self._nodes = [node for node in roster.nodes if node.id != own]
         self._telling: asyncio.TimerHandle | None = None
+        self._losing_patience: asyncio.TimerHandle | None = None
+        self._everybody = True  # was asked at once
+        self._next = 0  # where at the table the next round begins
+        self._typical_s = 0.0  # how long a quorum takes, of late
         self._edition = 0  # of the published note, counted up
         self._news = 0  # the edition that mirrors should hear of even without a new checkpoint
         self._packed: dict[tuple[int, int, bool, bytes], bytes] = {}  # most mirrors stand at one place and get the same bytes
@@ -102,7 +123,7 @@ class Pushers:
             self._add(node)
 
     def _add(self, node: Node) -> None:
-        peer = _Peer(node, Channel(node.id, self._call), self._journal.head.size)
+        peer = _Peer(node, Channel(node.id, self._call), self._journal.head.size, wanted=self._round.number)
         self._peers.append(peer)
         task = self._tasks[node.id] = asyncio.create_task(self._serve(peer))
         task.add_done_callback(report_end)
@@ -110,6 +131,7 @@ class Pushers:
 
     def adopt(self, roster: Roster) -> None:
         """Push to the nodes of this roster from now on. Those that are in it no longer get nothing more."""
+        self._roster = roster
         nodes = {node.id: node for node in roster.nodes if node.id != self._own}
         for peer in [peer for peer in self._peers if peer.node.id not in nodes]:
             self._peers.remove(peer)
@@ -122,29 +144,46 @@ class Pushers:
 
     async def close(self) -> None:
         """Stop in the middle of whatever is under way; mirrors keep what they have stored."""
-        if self._telling is not None:
-            self._telling.cancel()
+        for timer in (self._telling, self._losing_patience):
+            if timer is not None:
+                timer.cancel()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await asyncio.gather(*(peer.channel.close() for peer in self._peers))
 
-    def push(self, round_: Round) -> None:
-        """Bring this checkpoint to every mirror, in place of any earlier one."""
-        self._round = round_
+    def push(self, round_: Round, *, everybody: bool) -> None:
+        """Bring this checkpoint to the mirrors, in place of any earlier one: to ``everybody`` at once, or first to a quorum."""
+        round_.number = self._round.number + 1
+        self._round, self._everybody = round_, everybody
         self._packed.clear()  # holds a handful of bodies for one round, and those of mirrors that catch up
-        for peer in self._peers:
-            peer.wake.set()
+        self._stop_timer()
+        for peer in self._peers if everybody else self._first():
+            self._want(peer)
+        if not everybody:
+            wait_s = min(patience_most_s, max(patience_s, patience_rounds * self._typical_s))
+            self._losing_patience = asyncio.get_running_loop().call_later(wait_s, self._hurry_all)
 
-    def tell(self, *, soon: bool, now: bool = False) -> None:
-        """Let the mirrors know what has been published: with the next push, ``soon``, or ``now``."""
+    def tell(self, *, soon: bool) -> None:
+        """Let the mirrors know what has been published: with the next push, or ``soon``, with what they lack.
+
+        Those who were all asked at once are told at once.
+        """
+        self._stop_timer()
+        self._typical_s += (time.monotonic() - self._round.began - self._typical_s) / 4
         self._edition += 1
-        if now:  # a lone entry is perhaps an ACCESS, and its reader is on the way to them
+        if soon and self._everybody:
             if self._telling is not None:
                 self._telling.cancel()
             self._tell(self._edition)
         elif soon and self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
+
+    def hurry(self, node: NodeId) -> None:
+        """A mirror needs the newest entries now."""
+        for peer in self._peers:
+            if peer.node.id == node:
+                self._want(peer)
 
     def status(self) -> list[dict[str, object]]:
         """What an operator wants to know of each mirror."""
@@ -158,17 +197,54 @@ class Pushers:
         if self._edition > edition:
             self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
 
+    def _first(self) -> list[_Peer]:
+        """Whose cosignatures to ask for first: of those that answer quickest, the next ones around the table."""
+        voices, count = self._roster.voices, len(self._peers)
+        wanted = self._roster.quorum.q - (self._own in voices) + spare_voices
+        places = {
+            number: (_slowness(peer.took_s), (number - self._next) % count)
+            for number, peer in enumerate(self._peers)
+            if peer.node.id in voices and not (peer.failures or peer.asked or peer.agreed is not None)
+        }
+        if len(places) < wanted:
+            return self._peers
+        self._next += wanted
+        first = [self._peers[number] for number in sorted(places, key=places.__getitem__)[:wanted]]
+        for peer in first:
+            peer.turn = self._round.number
+        return first
+
+    def _want(self, peer: _Peer) -> None:
+        peer.wanted = self._round.number
+        peer.wake.set()
+
+    def _hurry_all(self) -> None:
+        self._losing_patience = None
+        for peer in self._peers:
+            self._want(peer)
+
+    def _stop_timer(self) -> None:
+        if self._losing_patience is not None:
+            self._losing_patience.cancel()
+            self._losing_patience = None
+
     async def _serve(self, peer: _Peer) -> None:
         while True:
             await peer.wake.wait()
             peer.wake.clear()
-            while peer.round is not self._round or peer.told < self._news:
+            while peer.round is None or peer.round.number < peer.wanted or peer.told < self._news:
                 if await self._try(peer):
                     peer.failures, peer.error = 0, ""
                 else:
+                    self._replace(peer)
                     pause = min(pause_most_s, pause_first_s * 2 ** min(peer.failures, 10))
                     peer.failures += 1
                     await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+
+    def _replace(self, failed: _Peer) -> None:
+        """One of the first gave no cosignature: the others are not to wait for those who are left."""
+        if failed.turn == self._round.number and not self._round.done.is_set():
+            self._hurry_all()
 
     async def _try(self, peer: _Peer) -> bool:
         try:
@@ -220,7 +296,12 @@ class Pushers:
 
     async def _ask(self, peer: _Peer, body: bytes, timeout_s: float) -> bytes | None:
         """Send and give the answer; None where the mirror said where it stands instead."""
-        status, answer = await peer.channel.ask(body, timeout_s)
+        began, peer.asked = time.monotonic(), True
+        try:
+            status, answer = await peer.channel.ask(body, timeout_s)
+        finally:
+            peer.asked = False
+            peer.took_s += (time.monotonic() - began - peer.took_s) / 4
         if status == wire.fenced:
             self._act.fenced(peer.node.id, wire.unpack_fence(answer)[0])
             raise Unavailable("it follows a later epoch")
@@ -259,6 +340,10 @@ class Pushers:
             raise Refused("it refuses entries at the very size it says it has")
         peer.shown = size < peer.own[0]
         peer.size = min(size, self._journal.head.size)
+
+
+def _slowness(took_s: float) -> int:
+    return 0 if took_s <= quick_s else 1 + int(math.log(took_s / quick_s, 4))
 
 
 def report_end(task: asyncio.Task[None]) -> None:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Approve, Entry, Freeze, Genesis, nonce_size, sign_entry, signature_size
+from medshard_protocol.entries import Access, Approve, Entry, Freeze, Genesis, Register, nonce_size, sign_entry, signature_size
 from medshard_protocol.errors import Conflict, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
@@ -41,6 +41,7 @@ append_wait_s = 10.0
 stalled_after_s = 5.0  # a quorum takes a few milliseconds
 minority_fence_s = 30.0  # after so long this node takes over again, with an epoch that they follow too
 lately_max = 4 * batch_entries_max
+patient = Access | Register  # what a reader or writer shows to nodes itself; all else goes to everybody at once, a REVOKE above all
 checks_in_a_row_max = 32  # signatures checked before other requests get a turn: 3 ms
 
 _log = logging.getLogger(__name__)
@@ -140,6 +141,10 @@ class Sequencer:
         self._pushers.adopt(roster)
         self._begin()
 
+    def hurry(self, node: NodeId) -> None:
+        """A mirror needs the newest entries now, not with the next ones."""
+        self._pushers.hurry(node)
+
     async def append(self, entries: Sequence[bytes]) -> tuple[Inclusion, ...]:
         """Give each entry its place and wait until a quorum has cosigned it. Raises what is wrong with the first bad entry, and
         then takes none of them; Unavailable if the quorum does not come together in time."""
@@ -236,8 +241,9 @@ class Sequencer:
             if not await self._due():
                 self._begin()  # the same head again, for a fresh date
                 continue
+            batch = self._batch()
             try:
-                await self._store(self._batch())
+                await self._store(batch)
             except Conflict as error:  # another node has this log, or another process this database
                 _log.error("this node stops ordering entries: %s", error)
                 self.depose()
@@ -247,7 +253,7 @@ class Sequencer:
                 self._fail(error)
                 await asyncio.sleep(cadence_s)
                 continue
-            self._begin()
+            self._begin(everybody=not all(isinstance(item.entry.body, patient) for item in batch))
             await self._round.done.wait()
             self._round_s = time.monotonic() - self._round.began
             if frozen := self._journal.frozen:
@@ -289,13 +295,13 @@ class Sequencer:
         del self._queue[: len(batch)]
         self._crowded, self._submissions = self._submissions > 1, 0 if not self._queue else 2
 
-    def _begin(self) -> None:
+    def _begin(self, *, everybody: bool = True) -> None:
         if self._deposed:
             return
         self._round = self._sign()
         if self._mirror.may_cosign:
             self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
-        self._pushers.push(self._round)
+        self._pushers.push(self._round, everybody=everybody)
 
     def _sign(self) -> Round:
         head = self._journal.head
@@ -332,7 +338,7 @@ class Sequencer:
         for _, future in served:
             if not future.done():
                 future.set_result(None)
-        self._pushers.tell(soon=grown, now=grown and not self._crowded and not self._queue)
+        self._pushers.tell(soon=grown)
 
     def _fail(self, error: MedshardError, *, everybody: bool = False) -> None:
         """Turn away everybody whose entries are not stored, or everybody."""

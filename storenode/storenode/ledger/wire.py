@@ -27,6 +27,7 @@ path = "/v1/ledger/mirror"
 ask_path = "/v1/ledger/ask"
 promise_path = "/v1/ledger/promise"
 forward_path = "/v1/ledger/forward"
+hurry_path = "/v1/ledger/hurry"
 entries_path = "/v1/ledger/entries/{start:[0-9]+}-{end:[0-9]+}"
 
 not_leading = 421  # an entry was forwarded to a node that orders none
