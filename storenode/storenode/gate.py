@@ -112,6 +112,10 @@ class Ages:
         """The time of the newest, by its cosigners' clocks; 0 if none was noted."""
         return self._times[-1] if self._times else 0.0
 
+    def reach(self, place: int) -> bool:
+        """Whether a checkpoint from before this entry is known."""
+        return bool(self._sizes) and self._sizes[0] <= place
+
     def of(self, place: int, monotonic: float) -> float | None:
         """At most how many seconds ago this entry came to be; None if no checkpoint from before it is known."""
         at = bisect_right(self._sizes, place) - 1
@@ -173,7 +177,7 @@ class Gate:
         if self._all_admitted(caller, places, file_ids):
             return
         if checkpoint is not None:
-            self._hear(unpack_checkpoint(checkpoint))
+            self._hear(unpack_checkpoint(checkpoint), min(places))
         await self._wait(lambda: self._pending(places) if self._unreadable(caller, places, file_ids) else None)
         refusal = self._unreadable(caller, places, file_ids)
         if refusal is not None:
@@ -250,9 +254,11 @@ class Gate:
         if self._ages.note(size, cosigned, heard_at):
             self._fresh_at = heard_at
 
-    def _hear(self, note: bytes) -> None:
+    def _hear(self, note: bytes, first: int) -> None:
         """Look at the published checkpoint that a reader shows, since this node may not have been told yet. One that does not hold under
         this node's roster helps nobody: what the node hears by itself counts, as without it. Raises Malformed."""
+        if not self._ages.reach(first):  # what was heard before may tell how old the entry is at most
+            _ = self._journal.published
         try:
             self._journal.believe(note)
         except Malformed:

@@ -162,10 +162,12 @@ async def until(true: Callable[[], object], within_s: float = 10.0) -> None:
 
 
 async def entries_of(vault: Vault, trial: Attacked) -> list[bytes]:
-    """All published entries, from an honest mirror."""
-    node = next(node for node in vault.roster.nodes if node.name == honest[0])
-    note = await vault._net.call(node, "GET", "/log/checkpoint", timeout_s=5.0)
-    size = Checkpoint.from_text(Note.from_bytes(note).text).size
+    """All published entries, from an honest mirror, as soon as it has heard of what this vault wrote last."""
+    node, size = next(node for node in vault.roster.nodes if node.name == honest[0]), 0
+    async with asyncio.timeout(10):
+        while size < max(1, vault._ledger.reached):
+            note = await vault._net.call(node, "GET", "/log/checkpoint", timeout_s=5.0)
+            size = Checkpoint.from_text(Note.from_bytes(note).text).size
     entries: list[bytes] = []
     for name in tile_names(size):
         if name.level is None:

@@ -378,6 +378,14 @@ async def test_a_shown_checkpoint_takes_no_newer_ones_place(mirror):
         assert mirror.journal.published.note == newest
 
 
+async def test_what_was_heard_before_tells_the_age_of_an_entry_whose_checkpoint_is_shown(mirror):
+    mirror.gate._ages = Ages()  # as after a start: nothing was checked yet
+    mirror.journal._published = None
+    mirror.publish()
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    await mirror.read("owner", place, **shown(mirror.note()))
+
+
 async def test_what_is_no_note_in_base64url_is_malformed(mirror):
     place = await mirror.store(mirror.c.entry("owner", access()))
     for text in ("", "!", "A", "QUJD", "QUJD=", "A" * 8001):

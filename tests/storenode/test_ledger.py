@@ -258,7 +258,7 @@ async def test_lone_entries_go_at_once_and_crowds_share_checkpoints(net):
 async def test_a_bug_that_stops_the_sequencer_is_not_silent(net, monkeypatch, caplog):
     await net.start(0, 1, 2, 3)
     await net.until(lambda: net.ledgers[0].leads)
-    monkeypatch.setattr(net.ledgers[0]._sequencer, "_begin", lambda **_: 1 / 0)
+    monkeypatch.setattr(net.ledgers[0]._sequencer, "_begin", lambda *_: 1 / 0)
     monkeypatch.setattr(forwarding, "append_wait_s", 0.1)
     with pytest.raises(Unavailable):
         await net.enrol()

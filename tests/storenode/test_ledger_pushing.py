@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import pytest
 from tests.storenode.conftest import Net
 
 from medshard_protocol.checkpoint import Note, cosigned_times
+from medshard_protocol.entries import Access, Enrol
+from medshard_protocol.identity import public_key
 from storenode.ledger import pushing, wire
 
 pytestmark = pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
@@ -32,9 +35,10 @@ def asked(net, since):
     return [number for number, push in net.pushes[since:] if push.entries]
 
 
-async def append(net):
-    """Append one entry; who cosigned it."""
-    (inclusion,) = await net.ledgers[0].append([net.register()])
+async def append(net, entry=None):
+    """Append one entry, an ACCESS by default; who cosigned it."""
+    body = Access((bytes(32),), 1, b"", os.urandom(16))
+    (inclusion,) = await net.ledgers[0].append([entry or net.consortium.entry("vault", body)])
     names = cosigned_times(Note.from_bytes(inclusion.checkpoint), net.roster)
     return {net.number(node) for node in names}
 
@@ -48,6 +52,23 @@ async def test_an_entry_goes_to_a_quorum_and_one_to_spare_and_to_the_others_a_mo
     assert len(asked(net, since)) == 5
     await net.until(lambda: all(net.ledgers[number].journal.head.size == 3 for number in range(7)))
     assert sorted(asked(net, since)) == [1, 2, 3, 4, 5, 6]
+    await net.until(lambda: all(net.published(number) == 3 for number in range(7)))
+
+
+async def test_a_registered_file_is_everywhere_as_soon_as_it_is_published(net, monkeypatch):
+    monkeypatch.setattr(pushing, "patience_s", 60.0)
+    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+    monkeypatch.setattr(pushing, "tell_after_s", 60.0)
+    await append(net, net.register())
+    await net.until(lambda: all(net.ledgers[number].journal.head.size == 3 for number in range(7)))
+
+
+async def test_any_other_entry_goes_to_everybody_at_once_and_so_does_the_news(net, monkeypatch):
+    monkeypatch.setattr(pushing, "patience_s", 60.0)
+    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+    monkeypatch.setattr(pushing, "tell_after_s", 60.0)
+    enrol = Enrol(public_key(net.consortium.key("other")), 0, b"\x01" * 16)
+    await append(net, net.consortium.entry("ca 0", enrol))
     await net.until(lambda: all(net.published(number) == 3 for number in range(7)))
 
 

@@ -299,6 +299,8 @@ class Journal:
     def hear(self, note: bytes) -> None:
         """Take note of a checkpoint that somebody says has its quorum. It is checked when it is needed."""
         if self._published is None or note != self._published.note:
+            if self._published is None and self._heard and not self._replaying:
+                self._check_heard()  # the first one is not forgotten for a newer one: by it the age of what comes next is told
             self._heard, self._heard_at = note, time.monotonic()
             self._later("check", check_after_s, self._check_soon)
             self._later("remember", remember_after_s, self._remember_soon)

@@ -5,9 +5,9 @@ handed on unread, and so is the news that a mirror follows a later epoch. A mirr
 soon as there is one, a published checkpoint that rules them out. A mirror that is dead, frozen or wrong costs a time-out in its own task
 and is asked again after a growing pause.
 
-An entry waits for a quorum and for nobody else, so it goes to as many mirrors as make one, and one to spare, who take turns. The others
-get it a moment later, with whatever has come by then and the news that it is published; or at once where the first ones take longer than
-they use to, where one of them fails, or where a mirror says that it needs it now (docs/decisions/0031-first-a-quorum.md).
+An entry waits for a quorum and for nobody else, so it may go to as many mirrors as make one first, and one to spare, who take turns. The
+others get it later, as ``Spread`` says; or at once where the first ones take longer than they use to, where one of them fails, or where a
+mirror says that it needs it now (docs/decisions/0031-first-a-quorum.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature
@@ -43,6 +44,14 @@ patience_most_s = 0.5
 quick_s = 0.04  # mirrors that answer within this are equally good; then within four times as much, and so on
 
 _log = logging.getLogger(__name__)
+
+
+class Spread(IntEnum):
+    """When a checkpoint and the news of its publication go to whom."""
+
+    LATER = 0  # to a quorum at once; to the others a moment after it is published, with the news
+    NEXT = 1  # to a quorum at once, to the others as soon as it is published; the news a moment later
+    AT_ONCE = 2  # to everybody at once, and the news as soon as it is published
 
 
 @dataclass(eq=False, slots=True)
@@ -110,7 +119,7 @@ class Pushers:
         self._nodes = [node for node in roster.nodes if node.id != own]
         self._telling: asyncio.TimerHandle | None = None
         self._losing_patience: asyncio.TimerHandle | None = None
-        self._everybody = True  # was asked at once
+        self._spread = Spread.AT_ONCE  # of the round
         self._next = 0  # where at the table the next round begins
         self._typical_s = 0.0  # how long a quorum takes, of late
         self._edition = 0  # of the published note, counted up
@@ -152,31 +161,31 @@ class Pushers:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await asyncio.gather(*(peer.channel.close() for peer in self._peers))
 
-    def push(self, round_: Round, *, everybody: bool) -> None:
-        """Bring this checkpoint to the mirrors, in place of any earlier one: to ``everybody`` at once, or first to a quorum."""
+    def push(self, round_: Round, spread: Spread) -> None:
+        """Bring this checkpoint to the mirrors, in place of any earlier one."""
         round_.number = self._round.number + 1
-        self._round, self._everybody = round_, everybody
+        self._round, self._spread = round_, spread
         self._packed.clear()  # holds a handful of bodies for one round, and those of mirrors that catch up
         self._stop_timer()
-        for peer in self._peers if everybody else self._first():
+        for peer in self._peers if spread is Spread.AT_ONCE else self._first():
             self._want(peer)
-        if not everybody:
+        if spread is not Spread.AT_ONCE:
             wait_s = min(patience_most_s, max(patience_s, patience_rounds * self._typical_s))
             self._losing_patience = asyncio.get_running_loop().call_later(wait_s, self._hurry_all)
 
     def tell(self, *, soon: bool) -> None:
-        """Let the mirrors know what has been published: with the next push, or ``soon``, with what they lack.
-
-        Those who were all asked at once are told at once.
-        """
+        """Let the mirrors know what has been published: with the next push, or ``soon``, as its spread says."""
         self._stop_timer()
         self._typical_s += (time.monotonic() - self._round.began - self._typical_s) / 4
         self._edition += 1
-        if soon and self._everybody:
+        if soon and self._spread is Spread.AT_ONCE:
             if self._telling is not None:
                 self._telling.cancel()
             self._tell(self._edition)
-        elif soon and self._telling is None:
+            return
+        if soon and self._spread is Spread.NEXT:
+            self._hurry_all()
+        if soon and self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(tell_after_s, self._tell, self._edition)
 
     def hurry(self, node: NodeId) -> None:
@@ -219,7 +228,7 @@ class Pushers:
         peer.wake.set()
 
     def _hurry_all(self) -> None:
-        self._losing_patience = None
+        self._stop_timer()
         for peer in self._peers:
             self._want(peer)
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Access, Approve, Entry, Freeze, Genesis, Register, nonce_size, sign_entry, signature_size
+from medshard_protocol.entries import Approve, Entry, Freeze, Genesis, Type, nonce_size, sign_entry, signature_size
 from medshard_protocol.errors import Conflict, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
@@ -30,7 +30,7 @@ from storenode.ledger.channel import PeerCaller
 from storenode.ledger.engine import Head, name_of
 from storenode.ledger.journal import Journal, Published
 from storenode.ledger.mirror import Mirror
-from storenode.ledger.pushing import Acts, Pushers, Round, report_end
+from storenode.ledger.pushing import Acts, Pushers, Round, Spread, report_end
 
 batch_entries_max = 1024
 queue_entries_max = 16 * batch_entries_max  # 32 MiB at worst
@@ -41,7 +41,7 @@ append_wait_s = 10.0
 stalled_after_s = 5.0  # a quorum takes a few milliseconds
 minority_fence_s = 30.0  # after so long this node takes over again, with an epoch that they follow too
 lately_max = 4 * batch_entries_max
-patient = Access | Register  # what a reader or writer shows to nodes itself; all else goes to everybody at once, a REVOKE above all
+spreads = {Type.ACCESS: Spread.LATER, Type.REGISTER: Spread.NEXT}  # readers show theirs themselves; a REVOKE above all goes at once
 checks_in_a_row_max = 32  # signatures checked before other requests get a turn: 3 ms
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class Sequencer:
                 self._fail(error)
                 await asyncio.sleep(cadence_s)
                 continue
-            self._begin(everybody=not all(isinstance(item.entry.body, patient) for item in batch))
+            self._begin(max(spreads.get(item.entry.body.type, Spread.AT_ONCE) for item in batch))
             await self._round.done.wait()
             self._round_s = time.monotonic() - self._round.began
             if frozen := self._journal.frozen:
@@ -295,13 +295,13 @@ class Sequencer:
         del self._queue[: len(batch)]
         self._crowded, self._submissions = self._submissions > 1, 0 if not self._queue else 2
 
-    def _begin(self, *, everybody: bool = True) -> None:
+    def _begin(self, spread: Spread = Spread.AT_ONCE) -> None:
         if self._deposed:
             return
         self._round = self._sign()
         if self._mirror.may_cosign:
             self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
-        self._pushers.push(self._round, everybody=everybody)
+        self._pushers.push(self._round, spread)
 
     def _sign(self) -> Round:
         head = self._journal.head
