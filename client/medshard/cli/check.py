@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,8 @@ def _tell_finding(finding: Finding) -> None:
 def reindex(session: Session) -> int:
     """Rebuild the local index.
 
-    From the ledger, any nodes that live, and the keys. Nothing is lost with the index: it is a cache, and this makes it again.
+    From the ledger, any nodes that live, and the keys. Nothing is lost with the index: it is a cache, and this makes it again;
+    a gateway's index of DICOM instances too.
     A damaged index is set aside as index.sqlite.damaged.
     """
     count = run(_reindex(session))
@@ -164,4 +166,9 @@ async def _reindex(session: Session) -> int:
 async def _reindex_once(session: Session) -> int:
     async with session.vault() as vault:
         with output.meter(wanted=not (session.quiet or session.json)) as progress:
-            return await vault.reindex(progress)
+            rows = await vault.reindex(progress)
+        if (session.home / "dicom.sqlite").exists():  # a gateway has worked here
+            from medshard.gateway.receipts import rebuild
+
+            await asyncio.to_thread(rebuild, vault)
+        return rows

@@ -214,20 +214,30 @@ class Catalog:
     def _find(self, query: Query) -> Iterator[Row]:
         tests = {tag: test for tag, value in query.keys.items() if (test := test_for(tag, value)) and tags.level_of(tag) is not None}
         own = {tag: test for tag, test in tests.items() if (tags.level_of(tag) or Level.PATIENT) <= Level.STUDY}
-        if query.level is Level.PATIENT:
+        patients: set[tuple[str | None, str | None]] = set()
+        numbers = self._studies_by_uid(query) if query.level > Level.PATIENT else None
+        for number, study in self._candidates(query.keys, numbers):
+            if not _meets(study, own):
+                continue
+            if query.level > Level.PATIENT:
+                yield from self._below(query, tests, number, study)
+            elif (who := (study.get(tags.PATIENT_ID), study.get(0x00100021))) not in patients:
+                patients.add(who)
+                with self._lock:
+                    patient = self._mirror.patient(study)
+                yield Row(Level.PATIENT, patient)
+
+    def _candidates(self, keys: Mapping[int, str], numbers: list[int] | None) -> Iterator[tuple[int, dict[int, str]]]:
+        """Studies that may match, newest first, in growing portions, so that a first page is there at once."""
+        below, most = 1 << 62, _batch
+        while True:
             with self._lock:
-                patients = self._mirror.patients(query.keys)
-            yield from (Row(Level.PATIENT, each) for each in patients if _meets(each, own))
-            return
-        numbers = self._studies_by_uid(query)
-        with self._lock:
-            candidates = self._mirror.studies(query.keys, numbers)
-        for at in range(0, len(candidates), _batch):
-            with self._lock:
-                studies = self._mirror.rows(candidates[at : at + _batch])
-            for number, study in studies:
-                if _meets(study, own):
-                    yield from self._below(query, tests, number, study)
+                found = self._mirror.studies(keys, numbers, below, most)
+                studies = self._mirror.rows(found)
+            yield from studies
+            if len(found) < most:
+                return
+            below, most = found[-1], min(2 * most, 10_000)
 
     def _studies_by_uid(self, query: Query) -> list[int] | None:
         """The studies of the series or instances that are named by UID, where no study is; None where none is named."""

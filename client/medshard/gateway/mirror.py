@@ -58,12 +58,13 @@ class Mirror:
         else:
             self._db.execute("DELETE FROM s WHERE id = ?", (number,))
 
-    def studies(self, keys: Mapping[int, str], numbers: Sequence[int] | None) -> list[int]:
-        """Row numbers of studies that may match, newest first; only those among ``numbers`` where they are given."""
+    def studies(self, keys: Mapping[int, str], numbers: Sequence[int] | None, below: int, most: int) -> list[int]:
+        """At most ``most`` row numbers ``below`` one, of studies that may match, newest first; of ``numbers`` alone where given."""
         where, values = self._where(keys)
         if numbers is not None:
-            where, values = f"{where} AND id IN ({', '.join(map(str, numbers))})", values
-        return [number for (number,) in self._db.execute(f"SELECT id FROM s WHERE {where} ORDER BY id DESC", values)]  # noqa: S608
+            where = f"{where} AND id IN ({', '.join(map(str, numbers))})"
+        sql = f"SELECT id FROM s WHERE {where} AND id < ? ORDER BY id DESC LIMIT ?"  # noqa: S608
+        return [number for (number,) in self._db.execute(sql, [*values, below, most])]
 
     def rows(self, numbers: Sequence[int]) -> list[tuple[int, dict[int, str]]]:
         """These studies with all their attributes, in this order."""
@@ -74,19 +75,13 @@ class Mirror:
             found[number] = {tag: str(value) for tag, value in zip(_columns, values, strict=True) if value not in (None, "")}
         return [(number, found[number]) for number in numbers if number in found]
 
-    def patients(self, keys: Mapping[int, str]) -> list[dict[int, str]]:
-        """One row for each patient of a study that may match, as the newest study describes them."""
-        where, values = self._where(keys)
-        group = f"{_column(tags.PATIENT_ID)}, {_column(0x00100021)}"
-        sql = f"SELECT max(id) FROM s WHERE {where} GROUP BY {group} ORDER BY 1 DESC"  # noqa: S608
-        patients = []
-        for _, row in self.rows([number for (number,) in self._db.execute(sql, values)]):
-            count = f"SELECT count(*), sum({_column(_counts[0])}), sum({_column(_counts[1])}) FROM s WHERE {_column(tags.PATIENT_ID)} IS ?"  # noqa: S608
-            counts = self._db.execute(count, (row.get(tags.PATIENT_ID),)).fetchone()
-            shown = {tag: text for tag, text in row.items() if tags.level_of(tag) is Level.PATIENT}
-            names = (tags.PATIENT_STUDIES, tags.PATIENT_SERIES, tags.PATIENT_INSTANCES)
-            patients.append(shown | {tag: str(number or 0) for tag, number in zip(names, counts, strict=True)})
-        return patients
+    def patient(self, study: Mapping[int, str]) -> dict[int, str]:
+        """The patient of a study, with counts over all of his or her studies."""
+        count = f"SELECT count(*), sum({_column(_counts[0])}), sum({_column(_counts[1])}) FROM s WHERE {_column(tags.PATIENT_ID)} IS ?"  # noqa: S608
+        counts = self._db.execute(count, (study.get(tags.PATIENT_ID),)).fetchone()
+        shown = {tag: text for tag, text in study.items() if tags.level_of(tag) is Level.PATIENT}
+        names = (tags.PATIENT_STUDIES, tags.PATIENT_SERIES, tags.PATIENT_INSTANCES)
+        return shown | {tag: str(number or 0) for tag, number in zip(names, counts, strict=True)}
 
     def _line(self, number: int, said: Mapping[str, Any]) -> list[object]:
         attributes = said["attributes"]
@@ -98,14 +93,19 @@ class Mirror:
         """Conditions that let through at least every match."""
         parts, values = ["1"], []
         for tag, value in keys.items():
-            if tag not in _shown or is_universal(value):
+            if is_universal(value):
+                continue
+            if tag == tags.MODALITIES_IN_STUDY and not set("*?\\[") & set(value):
+                parts.append(f"'\\' || {_column(tag)} || '\\' GLOB ?")
+                values.append(f"*\\{value.strip()}\\*")
+            if tag not in _shown:
                 continue
             vr, column = vr_of(tag), _column(tag)
             if vr == "PN":
                 parts.append(f"{_key(tag)} GLOB ?")
                 values.append(name_pattern(value))
             elif vr == "DA" and (limits := bounds(vr, value)):
-                parts.append(f"{column} BETWEEN ? AND ?")
+                parts.append(f"+{column} BETWEEN ? AND ?")  # the plus keeps SQLite from an index that it would have to sort by again
                 values += limits
             elif vr == "DA" and len(ordered(vr, value)) == 8:
                 parts.append(f"{column} = ?")

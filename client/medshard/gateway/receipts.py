@@ -9,7 +9,7 @@ from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
 from medshard.gateway.model import Receipt
 from medshard.gateway.packing import instances_of
 from medshard.vault import Vault
-from medshard_protocol.errors import Absent
+from medshard_protocol.errors import Absent, Damaged
 
 
 def receipt_in(catalog: Catalog, sop_uid: str) -> Receipt:
@@ -29,6 +29,22 @@ def catch_up(vault: Vault, catalog: Catalog) -> None:
         catalog.put(instances_of(vault.rows_of(file_id)))
     catalog.flush()
     catalog.note_files(fresh)
+
+
+def rebuild(vault: Vault) -> None:
+    """Make the index again from the vault's. Instances that wait in a running gateway's spool stay in it. Blocking."""
+    path, key = catalog_path(vault.home.folder), catalog_key(vault.keys)
+    try:
+        catalog = Catalog(path, key)
+    except Damaged:
+        for end in ("", "-wal", "-shm"):
+            path.with_name(path.name + end).unlink(missing_ok=True)
+        catalog = Catalog(path, key)
+    try:
+        catalog.forget(catalog.files())
+        catch_up(vault, catalog)
+    finally:
+        catalog.close()
 
 
 async def look_up(vault: Vault, sop_uid: str) -> Receipt:
