@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
@@ -168,6 +167,8 @@ async def _reindex_once(session: Session) -> int:
         with output.meter(wanted=not (session.quiet or session.json)) as progress:
             rows = await vault.reindex(progress)
         if (session.home / "dicom.sqlite").exists():  # a gateway has worked here
+            import asyncio
+
             from medshard.gateway.receipts import rebuild
 
             await asyncio.to_thread(rebuild, vault)
