@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 from medshard_protocol.entries import Move, nonce_size, sign_entry
 from medshard_protocol.erasure import code
-from medshard_protocol.errors import Absent, Conflict, MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Damaged, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId, Key, NodeId
 from medshard_protocol.repair import Lost, Rebuild, helper_sets, plan
 from medshard_protocol.repairorder import counted, line_up, objection_to_replacement
@@ -214,7 +214,10 @@ class Repairer:
         """What every helper would have against this node as the shard's holder, and what it has itself."""
         against = objection_to_replacement(case.manifest, shard, self._node.id, case.known.ever, self._surveyor.institution)
         if against is None:
-            stored = self._node.store.shard(case.manifest.file_id)
+            try:
+                stored = self._node.store.shard(case.manifest.file_id)
+            except Damaged:  # what lies here in this shard's place is what is to be made again
+                stored = None
             return Conflict(f"this node holds shard {stored.index} of this file") if stored and stored.index != shard else None
         names = ", ".join(self._surveyor.name(node) for node in self._surveyor.successors(case, shard)[:4])
         hint = f"repair it at one of {names}" if names else "no node may take it; bring the one back that has it"
