@@ -133,7 +133,7 @@ class Takeover:
     def _newest(self, notes: Iterable[bytes]) -> Published | None:
         """The newest of these that really is published."""
         newest = self._journal.published
-        for note in set(notes):
+        for note in dict.fromkeys(notes):
             try:
                 size = Checkpoint.from_text(Note.from_bytes(note).text).size if note else 0
                 if not size or (newest and size <= newest.checkpoint.size):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -157,7 +158,8 @@ class Helper:
         place = order.place_of(me)
         if against is not None or place is None or order.chain[place].shard != shard.index:
             raise Denied(against or Objection(Reason.NOT_HERE))
-        return Accepted(order, seed, X25519PrivateKey.generate(), place, shard, manifest, moved.node, time.monotonic() + kept_s)
+        private = X25519PrivateKey.from_private_bytes(os.urandom(32))
+        return Accepted(order, seed, private, place, shard, manifest, moved.node, time.monotonic() + kept_s)
 
     def _own(self, order: Order, known: ground.Standing) -> tuple[Shard, Manifest]:
         """This node's shard of the file and its manifest, as they were registered."""
