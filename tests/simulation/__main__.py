@@ -1,0 +1,127 @@
+"""python -m tests.simulation: run seeds, each in a process of its own that is forked from one that has everything ready."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.simulation import disk as _second  # noqa: F401
+from tests.simulation import run as runs
+from tests.simulation import world as _first
+
+hangs_after_s = 60
+
+
+def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
+    """Begin a seed in a child; to be called for what it found and what it cost."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        gc.disable()
+        signal.signal(signal.SIGALRM, _hangs)
+        signal.alarm(hangs_after_s)
+        folder = scratch / str(seed)
+        folder.mkdir()
+        try:
+            if mutant:
+                from tests.simulation import mutants
+
+                mutants.switch_on(mutant)
+            told = asdict(runs.run(seed, folder))
+        except BaseException:
+            told = {"seed": seed, "broken": "the simulation failed: " + traceback.format_exc()[-900:], "trace": 0}
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(told, pipe, default=str)
+        os._exit(0)
+    os.close(writing)
+
+    def ended() -> dict[str, Any]:
+        with os.fdopen(reading) as pipe:
+            data = pipe.read()
+        _, status, usage = os.wait4(child, 0)
+        shutil.rmtree(scratch / str(seed), ignore_errors=True)
+        told = json.loads(data) if data else {"seed": seed, "broken": f"the process died ({status})", "trace": 0}
+        return told | {"cpu": usage.ru_utime + usage.ru_stime}
+
+    return ended
+
+
+def _hangs(number: int, frame: Any) -> None:
+    traceback.print_stack(frame)
+    os._exit(3)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seeds", default="0-199", help="FIRST-LAST, or one")
+    parser.add_argument("--mutant", default="", help="a planted bug; the first seed that catches it ends the run")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell of seeds that hold as well")
+    parser.add_argument("--log", action="store_true", help="what the nodes and vaults log, with the world's time")
+    arguments = parser.parse_args()
+    if arguments.log:
+        logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s", stream=sys.stderr)
+        logging.getLogger().handlers[0].addFilter(_stamped)
+    else:
+        logging.disable(logging.CRITICAL)
+    first, _, last = arguments.seeds.partition("-")
+    gc.collect()
+    gc.freeze()
+    scratch = Path(tempfile.mkdtemp(prefix="simulation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    found: list[dict[str, Any]] = []
+    seconds, standing, acknowledged = 0.0, 0, 0
+    seeds = range(int(first), int(last or first) + 1)
+    try:
+        for told in _each(seeds, arguments.mutant, scratch, arguments.jobs):
+            seconds += told["cpu"]
+            standing += bool(told.get("stands_still"))
+            acknowledged += told.get("acknowledged", 0)
+            if told["broken"]:
+                found.append(told)
+            if told["broken"] or arguments.verbose:
+                print(json.dumps(told), flush=True)
+            if found and arguments.mutant:
+                break
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    told = {"seeds": len(seeds), "broken": [each["seed"] for each in found], "acknowledged": acknowledged, "stood_still": standing}
+    print(json.dumps(told | {"processor_s": round(seconds, 1)}))
+    return min(len(found), 1)
+
+
+def _each(seeds: range, mutant: str, scratch: Path, jobs: int) -> Iterator[dict[str, Any]]:
+    """Each seed's outcome, in the order of the seeds."""
+    coming: deque[Callable[[], dict[str, Any]]] = deque()
+    for seed in seeds:
+        coming.append(one(seed, mutant, scratch))
+        if len(coming) >= jobs:
+            yield coming.popleft()()
+    while coming:
+        yield coming.popleft()()
+
+
+def _stamped(record: logging.LogRecord) -> bool:
+    world, machine = _first.world, _first.here.get()
+    record.name = f"{world.loop.time() if world else 0:9.4f} {machine.host.name if machine else '-':8}"
+    return True
+
+
+if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # nothing should depend on it, and nothing is to
+        os.execve(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]], os.environ | {"PYTHONHASHSEED": "0"})
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What must hold in every run, and the witnesses that see it: each raises or collects ``Broken`` with the promise that was not kept.
+
+Law: a witness looks and changes nothing. What a byzantine node does is no breach; what an honest one lets it do is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from typing import Any
+
+from tests.simulation.cluster import Cluster, Host
+from tests.simulation.world import here
+
+from medshard.sealing import FileSeal
+from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Checkpoint
+from medshard_protocol.entries import Access, Entry
+from medshard_protocol.errors import MedshardError
+from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.merkle import sha256
+from medshard_protocol.repair import Mask, holders
+from medshard_protocol.repairorder import counted
+from storenode.ledger.mirror import Mirror
+from storenode.repairing import ground, helping
+
+
+class Broken(Exception):
+    """A promise was not kept."""
+
+
+class Witness:
+    """Sees every cosignature, every published checkpoint and every sealed segment of a run."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.cosigned: dict[tuple[int, bytes], set[Host]] = defaultdict(set)
+        self.sealed: dict[tuple[bytes, int, bool], bytes] = {}
+        self.broken: list[str] = []
+        self._watch_cosignatures()
+        self._watch_seals()
+        self._watch_sums()
+
+    def _watch_cosignatures(self) -> None:
+        cosign = Mirror.cosign
+
+        def watched(mirror: Mirror, text: str) -> Any:
+            signature = cosign(mirror, text)
+            machine, checkpoint = here.get(), Checkpoint.from_text(text)
+            assert machine is not None
+            self.cosigned[checkpoint.size, checkpoint.root].add(machine.host)
+            return signature
+
+        Mirror.cosign = watched  # type: ignore[method-assign]
+
+    def _watch_seals(self) -> None:
+        seal_into = FileSeal.seal_into
+
+        def watched(seal: FileSeal, number: int, last: bool, plain: Any, out: memoryview) -> None:
+            digest = hashlib.sha256(plain).digest()
+            if self.sealed.setdefault((seal.file_key + seal.file_id, number, last), digest) != digest:
+                self.broken.append(f"segment {number} of a file was sealed twice with one key and nonce")
+            seal_into(seal, number, last, plain, out)
+
+        FileSeal.seal_into = watched  # type: ignore[method-assign]
+
+    def _watch_sums(self) -> None:
+        add = helping.add
+
+        def watched(before: Any, factor: int, own: bytes, mask: Any) -> bytes:
+            total = add(before, factor, own, mask)
+            if own.strip(b"\0") and total == add(before, factor, own, Mask()):
+                self.broken.append("a sum left a helper without a mask")
+            return total
+
+        helping.add = watched  # type: ignore[assignment]
+
+    def check(self, byzantine: set[Host]) -> None:
+        """One history: all that a quorum could publish, and all that honest nodes hold to be published, is of the same log."""
+        if self.broken:
+            raise Broken(self.broken[0])
+        honest = [host for host in self.cluster.nodes if host not in byzantine and host.parts is not None]
+        longest = max(honest, key=lambda host: (published(host), host.number))
+        journal = longest.parts.node.ledger.journal
+        tree, size = journal.tree, journal.published.checkpoint.size
+        for (at, root), hosts in self.cosigned.items():
+            if not self.cluster.roster.has_quorum(self.cluster.roster.nodes[host.number].id for host in hosts | byzantine):
+                continue
+            if at > size:
+                continue  # a quorum has it, and nobody has counted it yet
+            if tree.root(at) != root:
+                raise Broken(f"forked: a quorum cosigned another history of {at} entries than was published")
+        for host in honest:
+            other = host.parts.node.ledger.journal
+            at = other.published.checkpoint.size
+            if tree.root(at) != other.published.checkpoint.root:
+                raise Broken(f"forked: {host} and {longest} hold different logs of {at} entries to be published")
+            leaves = [merkle.leaf_hash(entry, sha256) for entry in other.store.entries(0, at)]
+            if at and merkle.root(leaves, sha256) != other.published.checkpoint.root:
+                raise Broken(f"{host} has other entries than it says are published")
+
+
+def published(host: Host) -> int:
+    """How many entries a node knows to be published."""
+    known = host.parts.node.ledger.published
+    return known.checkpoint.size if known else 0
+
+
+def entries(host: Host) -> list[Entry]:
+    """All published entries that a node has."""
+    found = []
+    for data in host.parts.node.ledger.journal.store.entries(0, published(host)):
+        try:
+            found.append(Entry.from_bytes(data))
+        except MedshardError:
+            continue
+    return found
+
+
+def is_split(hosts: list[Host]) -> bool:
+    """Whether two of these hold different entries at one place."""
+    logs = [host.parts.node.ledger.journal.store.entries(0, host.parts.node.ledger.journal.head.size) for host in hosts if host.parts]
+    return any(one != other for a in logs for b in logs for one, other in zip(a, b, strict=False))
+
+
+def check_traces(host: Host, reads: list[tuple[bytes, FileId]]) -> None:
+    """Each file that was read stands in an ACCESS entry of its reader."""
+    announced = {(entry.author, file_id) for entry in entries(host) if isinstance(entry.body, Access) for file_id in entry.body.file_ids}
+    for reader, file_id in reads:
+        if (reader, file_id) not in announced:
+            raise Broken(f"file {file_id.hex()[:8]} was read without an entry")
+
+
+def missing_shards(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host]]:
+    """Shards that are not whole where the ledger says they are, with those who should have them. Looks at the disks themselves."""
+    by_id = {cluster.roster.nodes[host.number].id: host for host in cluster.nodes}
+    someone = next(host for host in cluster.nodes if host.parts is not None)
+    ledger = someone.parts.node.ledger
+    manifest = manifest_of(cluster, file_id)
+    moves = counted(manifest, ground.given(ledger, file_id), ground.institutions(ledger.state))
+    found = []
+    for index, node in enumerate(holders(manifest, moves)):
+        host = by_id[node]
+        if not _is_whole(host, manifest, index):
+            found.append((index, host))
+    return found
+
+
+def manifest_of(cluster: Cluster, file_id: FileId) -> Manifest:
+    """The registered manifest of a file, from any node that has it."""
+    for host in cluster.nodes:
+        try:
+            manifest = Manifest.from_bytes(host.parts.node.store.manifest(file_id))
+            registration = host.parts.node.ledger.state.registration(file_id)
+            if registration is not None and manifest.sha256 == registration.manifest_sha256:
+                return manifest
+        except MedshardError:
+            continue
+    raise Broken("lost: no node has the manifest of a file that was acknowledged")
+
+
+def _is_whole(host: Host, manifest: Manifest, index: int) -> bool:
+    try:
+        store = host.parts.node.store
+        shard = store.shard_at(manifest.file_id, index)
+        same = shard.root == manifest.shards[index].root and store.manifest(manifest.file_id) == manifest.to_bytes()
+        return bool(same and not store.bad_cells(shard))
+    except (MedshardError, AttributeError):
+        return False

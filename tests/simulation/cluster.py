@@ -1,0 +1,261 @@
+"""A consortium and its vaults in a world: the node's own ``serve`` on each host, and open vaults on hosts of their own.
+
+Law: keys come from names and not from files, and whoever has a vault is enrolled by an entry of institution 0; everything else is done as
+the programs do it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from tests.conftest import consortium_of, key_named, pq_key_named
+from tests.simulation.disk import Disk
+from tests.simulation.wire import Network
+from tests.simulation.world import Machine, World
+
+import storenode.app
+from medshard import hpke
+from medshard.home import Home
+from medshard.keys import VaultKeys
+from medshard.vault import Vault
+from medshard_protocol import checkpoint, entries, repairorder, sharing
+from medshard_protocol.entries import Body, Enrol, sign_entry
+from medshard_protocol.identity import client_certificate, client_csr, node_certificate, public_key
+from medshard_protocol.ids import Key
+from medshard_protocol.roster import Roster
+from storenode.config import Config, Limits, RepairSection
+from storenode.identity import NodeKeys
+from storenode.membership import Membership
+
+made_at = datetime(2025, 6, 1, tzinfo=UTC)
+codes = {4: (2, 4, 3), 5: (2, 5, 4), 7: (3, 7, 5), 16: (8, 16, 12)}
+port_first = 9700
+
+
+class Host:
+    """A computer with a disk, a clock and an address. ``machine`` is its present run, if it has power."""
+
+    def __init__(self, world: World, net: Network, name: str, number: int, root: Path, certificate: bytes) -> None:
+        self.world, self.net, self.name, self.number = world, net, name, number
+        self.disk = Disk(root / name, random.Random(f"disk {world.seed} {name}"))
+        self.certificate = certificate
+        self.skew_s = 0.0
+        self.silent = False  # without power it does not even say that nobody listens
+        self.machine: Machine | None = None
+        self.parts: Any = None  # a node's running parts
+        self.app: Any = None
+        self.lies_in: Machine | None = None  # the run in which it was made to lie
+        self.error: BaseException | None = None
+        self.main: Callable[[], Coroutine[Any, Any, Any]]
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def start(self) -> None:
+        """Give it power."""
+        assert self.machine is None
+        self.error = None
+        machine = self.machine = self.world.machine(self)
+        self.run(self._living(machine))
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Let something happen on this host."""
+        assert self.machine is not None
+        return self.world.loop.create_task(work, context=self.machine.context())
+
+    async def _living(self, machine: Machine) -> None:
+        try:
+            await self.main()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.error = error
+        if self.machine is machine:
+            self.cut(silent=False)
+
+    def stop(self) -> None:
+        """Ask it to end, as SIGTERM does."""
+        if self.machine is not None and self.machine.on_signal is not None:
+            self.machine.on_signal()
+
+    def cut(self, *, silent: bool) -> None:
+        """Take its power."""
+        machine, self.machine, self.parts = self.machine, None, None
+        if machine is not None:
+            machine.alive = False
+            self.silent = silent
+            self.net.lost_power(machine, silent=silent)
+            self.disk.lose_power()
+
+
+class Cluster:
+    """The hosts of one consortium."""
+
+    def __init__(self, world: World, net: Network, size: int, root: Path, *, small_bytes_max: int, standbys: int = 2) -> None:
+        self.world, self.net, self.root = world, net, root
+        self.roster = roster_of(size)
+        self.nodes = [
+            Host(world, net, node.name, number, root, _certificates(size)[number]) for number, node in enumerate(self.roster.nodes)
+        ]
+        self.vaults: list[Host] = []
+        for number, host in enumerate(self.nodes):
+            net.hosts[port_first + number] = host
+            host.main = functools.partial(self._serve, host, small_bytes_max, number < standbys)
+
+    async def _serve(self, host: Host, small_bytes_max: int, standby: bool) -> None:
+        home = host.disk.folder
+        node = self.roster.nodes[host.number]
+        limits = Limits(small_shard_bytes_max=small_bytes_max, watch_every_s=1e9, sweep_after_s=3600.0)
+        config = Config(
+            home=home,
+            url=node.url,
+            listen="",
+            listen_address=("127.0.0.1", port_first + host.number),
+            data=home / "data",
+            capacity_bytes=1 << 30,
+            limits=limits,
+            metrics_address=None,
+            log_level="info",
+            log_format="text",
+            sequencer=standby,
+            repair=RepairSection(grace_s=60.0, rebalance=False),
+        )
+        config.data.mkdir(exist_ok=True)
+        (home / "keys").mkdir(exist_ok=True)
+        await storenode.app.serve(config)
+
+    def vault_host(self, name: str) -> Host:
+        """A host for a vault, which is to be enrolled."""
+        keys = vault_keys(name)
+        ca = self.roster.institutions[0].ca
+        certificate = client_certificate(key_named("ca 0"), ca, client_csr(keys.signing), made_at)
+        host = Host(self.world, self.net, name, 100 + len(self.vaults), self.root, certificate)
+        self.vaults.append(host)
+        home = Home(host.disk.folder)
+        home.genesis.write_bytes(self.roster.to_bytes())
+        home.certificate.write_bytes(certificate)
+        host.disk.settle()
+        host.machine = self.world.machine(host)
+        return host
+
+    @contextlib.asynccontextmanager
+    async def vault(self, host: Host) -> AsyncIterator[Vault]:
+        """An open vault, on its host."""
+        async with Vault._opened(Home(host.disk.folder), vault_keys(host.name)) as vault:
+            yield vault
+
+    async def append(self, host: Host, author: str, *bodies: Body) -> Any:
+        """Append entries by way of one node."""
+        key = key_named(author)
+        entries = [sign_entry(self.roster.origin, body, public_key(key), key.sign) for body in bodies]
+        return await host.parts.node.ledger.append(entries)
+
+    def enrol(self, name: str) -> Enrol:
+        """The body that enrols a vault."""
+        return Enrol(vault_keys(name).public, 0, hashlib.sha256(name.encode()).digest()[:16])
+
+
+@functools.lru_cache
+def vault_keys(name: str) -> VaultKeys:
+    """A vault's keys, from its name."""
+    return VaultKeys.from_root(hashlib.sha256(f"vault {name}".encode()).digest())
+
+
+@functools.lru_cache
+def roster_of(size: int) -> Roster:
+    """A roster of so many institutions with a node each."""
+    return replace(consortium_of(size).roster, code=codes[size])
+
+
+@functools.lru_cache
+def _certificates(size: int) -> list[bytes]:
+    roster = roster_of(size)
+    return [
+        node_certificate(key_named(f"ca {number}"), roster.institutions[number].ca, Key(public_key(key_named(f"tls {number}"))), made_at)
+        for number in range(size)
+    ]
+
+
+@functools.lru_cache
+def _keys(size: int, number: int) -> NodeKeys:
+    roster = roster_of(size)
+    return NodeKeys(
+        folder=Path("keys"),
+        node=key_named(f"tls {number}"),
+        certificate=_certificates(size)[number],
+        cosigner=key_named(f"cosigner {number}"),
+        cosigner_pq=pq_key_named(f"pq {number}"),
+        log=key_named(f"log {number}" if number else "log"),
+        ca=key_named(f"ca {number}"),
+        ca_certificate=roster.institutions[number].ca,
+        node_id=roster.nodes[number].id,
+    )
+
+
+class _Known:
+    """A public key that verifies each signature once: sixteen nodes in one process would verify the same ones sixteen times."""
+
+    verified: ClassVar[set[tuple[bytes, bytes, bytes]]] = set()
+
+    def __init__(self, key: bytes) -> None:
+        self._key, self._public = bytes(key), Ed25519PublicKey.from_public_bytes(key)
+
+    @classmethod
+    def from_public_bytes(cls, key: bytes) -> _Known:
+        return cls(key)
+
+    def verify(self, signature: bytes, data: bytes) -> None:
+        seen = (self._key, bytes(signature), bytes(data))
+        if seen not in self.verified:
+            self._public.verify(signature, data)
+            self.verified.add(seen)
+
+
+class _Suite:
+    """HPKE that draws from the world: OpenSSL's own randomness is the same in no two runs. Who has the wrong key is not found out by it."""
+
+    def encrypt(self, plain: bytes, key: object, info: bytes) -> bytes:
+        drawn = os.urandom(32)
+        padding = bytes(hpke.overhead_bytes - 32 - 16)
+        return drawn + padding + AESGCM(hashlib.sha256(drawn + info).digest()).encrypt(bytes(12), plain, None)
+
+    def decrypt(self, sealed: bytes, key: object, info: bytes) -> bytes:
+        drawn, body = sealed[:32], sealed[hpke.overhead_bytes - 16 :]
+        return AESGCM(hashlib.sha256(drawn + info).digest()).decrypt(bytes(12), body, None)
+
+
+def install(cluster: Cluster) -> None:
+    """Let the nodes of this cluster have their keys, and be looked at while they run."""
+    for module in (entries, checkpoint, sharing, repairorder):
+        module.Ed25519PublicKey = _Known  # type: ignore[attr-defined]
+    hpke._suite = _Suite()  # type: ignore[assignment,misc]
+    by_port = {port_first + host.number: host for host in cluster.nodes}
+    size = len(cluster.nodes)
+
+    def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
+        keys = _keys(size, config.listen_address[1] - port_first)
+        return Membership(config.data, cluster.roster), replace(keys, folder=config.home / "keys")
+
+    build = storenode.app.build
+
+    def built(parts: Any, keys: NodeKeys) -> Any:
+        host = by_port[parts.node.config.listen_address[1]]
+        host.parts = parts
+        app = build(parts, keys)
+        host.app = app
+        return app
+
+    storenode.app.member_keys = member_keys
+    storenode.app.build = built

@@ -1,0 +1,236 @@
+"""The disks of a world: real files and real SQLite, of which a power cut leaves what was synced, and of the rest what the seed says.
+
+Law: the only calls that make anything durable are ``os.fsync`` and a commit of SQLite under ``synchronous=FULL``; so those are what is
+watched. At a cut the surviving files are copied to a new folder, and what still runs on the old one changes nothing any more. A file that
+was not synced may come back empty, in part, with a hole or whole; a name whose folder was not synced may be there or not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sqlite3
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.simulation import world as worlds
+from tests.simulation.world import PowerCut, here
+
+real = SimpleNamespace(fsync=os.fsync, fdatasync=os.fdatasync, statvfs=os.statvfs, connect=sqlite3.connect)
+block = 512  # a disk's sector: what is torn is torn there
+
+
+class Disk:
+    """One host's. ``folder`` is another one after each cut."""
+
+    def __init__(self, root: Path, rng: random.Random) -> None:
+        self._root, self._rng = root, rng
+        self._cuts = 0
+        self.folder = root / "0"
+        self.folder.mkdir(parents=True)
+        self.full = False
+        self.cut_after: int | None = None  # so many syncs from now the power fails, before or after the last of them
+        self._files: dict[int, bytes] = {}  # by inode: content that was synced
+        self._names: dict[str, dict[str, int]] = {}  # by folder: names that were synced
+        self._wals: dict[str, int] = {}  # by database: bytes of its write-ahead log that were synced
+
+    # -- what the product does
+
+    def sync(self, descriptor: int) -> None:
+        """A file or a folder is to be durable."""
+        cut = self._count()
+        if cut == "before":
+            self._cut()
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            self._names[path] = _names(path)
+        else:
+            self._files[status.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
+        if cut:
+            self._cut()
+
+    def commit(self, connection: Connection) -> bool:
+        """A transaction is about to be committed. Raises what SQLite would; whether the power is to fail right after it."""
+        cut = self._count()
+        if cut == "before":
+            self._cut()
+        if self.full and connection.total_changes > connection.changes_before:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, "SQLITE_FULL"
+            raise error
+        return cut == "after"
+
+    def committed(self, path: str, cut: bool) -> None:
+        """A transaction has been committed under synchronous=FULL."""
+        self._wals[path] = _size(path + "-wal")
+        if cut:
+            self._cut()
+
+    def _count(self) -> str:
+        if self.cut_after is None:
+            return ""
+        self.cut_after -= 1
+        if self.cut_after > 0:
+            return ""
+        self.cut_after = None
+        return self._rng.choice(("before", "after"))
+
+    def _cut(self) -> None:
+        machine = here.get()
+        assert machine is not None
+        machine.host.cut(silent=True)
+        raise PowerCut
+
+    # -- what a power cut leaves
+
+    def lose_power(self) -> None:
+        """Copy what survives."""
+        old, self._cuts = self.folder, self._cuts + 1
+        new = self._root / str(self._cuts)
+        new.mkdir()
+        for at, _, _ in os.walk(old):
+            now, durable = _names(at), self._names.get(at, {})
+            for name in sorted({*now, *durable}):
+                self._survive(Path(at), name, now.get(name), durable.get(name), new / Path(at).relative_to(old))
+        self.folder = new
+        self.settle()
+
+    def settle(self) -> None:
+        """Take all that is there for durable."""
+        self._files, self._names, self._wals = {}, {}, {}
+        for at, _, names in os.walk(self.folder):
+            for name in names:
+                self._files[os.stat(os.path.join(at, name)).st_ino] = Path(at, name).read_bytes()
+            self._names[at] = _names(at)
+            for name in names:
+                if name.endswith(".sqlite"):
+                    self._wals[os.path.join(at, name)] = _size(os.path.join(at, name) + "-wal")
+
+    def _survive(self, folder: Path, name: str, now: int | None, durable: int | None, to: Path) -> None:
+        path = folder / name
+        if name.endswith(("-shm", "-journal")):
+            return
+        if name.endswith(".sqlite"):
+            data = path.read_bytes() if now is not None else None
+        elif name.endswith(".sqlite-wal"):
+            data = self._torn_log(path) if now is not None else None
+        else:
+            chosen = now if now == durable or self._rng.random() < 0.5 else durable
+            data = None if chosen is None else self._content(path, chosen, is_there=chosen == now)
+        if data is not None:
+            to.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes(data)
+
+    def _torn_log(self, path: Path) -> bytes:
+        data = path.read_bytes()
+        synced = min(len(data), self._wals.get(str(path).removesuffix("-wal"), 0))
+        more = self._rng.choice((0, 0, self._rng.randrange(len(data) - synced + 1), len(data) - synced))
+        return data[: synced + more]
+
+    def _content(self, path: Path, inode: int, *, is_there: bool) -> bytes:
+        synced = self._files.get(inode, b"")
+        now = path.read_bytes() if is_there else synced
+        if now == synced:
+            return now
+        part = now[: self._rng.randrange(len(now) + 1) // block * block]
+        hole = bytes(len(part)) + now[len(part) :]
+        return self._rng.choice((synced, synced, part, hole, now))
+
+
+class Connection(sqlite3.Connection):
+    """A connection whose commits are watched."""
+
+    disk: Disk
+    path: str
+    full_sync = True
+    changes_before = 0
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        cut = self.disk.commit(self) if sql.startswith("COMMIT") else False
+        cursor = super().execute(sql, *values)
+        if sql.startswith("PRAGMA"):
+            self._look(sql)
+        elif not self.in_transaction:
+            self._after(cut)
+        return cursor
+
+    def executescript(self, sql: str) -> sqlite3.Cursor:
+        cursor = super().executescript(sql)
+        self._after(False)
+        return cursor
+
+    def commit(self) -> None:
+        cut = self.disk.commit(self)
+        super().commit()
+        self._after(cut)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        cut = self.disk.commit(self) if error is None and self.in_transaction else False
+        result = super().__exit__(kind, error, trace)
+        self._after(cut)
+        return result
+
+    def _look(self, sql: str) -> None:
+        name, _, value = sql.removeprefix("PRAGMA ").partition("=")
+        if name.strip().lower() == "synchronous" and value:
+            self.full_sync = value.strip().upper() in ("FULL", "EXTRA", "2", "3")
+
+    def _after(self, cut: bool) -> None:
+        self.changes_before = self.total_changes
+        if self.full_sync:
+            self.disk.committed(self.path, cut)
+        elif cut:
+            self.disk._cut()
+
+
+def _names(folder: str) -> dict[str, int]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.inode() for entry in entries if entry.is_file(follow_symlinks=False)}
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _disk() -> Disk | None:
+    machine = here.get() if worlds.world is not None else None
+    return machine.host.disk if machine is not None else None
+
+
+def _fsync(descriptor: int) -> None:
+    disk = _disk()
+    if disk is None:
+        real.fsync(descriptor)
+    else:
+        disk.sync(descriptor if isinstance(descriptor, int) else descriptor.fileno())
+
+
+def _connect(path: Any, *values: Any, **keywords: Any) -> sqlite3.Connection:
+    disk = _disk()
+    if disk is None or str(path).startswith("file:"):
+        return real.connect(path, *values, **keywords)  # type: ignore[no-any-return]
+    connection = real.connect(path, *values, factory=Connection, **keywords)
+    connection.disk, connection.path = disk, str(path)
+    sqlite3.Connection.execute(connection, "PRAGMA wal_autocheckpoint=0")
+    return connection  # type: ignore[no-any-return]
+
+
+def _statvfs(path: Any) -> Any:
+    disk = _disk()
+    if disk is None:
+        return real.statvfs(path)
+    return SimpleNamespace(f_bavail=0 if disk.full else 1 << 30, f_frsize=4096)
+
+
+os.fsync = os.fdatasync = _fsync
+os.statvfs = _statvfs  # type: ignore[assignment]
+sqlite3.connect = _connect  # type: ignore[assignment]

@@ -1,0 +1,415 @@
+"""One seed: a consortium, its vaults and what goes wrong; then everything mends, and every promise is looked at.
+
+Law: all that happens is drawn from the seed. What a vault is told to have stored is written down here, and nothing else is believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import key_named
+from tests.simulation import checks, faults, wire
+from tests.simulation import cluster as clusters
+from tests.simulation.checks import Broken, Witness
+from tests.simulation.cluster import Cluster, Host, vault_keys
+from tests.simulation.world import Standstill, World
+
+import medshard.getting
+import medshard.putting
+from medshard.vault import Vault
+from medshard_protocol.entries import Access, Move
+from medshard_protocol.errors import Full, MedshardError, Unavailable
+from medshard_protocol.ids import FileId
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.messages import pack_small_reads
+from medshard_protocol.repair import seed_size
+from medshard_protocol.repairorder import Link, nonce_size, pack_seed, sign_order
+from medshard_protocol.sharing import access_header, pack_tickets
+from storenode.repairing.routes import repairs_key
+
+patience_s = 120.0  # for what must come about once nothing goes wrong any more
+repair_rounds = 12
+by_itself_s = 15.0
+
+
+@dataclass
+class Result:
+    """How one seed went."""
+
+    seed: int
+    broken: str = ""
+    trace: int = 0
+    steps: int = 0
+    seconds: float = 0.0  # of the world
+    acknowledged: int = 0
+    failed: int = 0
+    faults: tuple[str, ...] = ()
+    stands_still: bool = False  # the log: a sequencer forked it before any of its branches had a quorum
+    told_to_repair: int = 0  # shards that nobody found missing by itself in time
+    told: list[str] = field(default_factory=list)
+
+
+class Run:
+    """A seed on its way."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.world = World(seed)
+        self.rng = self.world.rng
+        self.folder = folder
+        net = wire.install(self.world)
+        self.size = self.rng.choices((4, 5, 7, 16), (76, 14, 8, 2))[0]
+        small = self.rng.choice((1 << 16, 1 << 16, 200))
+        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 1 << 22, 2500))  # type: ignore[misc]
+        self.cluster = Cluster(self.world, net, self.size, folder, small_bytes_max=small)
+        clusters.install(self.cluster)
+        self.witness = Witness(self.cluster)
+        k, _, w = self.cluster.roster.code
+        self.harm = faults.Harm(self.cluster, self.rng, w - k)
+        self.result = Result(seed)
+        self.stored: dict[bytes, bytes] = {}  # plaintext by its hash: what was acknowledged
+        self.files: dict[bytes, FileId] = {}
+        self.reads: list[tuple[bytes, FileId]] = []
+        self.unfinished: list[Path] = []
+        self.split_since = 0.0
+        self.reader: Host | None = None
+        self.sources = folder / "sources"
+        self.sources.mkdir()
+
+    def go(self) -> Result:
+        """Run it to its end."""
+        loop = self.world.loop
+        try:
+            loop.run_until_complete(self._story())
+        except Broken as broken:
+            self.result.broken = str(broken)
+        except Standstill:
+            self.result.broken = f"{self.part} does not end"
+        self.result.trace, self.result.steps, self.result.seconds = loop.trace, loop.steps, loop.time()
+        self.result.acknowledged = len(self.stored)
+        return self.result
+
+    async def _story(self) -> None:
+        for part in (self._begin, self._trouble, self._mend, self._look):
+            self.part = part.__name__
+            await part()
+
+    # -- the beginning
+
+    async def _begin(self) -> None:
+        for host in self.cluster.nodes:
+            host.start()
+        await self._until(lambda: all(host.parts and host.parts.node.ledger.published for host in self.cluster.nodes), "the ledger begins")
+        self.owner = self.cluster.vault_host("owner")
+        self.mallory = self.cluster.vault_host("mallory")
+        bodies = [self.cluster.enrol(name) for name in ("owner", "mallory")]
+        first = self.cluster.nodes[0]
+        await first.run(self.cluster.append(first, "ca 0", *bodies))
+
+    # -- trouble
+
+    async def _trouble(self) -> None:
+        names = self.rng.sample(sorted(faults.kinds), self.rng.choice((0, 1, 1, 2, 2, 3)))
+        self.result.faults = tuple(names)
+        harming = [self.world.loop.create_task(faults.kinds[name](self.harm)) for name in names]
+        until = self.world.loop.time() + self.rng.uniform(8, 20)
+        for number in range(self.rng.choice((1, 1, 2, 3))):
+            if self.world.loop.time() < until:
+                await self._session(number, until)
+        self.harm.ended = True
+        for task in harming:
+            task.cancel()
+        for answer in await asyncio.gather(*harming, return_exceptions=True):
+            if isinstance(answer, Exception) and not isinstance(answer, MedshardError):
+                raise answer
+        self.result.told += self.harm.done
+
+    async def _session(self, number: int, until: float) -> None:
+        """The owner's program runs once, perhaps not to its end."""
+        loop, owner = self.world.loop, self.owner
+        working = owner.run(self._owner_works(number))
+        power_fails_at = loop.time() + self.rng.uniform(0.01, 2.0) if self.rng.random() < 0.15 else until
+        while not working.done() and loop.time() < min(until, power_fails_at):
+            await asyncio.sleep(0.01)
+        if working.done():
+            working.result()
+            return
+        owner.cut(silent=True)
+        owner.machine = self.world.machine(owner)
+
+    async def _owner_works(self, number: int) -> None:
+        async with self.cluster.vault(self.owner) as vault:
+            for path in self.unfinished[:2]:
+                await self._tried("put again", self._put(vault, path))
+            for turn in range(self.rng.randint(1, 3)):
+                await asyncio.sleep(self.rng.uniform(0.0, 1.0))
+                what = self.rng.choices(("put", "get", "share"), (6, 3, 1))[0]
+                if what == "put" or not self.stored:
+                    await self._tried("put", self._put(vault, self._new_file(f"{number}-{turn}")))
+                elif what == "get":
+                    await self._tried("get", self._get(vault, self.rng.choice(sorted(self.stored))))
+                else:
+                    await self._tried("share", self._share(vault, self.rng.choice(sorted(self.stored))))
+
+    async def _tried(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except MedshardError as error:
+            self.result.failed += 1
+            self.result.told.append(f"{self.world.loop.time():.1f} {what}: {error}")
+
+    def _new_file(self, name: str) -> Path:
+        path = self.sources / f"{name}.bin"
+        path.write_bytes(self.rng.randbytes(self.rng.choice((0, 1, 700, 3000, 3000, 9000))))
+        os.utime(path, ns=(10**18, 10**18))
+        return path
+
+    async def _put(self, vault: Vault, path: Path) -> None:
+        if path not in self.unfinished:
+            self.unfinished.append(path)
+        content = path.read_bytes()
+        report = await vault.put([path])
+        for stored in report.stored:
+            if stored.sha256 != hashlib.sha256(content).digest():
+                raise Broken("a put told another hash than its file has")
+            self.stored[stored.sha256] = content
+            self.files[stored.sha256] = FileId(stored.file_id)
+            self.unfinished.remove(path)
+            if self.rng.random() < 0.3:  # another file under the same name, size and time: nothing of the first may be used for it
+                path.write_bytes(self.rng.randbytes(len(content)))
+                os.utime(path, ns=(10**18, 10**18))
+                self.unfinished.append(path)
+
+    async def _get(self, vault: Vault, sha256: bytes) -> None:
+        path = self.sources / f"got-{vault.keys.public.hex()[:4]}.bin"
+        await vault.get(sha256, path)
+        if path.read_bytes() != self.stored[sha256]:
+            raise Broken("a get gave other bytes than were put")
+        self.reads.append((vault.keys.public, self.files[sha256]))
+
+    async def _share(self, vault: Vault, sha256: bytes) -> None:
+        """Let the reader read, and perhaps not any more."""
+        if self.reader is None:
+            self.reader = self.cluster.vault_host("reader")
+            first = next(host for host in self.cluster.nodes if host.parts is not None)
+            await first.run(self.cluster.append(first, "ca 0", self.cluster.enrol("reader")))
+            await self.reader.run(self._publishes_key())
+        reader = vault_keys("reader").public
+        await vault.shares.share([sha256], reader)
+        await self.reader.run(self._reader_gets(sha256))
+        await vault.shares.revoke([sha256], reader)
+        try:
+            await self.reader.run(self._reader_gets(sha256))
+        except MedshardError:
+            return
+        raise Broken("read after a revocation took effect")
+
+    async def _publishes_key(self) -> None:
+        assert self.reader is not None
+        async with self.cluster.vault(self.reader) as vault:
+            await vault.shares.publish_key()
+
+    async def _reader_gets(self, sha256: bytes) -> None:
+        assert self.reader is not None
+        async with self.cluster.vault(self.reader) as vault:
+            await self._get(vault, sha256)
+
+    # -- the end of all trouble
+
+    async def _mend(self) -> None:
+        net = self.cluster.net
+        net.loss, net.slow = 0.0, (0.0002, 0.003)
+        net.split({})
+        for host in self.cluster.nodes:
+            host.disk.full, host.disk.cut_after, host.skew_s = False, None, 0.0
+            if host in self.harm.byzantine:
+                host.cut(silent=False)
+            if host.machine is None:
+                host.start()
+        await self._until(lambda: self._all_agree() or self._stands_still(), "all nodes hold one published log")
+
+    def _stands_still(self) -> bool:
+        """A sequencer that forks may leave honest mirrors with different last entries, of which none can get a quorum: the log waits for a
+        successor then (docs/decisions/0033-simulation.md). Nothing is lost or forked by it, and nobody else can bring it about."""
+        if not self.harm.forked or not all(host.parts for host in self.cluster.nodes):
+            return False
+        if not checks.is_split([host for host in self.cluster.nodes if host not in self.harm.byzantine]):
+            self.split_since = self.world.loop.time()
+        self.result.stands_still = self.world.loop.time() - self.split_since > 20.0
+        return self.result.stands_still
+
+    def _all_agree(self) -> bool:
+        self._look_for_errors()
+        hosts = self.cluster.nodes
+        for host in hosts:
+            if host.machine is None:  # it was ending when all trouble ended
+                host.start()
+        if not all(host.parts is not None and host.parts.node.ledger.published for host in hosts):
+            return False
+        ledgers = [host.parts.node.ledger for host in hosts]
+        sizes = {checks.published(host) for host in hosts} | {ledger.journal.head.size for ledger in ledgers}
+        return len(sizes) == 1 and any(ledger.leads for ledger in ledgers)
+
+    def _look_for_errors(self) -> None:
+        for host in self.cluster.nodes:
+            if host.error is not None and not isinstance(host.error, OSError | Full):
+                raise Broken(f"{host} ended by itself: {host.error!r}")
+
+    # -- the promises
+
+    async def _look(self) -> None:
+        self.witness.check(self.harm.byzantine)
+        if self.result.stands_still:
+            for file_id in sorted(self.files.values()):
+                if len(checks.missing_shards(self.cluster, file_id)) > self.size - self.cluster.roster.code[0]:
+                    raise Broken("lost: fewer than k shards of an acknowledged file are left")
+            return
+        await self._on(self.owner, self._all_come_back)
+        await self._on(self.mallory, self._mallory_reads)
+        await self._repair_all()
+        await self._on_node(self._node_grabs)
+        checks.check_traces(max(self.cluster.nodes, key=checks.published), self.reads)
+        self.witness.check(self.harm.byzantine)
+        if self.world.loop.failures:
+            self.result.told += self.world.loop.failures[:3]
+
+    async def _all_come_back(self) -> None:
+        for path in self.owner.disk.folder.glob("index.sqlite*"):
+            path.unlink()  # another computer, with nothing but the key
+        async with self.cluster.vault(self.owner) as vault:
+            for sha256 in sorted(self.stored):
+                for tries in range(4):  # a mirror whose connection broke may be seconds behind
+                    try:
+                        await self._get(vault, sha256)
+                        break
+                    except Unavailable as error:
+                        if tries == 3:
+                            raise Broken(f"lost: a file that was acknowledged does not come back ({error})") from None
+                        await asyncio.sleep(3.0)
+                    except MedshardError as error:
+                        raise Broken(f"lost: a file that was acknowledged does not come back ({error})") from None
+
+    async def _mallory_reads(self) -> None:
+        """Somebody who is enrolled and was granted nothing asks every node for every shard, with every ticket there is."""
+        author = vault_keys("mallory").public
+        async with self.cluster.vault(self.mallory) as vault:
+            for file_id in sorted(self.files.values())[:1]:
+                with contextlib.suppress(MedshardError):
+                    await vault._ledger.announce([file_id])
+                places = [
+                    place
+                    for place, entry in enumerate(checks.entries(max(self.cluster.nodes, key=checks.published)))
+                    if isinstance(entry.body, Access) and file_id in entry.body.file_ids
+                ]
+                tickets = [{}, *({access_header: pack_tickets([place])} for place in {*places[:1], *places[-1:]})]
+                for index, node in enumerate(self.cluster.roster.nodes):
+                    for headers in tickets:
+                        if await self._is_served(vault, node, file_id, index, headers):
+                            raise Broken(f"read without a right: {node.name} served {author.hex()[:8]}")
+
+    async def _is_served(self, vault: Vault, node: Any, file_id: FileId, shard: int, headers: dict[str, str]) -> bool:
+        body = pack_small_reads([(file_id, shard)])
+        try:
+            async with vault._net._open(node, "POST", "/v1/read", body, headers, 5.0) as answer:
+                await answer.read()
+                return answer.status == 200
+        except MedshardError:
+            return False
+
+    async def _node_grabs(self, host: Host) -> None:
+        """A node asks all helpers for shards that it must not have: without a MOVE entry, by another's, and although it holds one."""
+        roster, node = self.cluster.roster, self.cluster.roster.nodes[host.number].id
+        other = self.cluster.nodes[(host.number + 1) % self.size]
+        for file_id in sorted(self.files.values())[:1]:
+            manifest = checks.manifest_of(self.cluster, file_id)
+            own, strange = manifest.index_on(node), manifest.index_on(roster.nodes[other.number].id)
+            if own is None or strange is None:
+                continue
+            bodies = [(f"tls {host.number}", Move(file_id, strange, node, os.urandom(16)))]
+            bodies += [(f"tls {other.number}", Move(file_id, strange, roster.nodes[other.number].id, os.urandom(16)))]
+            places: list[tuple[int, int]] = []
+            for author, body in bodies:
+                with contextlib.suppress(MedshardError):  # the ledger itself refuses what is plainly wrong
+                    (proof,) = await self.cluster.append(host, author, body)
+                    places += [(strange, proof.index), (own, proof.index)]
+            for shard, place in [*places, (own, 1)]:
+                await self._no_helper_helps(host, manifest, shard, place)
+
+    async def _no_helper_helps(self, host: Host, manifest: Manifest, shard: int, place: int) -> None:
+        node, key = self.cluster.roster.nodes[host.number].id, key_named(f"tls {host.number}")
+        links = [Link(ref.node, number) for number, ref in enumerate(manifest.shards) if number != shard and ref.node != node]
+        chain = links[: manifest.layout.k]
+        order = sign_order(self.cluster.roster.origin, manifest.file_id, shard, place, chain, 0, os.urandom(nonce_size), key.sign)
+        path = f"/v1/repair/{manifest.file_id.hex()}/{shard}/seed"
+        for link in chain:
+            with contextlib.suppress(Unavailable):
+                status, _ = await host.parts.peers(link.node, "POST", path, pack_seed(order, os.urandom(seed_size)), 5.0)
+                if status == 200:
+                    raise Broken("a helper follows an order that it must refuse")
+
+    async def _repair_all(self) -> None:
+        """Everything returns to n shards: by itself, and what only a look at the disk finds, when each holder is told to look."""
+        deadline = self.world.loop.time() + by_itself_s
+        while self._missing() and self.world.loop.time() < deadline:
+            await asyncio.sleep(0.5)
+        why = ""
+        for _ in range(repair_rounds):
+            left = self._missing()
+            if not left:
+                return
+            self.result.told_to_repair += len(left)
+            for file_id, host in left:
+                try:
+                    await host.run(self._one_repair(host, file_id))
+                except MedshardError as error:
+                    why = f"{host}: {error}"
+            await asyncio.sleep(1.0)
+        raise Broken(f"not repaired: {len(left)} shards are still missing ({why})")
+
+    async def _one_repair(self, host: Host, file_id: FileId) -> None:
+        await host.app[repairs_key].repairer.begin(file_id)
+
+    def _missing(self) -> list[tuple[FileId, Host]]:
+        return [(file_id, host) for file_id in sorted(self.files.values()) for _, host in checks.missing_shards(self.cluster, file_id)]
+
+    # -- parts
+
+    async def _on(self, host: Host, work: Callable[[], Any]) -> None:
+        await host.run(work())
+
+    async def _on_node(self, work: Callable[[Host], Any]) -> None:
+        host = self.rng.choice(self.cluster.nodes)
+        await host.run(work(host))
+
+    async def _until(self, true: Callable[[], object], what: str) -> None:
+        deadline = self.world.loop.time() + patience_s
+        while not true():
+            if self.world.loop.time() > deadline:
+                raise Broken(f"within {patience_s:.0f} s it does not come about that {what}: {self._standing()}")
+            await asyncio.sleep(0.1)
+
+    def _standing(self) -> str:
+        said = []
+        for host in self.cluster.nodes:
+            if host.parts is None:
+                said.append(f"{host} is down ({host.error!r})")
+            else:
+                ledger = host.parts.node.ledger
+                said.append(
+                    f"{host} has {ledger.journal.head.size}, published {checks.published(host)}, epoch {ledger.mirror.epoch}"
+                    f"{' leads' if ledger.leads else ''}{' lost' if ledger.mirror.lost else ''}"
+                )
+        return "; ".join(said)
+
+
+def run(seed: int, folder: Path) -> Result:
+    """Run one seed. Once in a process: the world does not end with it."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    return Run(seed, folder).go()
