@@ -1,7 +1,9 @@
-"""gateway and receipt: the department's door to the store."""
+"""gateway, import and receipt: the department's door to the store."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from medshard.cli.gatewaytoken import token
 from medshard.cli.options import Session, examples, run, shared
 
 if TYPE_CHECKING:
+    from medshard.gateway.importing import Imported
     from medshard.gateway.model import Receipt
     from medshard.gateway.service import Settings
     from medshard.gateway.web import WebRules
@@ -197,3 +200,67 @@ def receipt(session: Session, sop_uid: str) -> int:
         if found.flagged:
             output.line("  other bytes were sent under this UID too; both are kept, these are served")
     return Exit.OK
+
+
+@click.command(
+    "import",
+    epilog=examples(
+        "medshard import /media/cdrom/DICOMDIR",
+        "medshard import studies/ old-archive.zip > imported.sha256",
+        "medshard import --watch --delete /srv/drop",
+    ),
+)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="PATH...")
+@click.option("--watch", is_flag=True, help="Go on for ever with what is put into one folder.")
+@click.option("--delete", is_flag=True, help="With --watch: remove a file once it is in the store.")
+@click.option("--same-uid", type=click.Choice(("keep-both", "refuse")), default="keep-both", show_default=True,
+              help="What to do with other bytes under a SOP Instance UID that is stored.")  # fmt: skip
+@shared
+def import_files(session: Session, paths: tuple[Path, ...], watch: bool, delete: bool, same_uid: str) -> int:
+    """Import DICOM files from folders, ZIP archives and media with a DICOMDIR; print SHA256 PATH.
+
+    A series becomes one sealed object. Files are kept bit for bit. A line is printed when a file is safe, as with `medshard put`, or
+    was so before. What is no DICOM instance is refused, named on standard error with the reason, and stops none of the others. An
+    import that broke off can be run again: it goes on. A gateway that runs shows what was imported within seconds.
+    """
+    if watch and (len(paths) != 1 or not paths[0].is_dir()):
+        raise click.UsageError("--watch takes one folder")
+    if delete and not watch:
+        raise click.UsageError("--delete belongs to --watch")
+    told: list[Imported] = []
+
+    def tell(each: Imported) -> None:
+        if not watch:
+            told.append(each)
+        if not session.json:
+            _tell_imported(session, each)
+
+    async def work() -> None:
+        from medshard.gateway.receipts import catalog_of
+
+        async with session.vault() as vault, catalog_of(vault) as catalog:
+            from medshard.gateway.importing import Importer
+
+            importer = Importer(vault, catalog, keep_both=same_uid == "keep-both")
+            if watch:
+                await importer.watch(paths[0], tell, delete=delete)
+            else:
+                await importer.run(paths, tell)
+
+    run(work())
+    if session.json:
+        output.document({"files": output.plain(told)})
+    refused = sum(each.outcome == "refused" for each in told)
+    if not refused:
+        return Exit.OK
+    return Exit.PARTIAL if refused < len(told) else Exit.LOCAL
+
+
+def _tell_imported(session: Session, each: Imported) -> None:
+    if each.outcome == "refused":
+        output.problem(f"{each.path}: refused: {each.reason}")
+        return
+    output.hashed(each.sha256, os.fsencode(each.path))
+    sys.stdout.flush()
+    if each.outcome == "kept-beside" and not session.quiet:
+        output.note(f"{each.path}: other bytes are stored under its SOP Instance UID; both are kept, this file is served")

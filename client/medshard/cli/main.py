@@ -80,6 +80,7 @@ for _part in (
     check.doctor,
     check.reindex,
     gateway.gateway,
+    gateway.import_files,
     gateway.receipt,
     local.join,
     local.up,

@@ -26,7 +26,7 @@ from medshard.gateway.catalog import Catalog
 from medshard.gateway.describing import describe
 from medshard.gateway.model import Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
 from medshard.gateway.objects import Objects
-from medshard.gateway.packing import plan_of
+from medshard.gateway.packing import places, plan_of
 from medshard.gateway.receipts import catch_up, receipt_in
 from medshard.gateway.spool import Arrival, Entry, Spool
 from medshard.model import PutReport
@@ -286,21 +286,15 @@ class Archive:
             )
 
     def _stored(self, series: Series, entries: list[Entry], report: PutReport) -> None:
-        files = {stored.path: stored for stored in report.stored}
+        placed = places(self.vault, report)
         done: list[Entry] = []
         instances: list[Instance] = []
-        members: dict[tuple[bytes, bytes], int | None] = {
-            (row.file_id, row.sha256): row.member
-            for file in {stored.file_id for stored in report.stored}
-            for row in self.vault.rows_of(file)
-        }
-        for part, entry in zip((part for unit in plan_of(series, entries, self.spool).units for part in unit.parts), entries, strict=True):
-            stored = files.get(part.path)
-            if stored is None or stored.sha256 != entry.sha256:
-                continue
-            place = Place(stored.file_id, members[stored.file_id, stored.sha256], stored.ledger_index)
-            instances.append(replace(_instance(entry), place=place))
-            done.append(entry)
+        parts = [part for unit in plan_of(series, entries, self.spool).units for part in unit.parts]
+        for part, entry in zip(parts, entries, strict=True):
+            digest, place = placed.get(part.path, (b"", None))
+            if digest == entry.sha256:
+                instances.append(replace(_instance(entry), place=place))
+                done.append(entry)
         self.catalog.put(instances)
         self.catalog.flush()  # durable, before the spool forgets them
         with self._lock:

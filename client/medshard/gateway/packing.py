@@ -6,16 +6,17 @@ Law: decides and does nothing. A series is one object, cut only where a header w
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from medshard.gateway import tags
 from medshard.gateway.model import Instance, Place
 from medshard.gateway.spool import Entry, Spool, chunk_plain
-from medshard.model import Description, Row
+from medshard.model import Description, PutReport, Row
 from medshard.packs import Plan, Unit
 from medshard.source import Part
+from medshard.vault import Vault
 
 members_max: Final = 4_000  # a header of 1 KiB for each still fits into a manifest
 media_type: Final = "application/dicom"
@@ -27,6 +28,21 @@ def plan_of(series: tuple[str, str], entries: Sequence[Entry], spool: Spool) -> 
     chunks = [parts[at : at + members_max] for at in range(0, len(parts), members_max)]
     name = f"{series[0]}/{series[1]}".encode()
     return Plan(tuple(Unit(name if len(chunk) > 1 else chunk[0].name, tuple(chunk), len(chunk) > 1) for chunk in chunks), ())
+
+
+def name_of(attributes: Mapping[str, str]) -> bytes:
+    """The name that an instance gets in a sealed header."""
+    return f"{attributes['study-uid']}/{attributes['series-uid']}/{attributes['sop-uid']}.dcm".encode()
+
+
+def places(vault: Vault, report: PutReport) -> dict[Path, tuple[bytes, Place]]:
+    """Where each stored part lies: SHA-256 and place by its path. Blocking."""
+    files = {stored.file_id for stored in report.stored}
+    members = {(row.file_id, row.sha256): row.member for file in files for row in vault.rows_of(file)}
+    return {
+        stored.path: (stored.sha256, Place(stored.file_id, members[stored.file_id, stored.sha256], stored.ledger_index))
+        for stored in report.stored
+    }
 
 
 def instances_of(rows: Iterable[Row]) -> list[Instance]:
@@ -64,7 +80,6 @@ class _Reading(io.RawIOBase):
 
 
 def _part(entry: Entry, spool: Spool) -> Part:
-    said = entry.attributes
-    name = f"{said['study-uid']}/{said['series-uid']}/{said['sop-uid']}.dcm".encode()
+    said, name = entry.attributes, name_of(entry.attributes)
     lasting = Path(f"spool/{entry.segment:012x}/{entry.counter}")
     return Part(lasting, name, entry.size, entry.received, Description(media_type, said), lambda: cast(BinaryIO, _Reading(spool, entry)))

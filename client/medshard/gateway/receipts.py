@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
 from medshard.gateway.model import Receipt
@@ -47,15 +48,18 @@ def rebuild(vault: Vault) -> None:
         catalog.close()
 
 
+@asynccontextmanager
+async def catalog_of(vault: Vault) -> AsyncIterator[Catalog]:
+    """The index of this vault, up to date, for a command that works beside a gateway or without one."""
+    catalog = await asyncio.to_thread(Catalog, catalog_path(vault.home.folder), catalog_key(vault.keys))
+    try:
+        await asyncio.to_thread(catch_up, vault, catalog)
+        yield catalog
+    finally:
+        await asyncio.to_thread(catalog.close)
+
+
 async def look_up(vault: Vault, sop_uid: str) -> Receipt:
     """``receipt_in`` the index of this vault. Raises Absent."""
-
-    def work(path: Path) -> Receipt:
-        catalog = Catalog(path, catalog_key(vault.keys))
-        try:
-            catch_up(vault, catalog)
-            return receipt_in(catalog, sop_uid)
-        finally:
-            catalog.close()
-
-    return await asyncio.to_thread(work, catalog_path(vault.home.folder))
+    async with catalog_of(vault) as catalog:
+        return receipt_in(catalog, sop_uid)
