@@ -124,12 +124,12 @@ def is_split(hosts: list[Host]) -> bool:
     return any(one != other for a in logs for b in logs for one, other in zip(a, b, strict=False))
 
 
-def check_traces(host: Host, reads: list[tuple[bytes, FileId]]) -> None:
+def check_traces(host: Host, reads: list[tuple[bytes, list[FileId]]]) -> None:
     """Each file that was read stands in an ACCESS entry of its reader."""
     announced = {(entry.author, file_id) for entry in entries(host) if isinstance(entry.body, Access) for file_id in entry.body.file_ids}
-    for reader, file_id in reads:
-        if (reader, file_id) not in announced:
-            raise Broken(f"file {file_id.hex()[:8]} was read without an entry")
+    for reader, file_ids in reads:
+        if not any((reader, file_id) in announced for file_id in file_ids):
+            raise Broken(f"file {file_ids[0].hex()[:8]} was read without an entry")
 
 
 def missing_shards(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host]]:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +76,8 @@ class Run:
         self.harm = faults.Harm(self.cluster, self.rng, w - k)
         self.result = Result(seed)
         self.stored: dict[bytes, bytes] = {}  # plaintext by its hash: what was acknowledged
-        self.files: dict[bytes, FileId] = {}
-        self.reads: list[tuple[bytes, FileId]] = []
+        self.files: dict[bytes, list[FileId]] = defaultdict(list)  # the same bytes may be put twice
+        self.reads: list[tuple[bytes, bytes]] = []
         self.unfinished: list[Path] = []
         self.split_since = 0.0
         self.reader: Host | None = None
@@ -180,7 +181,7 @@ class Run:
             if stored.sha256 != hashlib.sha256(content).digest():
                 raise Broken("a put told another hash than its file has")
             self.stored[stored.sha256] = content
-            self.files[stored.sha256] = FileId(stored.file_id)
+            self.files[stored.sha256].append(FileId(stored.file_id))
             self.unfinished.remove(path)
             if self.rng.random() < 0.3:  # another file under the same name, size and time: nothing of the first may be used for it
                 path.write_bytes(self.rng.randbytes(len(content)))
@@ -192,7 +193,7 @@ class Run:
         await vault.get(sha256, path)
         if path.read_bytes() != self.stored[sha256]:
             raise Broken("a get gave other bytes than were put")
-        self.reads.append((vault.keys.public, self.files[sha256]))
+        self.reads.append((vault.keys.public, sha256))
 
     async def _share(self, vault: Vault, sha256: bytes) -> None:
         """Let the reader read, and perhaps not any more."""
@@ -267,7 +268,7 @@ class Run:
     async def _look(self) -> None:
         self.witness.check(self.harm.byzantine)
         if self.result.stands_still:
-            for file_id in sorted(self.files.values()):
+            for file_id in self._file_ids():
                 if len(checks.missing_shards(self.cluster, file_id)) > self.size - self.cluster.roster.code[0]:
                     raise Broken("lost: fewer than k shards of an acknowledged file are left")
             return
@@ -275,7 +276,7 @@ class Run:
         await self._on(self.mallory, self._mallory_reads)
         await self._repair_all()
         await self._on_node(self._node_grabs)
-        checks.check_traces(max(self.cluster.nodes, key=checks.published), self.reads)
+        checks.check_traces(max(self.cluster.nodes, key=checks.published), [(reader, self.files[sha256]) for reader, sha256 in self.reads])
         self.witness.check(self.harm.byzantine)
         if self.world.loop.failures:
             self.result.told += self.world.loop.failures[:3]
@@ -300,7 +301,7 @@ class Run:
         """Somebody who is enrolled and was granted nothing asks every node for every shard, with every ticket there is."""
         author = vault_keys("mallory").public
         async with self.cluster.vault(self.mallory) as vault:
-            for file_id in sorted(self.files.values())[:1]:
+            for file_id in self._file_ids()[:1]:
                 with contextlib.suppress(MedshardError):
                     await vault._ledger.announce([file_id])
                 places = [
@@ -327,7 +328,7 @@ class Run:
         """A node asks all helpers for shards that it must not have: without a MOVE entry, by another's, and although it holds one."""
         roster, node = self.cluster.roster, self.cluster.roster.nodes[host.number].id
         other = self.cluster.nodes[(host.number + 1) % self.size]
-        for file_id in sorted(self.files.values())[:1]:
+        for file_id in self._file_ids()[:1]:
             manifest = checks.manifest_of(self.cluster, file_id)
             own, strange = manifest.index_on(node), manifest.index_on(roster.nodes[other.number].id)
             if own is None or strange is None:
@@ -377,9 +378,12 @@ class Run:
         await host.app[repairs_key].repairer.begin(file_id)
 
     def _missing(self) -> list[tuple[FileId, Host]]:
-        return [(file_id, host) for file_id in sorted(self.files.values()) for _, host in checks.missing_shards(self.cluster, file_id)]
+        return [(file_id, host) for file_id in self._file_ids() for _, host in checks.missing_shards(self.cluster, file_id)]
 
     # -- parts
+
+    def _file_ids(self) -> list[FileId]:
+        return sorted({file_id for file_ids in self.files.values() for file_id in file_ids})
 
     async def _on(self, host: Host, work: Callable[[], Any]) -> None:
         await host.run(work())
