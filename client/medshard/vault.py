@@ -30,6 +30,7 @@ from medshard.home import Home
 from medshard.index import Index
 from medshard.keys import VaultKeys, create_key_file, open_key_file
 from medshard.ledger import LedgerClient
+from medshard.links.desk import Desk
 from medshard.lookup import Lookup, Opened
 from medshard.membership import following
 from medshard.model import Finding, GetReport, Info, Progress, PutReport, Row, VerifyReport
@@ -76,6 +77,7 @@ class Vault:
         self.custody = Custody(
             net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing, self.shares.share_again
         )
+        self.links = Desk(self, index)
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
         self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)
 
@@ -216,14 +218,19 @@ class Vault:
             pairs.append((target, path))
         return await self._restore(pairs, None, progress, purpose, break_glass)
 
-    async def read(self, sha256: bytes, offset: int, length: int) -> bytes:
+    async def read(self, sha256: bytes, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
-        return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length)
+        return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length, purpose=purpose)
 
     async def announce(self, file_ids: Sequence[bytes], purpose: int = Purpose.UNSPECIFIED) -> None:
         """Announce reads of these objects in as few ledger entries as can be; nothing where they were, minutes ago. Raises as ``get``."""
         await self._append_pending()
         await self._reader.tickets.announce([FileId(file_id) for file_id in file_ids], purpose)
+
+    async def record(self, file_ids: Sequence[bytes], purpose: int) -> None:
+        """Write a read of these objects into the ledger, even if one was announced minutes ago. Raises as ``get``."""
+        await self._append_pending()
+        await self._reader.tickets.renew([FileId(file_id) for file_id in dict.fromkeys(file_ids)], purpose)
 
     async def object(self, file_id: bytes) -> Opened:
         """An own object with its open header, by its file id. Raises Absent."""

@@ -14,7 +14,23 @@ from pathlib import Path
 
 import click
 
-from medshard.cli import check, custody, deidentify, gateway, history, keys, local, look, output, policy, prove, report, sharing, store
+from medshard.cli import (
+    check,
+    custody,
+    deidentify,
+    gateway,
+    history,
+    keys,
+    links,
+    local,
+    look,
+    output,
+    policy,
+    prove,
+    report,
+    sharing,
+    store,
+)
 from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.options import Session, Unread, examples
 from medshard_protocol.errors import MedshardError
@@ -56,6 +72,7 @@ for _part in (
     sharing.share,
     sharing.revoke,
     sharing.shared_files,
+    links.links,
     deidentify.deidentify,
     history.log,
     sharing.key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -41,20 +42,51 @@ def until(text: str) -> int:
         "medshard share 3b1f… --to Insurer --until 90d --purpose insurance",
         "medshard share 3b1f… 77a0… --to 5c1e…",
         "medshard find --patient doe --json | jq -r '.files[].sha256' | xargs medshard share --to 'Dr. Weber'",
+        "medshard share 3b1f… --link --url https://share.clinic.example --until 14d --passcode --qr link.svg",
     )
 )
 @click.argument("hashes", nargs=-1, required=True, type=sha256, metavar="SHA256...")
-@click.option("--to", "reader", required=True, metavar="KEY|NAME", help="Who may read: a key, as `medshard key` prints it, or a contact.")
-@click.option("--until", "end", type=until, default=None, metavar="WHEN", help="30d, 12h, 2026-12-31 [for good].")
+@click.option("--to", "reader", metavar="KEY|NAME", help="Who may read: a key, as `medshard key` prints it, or a contact.")
+@click.option("--link", is_flag=True, help="Make a link instead, for somebody without a key; `medshard links serve` serves it.")
+@click.option("--until", "end", type=until, default=None, metavar="WHEN", help="30d, 12h, 2026-12-31 [for good; a link: 30d].")
+@click.option("--passcode", "wants_passcode", is_flag=True, help="Of a link: ask for a passcode to give to its reader another way.")
+@click.option("--max-uses", type=click.IntRange(1, 1_000_000), help="Of a link: how often it may be opened.")
+@click.option("--label", default="", metavar="TEXT", help="Of a link: what its reader sees above the documents.")
+@click.option("--url", envvar="MEDSHARD_LINKS_URL", metavar="URL", help="Of a link: where `links serve` is found [env MEDSHARD_LINKS_URL].")
+@click.option("--qr", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Of a link: its QR code, FILE.svg or FILE.png.")
 @purpose("What for, as the ledger will say.")
 @shared
-def share(session: Session, hashes: tuple[bytes, ...], reader: str, end: int | None, purpose: int) -> int:
-    """Let another vault read files.
+def share(
+    session: Session,
+    hashes: tuple[bytes, ...],
+    reader: str | None,
+    link: bool,
+    end: int | None,
+    wants_passcode: bool,
+    max_uses: int | None,
+    label: str,
+    url: str | None,
+    qr: Path | None,
+    purpose: int,
+) -> int:
+    """Let another vault read files, or make a link for somebody who has none.
 
     The right stands in the ledger for all to see, without names; the files' keys are sealed to the reader alone. Nodes serve the
     reader from then on, and write down each read: see `medshard log`. A file that was stored together with others in one pack is
     stored once more first, because a pack has one key.
+
+    A link opens the files that it was made for and nothing else; its key is behind the # and reaches no server. Every use is a line in
+    `medshard log`. `medshard links revoke` ends it.
     """
+    if link == (reader is not None):
+        raise click.UsageError("say who may read with --to, or make a link with --link")
+    if link:
+        from medshard.cli.links import make
+
+        return make(session, hashes, end, wants_passcode, max_uses or 0, label, url, qr)
+    if wants_passcode or max_uses or label or qr:
+        raise click.UsageError("--passcode, --max-uses, --label and --qr are of links: say --link")
+    assert reader is not None, "checked above"
 
     async def work() -> list[Shared]:
         async with session.vault() as vault:

@@ -100,18 +100,19 @@ def _tell_put(session: Session, report: PutReport, took_s: float) -> None:
         "medshard get 3b1f… -o back.dcm",
         "medshard get 3b1f… -o - | dcmdump -",
         "medshard get 3b1f… --purpose treatment",
+        "medshard get 'https://share.clinic.example/link#shlink:/eyJ1…' -o letters/",
         "medshard find --patient doe --json | jq -r '.files[].sha256' | xargs medshard get -o restored/",
         "medshard get 3b1f… --break-glass 'patient unconscious, emergency room 3'",
     )
 )
-@click.argument("hashes", nargs=-1, required=True, type=sha256, metavar="SHA256...")
+@click.argument("wanted", nargs=-1, required=True, metavar="SHA256...|LINK")
 @click.option("-o", "--output", "destination", type=_local, metavar="PATH", help="File or folder to write to; - is standard output.")
 @click.option("-f", "--force", is_flag=True, help="Replace a file of the same name that is here already.")
 @purpose("What the files are read for, as the ledger will say.")
 @click.option("--break-glass", metavar="REASON", help="Read even if the ledger is out of reach; auditors will see the REASON.")
 @shared
-def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, force: bool, purpose: int, break_glass: str | None) -> int:
-    """Restore files by their SHA-256: this vault's, or shared with it.
+def get(session: Session, wanted: tuple[str, ...], destination: Path | None, force: bool, purpose: int, break_glass: str | None) -> int:
+    """Restore files by their SHA-256: this vault's, or shared with it. Or whatever a link opens, for which no vault is needed.
 
     Every byte is checked on the way, and the whole against its SHA-256, before the file gets its name: there is the right file,
     or none. Several files go into a folder, under the names they were put with.
@@ -119,6 +120,13 @@ def get(session: Session, hashes: tuple[bytes, ...], destination: Path | None, f
     The read is written into the ledger before a node gives out anything. When the ledger has no quorum, nothing is read; an identity
     that the roster marks for emergencies may read with --break-glass, which is written down as soon as the ledger is back.
     """
+    if any("shlink:/" in text for text in wanted):
+        from medshard.cli.links import open_link
+
+        if len(wanted) > 1:
+            raise click.UsageError("one link at a time")
+        return open_link(session, wanted[0], destination or Path(), overwrite=force)
+    hashes = tuple(map(sha256, wanted))
     _check_reason(break_glass)
     to_pipe = destination is not None and str(destination) == "-"
     if len(hashes) > 1 and destination is not None and not to_pipe and destination.exists() and not destination.is_dir():
