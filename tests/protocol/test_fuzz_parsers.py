@@ -28,10 +28,11 @@ import medshard_protocol
 from medshard.model import Header
 from medshard_protocol import canonical, documentproof, identity, ids, messages, proofs, repairorder, rosters, sharing, tiles, tlogproof
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
+from medshard_protocol.ending import Receipt
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
 from medshard_protocol.identity import client_csr
-from medshard_protocol.invite import Invite, pack_join, pack_joined, unpack_join, unpack_joined
+from medshard_protocol.invite import Invite, pack_join, pack_joined, pack_readmission, unpack_join, unpack_joined, unpack_readmission
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import SpanHead
 from medshard_protocol.proofs import Inclusion
@@ -129,6 +130,7 @@ def of_messages() -> dict[str, Parser]:
         "messages.SpanHead.from_bytes": whole_file(SpanHead.from_bytes, wired["span with digests"], wired["span with paths"]),
         "messages.unpack_stored": Parser(m.unpack_stored, None, (wired["stored"],)),
         "messages.unpack_check": Parser(m.unpack_check, m.pack_check, (wired["check"],)),
+        "invite.unpack_readmission": Parser(unpack_readmission, pack_readmission, (pack_readmission(b"csr"),)),
         "invite.unpack_join": Parser(unpack_join, lambda value: pack_join(*value), (pack_join(b"s" * 16, b"csr"),)),
         "invite.unpack_joined": Parser(unpack_joined, pack_joined, (pack_joined(b"certificate"),)),
     }
@@ -253,6 +255,10 @@ def of_repair() -> dict[str, Parser]:
         "repairorder.unpack_ask": Parser(r.unpack_ask, r.pack_ask, (sent["ask"],)),
         "repairorder.unpack_moves": Parser(r.unpack_moves, r.pack_moves, (sent["moves"], r.pack_moves({}))),
         "repairorder.unpack_wish": Parser(r.unpack_wish, r.pack_wish, (sent["wish"], r.pack_wish(r.Wish()))),
+        "repairorder.unpack_drain": Parser(
+            r.unpack_drain, lambda value: r.pack_drain(on=value), (r.pack_drain(on=True), r.pack_drain(on=False))
+        ),
+        "ending.Receipt.from_bytes": whole_file(Receipt.from_bytes, *raw(*(each["receipt"] for each in load("ending")["receipts"]))),
     }
 
 
