@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire,repair,ending}.json without medshard: a second implementation.
+"""Make tests/vectors/{encoding,sealing,manifest,keyfile,sharing,wire,repair,audit,ending}.json without medshard: a second implementation.
 
 The program seals with `cryptography` and its own C kernel; this seals with pycryptodome and reedsolo. Equal bytes therefore say that
 the documents in docs/formats/ are what both do. Run it after a change of a format, and read the difference.
@@ -455,6 +455,61 @@ def repair_orders() -> dict[str, Any]:
     return {"order": told, "messages": messages}
 
 
+# -- audit.json
+
+
+def audit_tags() -> list[dict[str, Any]]:
+    """All cells of a stripe, and their tags: one of many blocks whose last is not full, and a small one."""
+    made = []
+    for what, k, n, length, size in (("two blocks", 2, 4, 700, 4), ("a small cell", 3, 5, 17, 1)):
+        cells = [drawn(f"audit {what}: cell {i}", length) for i in range(k)]
+        cells += parity(cells, k, n)
+        file_id, nonce, number = drawn(f"audit {what}: file", 32), drawn(f"audit {what}: nonce", 32), 12
+        tags = [audit_tag(file_id, number, nonce, cell, size) for cell in cells]
+        made.append({"what": what, "k": k, "n": n, "length": length, "size": size, "file_id": file_id.hex(), "cell": number}
+                    | {"nonce": nonce.hex(), "cells": [c.hex() for c in cells], "tags": [tag.hex() for tag in tags]})  # fmt: skip
+    return made
+
+
+def audit_tag(file_id: bytes, number: int, nonce: bytes, cell: bytes, size: int) -> bytes:
+    """Byte by byte: each has the product of its block's and its column's coefficient."""
+    width = max(512, -(-len(cell) // 255))
+    blocks = -(-len(cell) // width)
+    seed = b"medshard/audit-tag/v1" + file_id + number.to_bytes(4, "big") + bytes([size]) + nonce
+    drawn_ = blake3(seed).digest(length=size * (blocks + width))
+    made = bytearray(size)
+    for r in range(size):
+        for at, byte in enumerate(cell):
+            made[r] ^= gf_mul(gf_mul(drawn_[r * blocks + at // width], drawn_[size * blocks + r * width + at % width]), byte)
+    return bytes(made)
+
+
+def audit_messages() -> dict[str, Any]:
+    origin, seed = "consortium.example/log", drawn("audit: tls key", 32)
+    file_id, nonce, auditor = drawn("audit: file", 32), drawn("audit: nonce", 32), drawn("audit: auditor", 16)
+    name = origin.encode()
+
+    def signed_body(label: bytes, body: list[Any]) -> list[Any]:
+        return [*body, signed(seed, label + len(name).to_bytes(2, "big") + name + pack(body))]
+
+    path = [drawn(f"audit: hash {i}", 32) for i in range(3)]
+    held = [1, file_id, 4, 2, nonce, auditor, 0, 1_800_000_000, drawn("audit: digest", 32), path, b"tag!"]
+    rows = [
+        [0, auditor, "good", 1_800_000_000, 1_800_000_600, 2],
+        [4, drawn("audit: other", 16), "absent", 1_800_000_000, 1_800_000_060, 3],
+    ]
+    bodies: dict[str, Any] = {
+        "challenge": [1, 2, nonce, 1],
+        "answer": signed_body(b"medshard/audit-answer/v1", held),
+        "answer of one that has it not": signed_body(b"medshard/audit-answer/v1", [*held[:6], 1, held[7], b"", [], b""]),
+        "report": signed_body(b"medshard/audit-report/v1", [1, file_id, auditor, 1_800_000_700, rows]),
+        "inventory": [1, [[file_id, 4], [nonce, 0]]],
+        "held": [1, b"\1\0"],
+    }
+    messages = [{"what": what, "value": as_json(value), "bytes": pack(value).hex()} for what, value in bodies.items()]
+    return {"origin": origin, "tls_key": raw_public(seed).hex(), "messages": messages}
+
+
 def receipts() -> list[dict[str, Any]]:
     """A node that held a shard of an erased file, and one that held none of a retired one."""
     origin, made = "consortium.example/log", []
@@ -522,6 +577,7 @@ def pages() -> dict[str, str]:
         "repair": page(
             "Sums of a chain, its order, and the bodies of a repair, see docs/formats/repair.md.", {"chains": repairs(), **repair_orders()}
         ),
+        "audit": page("Tags of cells, and the bodies of audits, see docs/formats/audit.md.", {"tags": audit_tags(), **audit_messages()}),
         "ending": page("Receipts of nodes for what they destroyed, see docs/formats/ending.md.", {"receipts": receipts()}),
         "wire": page("Bodies between client and node, see docs/formats/wire.md.", {"messages": messages()}),
     }

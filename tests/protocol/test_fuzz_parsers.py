@@ -26,7 +26,20 @@ from hypothesis import strategies as st
 
 import medshard_protocol
 from medshard.model import Header
-from medshard_protocol import canonical, documentproof, identity, ids, messages, proofs, repairorder, rosters, sharing, tiles, tlogproof
+from medshard_protocol import (
+    audit,
+    canonical,
+    documentproof,
+    identity,
+    ids,
+    messages,
+    proofs,
+    repairorder,
+    rosters,
+    sharing,
+    tiles,
+    tlogproof,
+)
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.ending import Receipt
 from medshard_protocol.entries import Entry
@@ -92,7 +105,7 @@ def whole_file(read: Callable[[bytes], Any], *seeds: bytes) -> Parser:
 
 @lru_cache
 def table() -> dict[str, Parser]:
-    return {**of_files(), **of_messages(), **of_ledger(), **of_proofs(), **of_sharing(), **of_repair(), **of_certificates()}
+    return {**of_files(), **of_messages(), **of_ledger(), **of_proofs(), **of_sharing(), **of_repair(), **of_audit(), **of_certificates()}
 
 
 def of_files() -> dict[str, Parser]:
@@ -236,6 +249,17 @@ def of_sharing() -> dict[str, Parser]:
         "sharing.Shared.from_bytes": whole_file(sharing.Shared.from_bytes, shared.to_bytes(), sharing.Shared(b"", (), False).to_bytes()),
         "sharing.History.from_bytes": whole_file(sharing.History.from_bytes, sharing.History(note, told, False).to_bytes()),
         "sharing.Vouched.from_bytes": whole_file(sharing.Vouched.from_bytes, sharing.Vouched("Klinik", 0, 7, True).to_bytes()),
+    }
+
+
+def of_audit() -> dict[str, Parser]:
+    sent = {each["what"]: bytes.fromhex(each["bytes"]) for each in load("audit")["messages"]}
+    return {
+        "audit.Challenge.from_bytes": whole_file(audit.Challenge.from_bytes, sent["challenge"]),
+        "audit.Answer.from_bytes": whole_file(audit.Answer.from_bytes, sent["answer"], sent["answer of one that has it not"]),
+        "audit.Report.from_bytes": whole_file(audit.Report.from_bytes, sent["report"]),
+        "audit.unpack_inventory": Parser(audit.unpack_inventory, audit.pack_inventory, (sent["inventory"],)),
+        "audit.unpack_held": Parser(lambda data: audit.unpack_held(data, 2), audit.pack_held, (sent["held"],)),
     }
 
 
