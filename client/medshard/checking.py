@@ -10,6 +10,7 @@ import asyncio
 import random
 from typing import Final
 
+from medshard.audits import audits_of
 from medshard.model import HolderReport, HolderState, Info, NodeInfo, Row, VerifyReport
 from medshard.moves import moved
 from medshard.restoring import Target
@@ -41,7 +42,8 @@ async def verify_target(net: Net, target: Target, *, cells: bool = True) -> Veri
         fresh = await asyncio.gather(*(_verify_holder(net, manifest, index, node, cells=cells) for index, node in again.items()))
         holders |= dict(zip(again, fresh, strict=True))
     proven = sum(1 for holder in holders.values() if holder.state == "proven")
-    return VerifyReport(target.sha256, tuple(holders.values()), proven == manifest.layout.n, proven - manifest.layout.k)
+    margin = proven - manifest.layout.k
+    return VerifyReport(target.sha256, tuple(holders.values()), proven == manifest.layout.n, margin, await audits_of(net, manifest))
 
 
 async def describe_target(net: Net, target: Target, row: Row) -> Info:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from medshard_protocol import canonical, manifest
+from medshard_protocol.audit import Verdict
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed, TooLarge
 
@@ -280,6 +281,24 @@ class HolderReport:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """What one holder's audit found of another's shard, as it signed it. Times are Unix seconds."""
+
+    auditor: str
+    shard: int
+    node: str
+    verdict: str
+    since: int  # the first of this run of good, or of bad, results
+    checked: int
+    times: int
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the shard was not known to be there."""
+        return Verdict(self.verdict).is_bad
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """``margin`` is how many more shards may be lost before the file is: proven shards minus k."""
 
@@ -287,6 +306,7 @@ class VerifyReport:
     holders: tuple[HolderReport, ...]
     ok: bool  # every holder proved its shard, and the ledger proof holds
     margin: int
+    audits: tuple[Audited, ...] = ()  # what the holders' own audits found lately
 
 
 @dataclass(frozen=True)

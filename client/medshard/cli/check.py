@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +11,7 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit, exit_of
 from medshard.cli.options import Session, examples, run, sha256, shared
-from medshard.model import Finding, Progress, VerifyReport
+from medshard.model import Audited, Finding, Progress, VerifyReport
 from medshard_protocol.errors import Damaged, MedshardError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def verify(session: Session, hashes: tuple[bytes, ...], everything: bool) -> int
 
     A holder re-reads and re-hashes its whole shard, and shows a few cells that we choose with their Merkle paths. The shards
     themselves are not downloaded. Like every read it is announced in the ledger first; without a quorum there is only the holders'
-    word, and nothing is proven.
+    word, and nothing is proven. What the holders' own audits found of each other lately is shown beside it.
     """
     if everything == bool(hashes):
         raise click.UsageError("name the files by their SHA-256, or say --all")
@@ -91,6 +92,19 @@ def _tell_verified(report: VerifyReport, *, whole: bool) -> None:
             detail = f"  ({holder.detail})" if holder.detail else ""
             who = output.holder(holder.node, holder.institution)
             output.line(f"  {_marks[holder.state]} shard {holder.shard:>3}  {holder.state:<11} {who}{cells}{detail}")
+    _tell_audits(report.audits, whole=whole)
+
+
+def _tell_audits(audits: Sequence[Audited], *, whole: bool) -> None:
+    """What the holders say that they found of each other; each one's word."""
+    bad = [each for each in audits if each.is_bad]
+    if audits and whole:
+        auditors, last = {each.auditor for each in audits}, max(each.checked for each in audits)
+        good = f"{len(audits) - len(bad)} of {len(audits)} results are good"
+        output.line(f"    audits by {len(auditors)} holders, the last {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}: {good}")
+    for each in bad:
+        since = f"{datetime.fromtimestamp(each.since):%Y-%m-%d %H:%M}"
+        output.line(f"  ! {each.auditor} found shard {each.shard} of {each.node} {each.verdict}, {each.times} times since {since}")
 
 
 @click.command(epilog=examples("medshard doctor", "medshard doctor --json"))
