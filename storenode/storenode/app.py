@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import ssl
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +31,9 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import log_header, pack_links, roster_header
 from medshard_protocol.succession import successor_path
 from storenode import clock, openapi, routes, sharing
+from storenode.auditing import routes as auditing
+from storenode.auditing.auditor import Auditor
+from storenode.auditing.routes import audits_key
 from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.doorkeeper import Doorkeeper, prepare
@@ -105,8 +109,9 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, keys.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
-    repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics)
-    app[sections_key] = {"repair": repairs.status}
+    auditor = auditing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, lambda: pack_links(parts.membership.links(0)))
+    repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, auditor.missing)
+    app[sections_key] = {"repair": repairs.status, "audits": auditor.status}
     app.router.add_routes(parts.node.ledger.routes())
     app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys), _vouched(parts, keys)))
     return app
@@ -196,7 +201,9 @@ async def serve(config: Config) -> bool:
         stamping.start()
         app[repairs_key].start()
         tasks.append(start(watch, config.limits.watch_every_s))
-        async with serve_metrics(config, metrics, lambda: _gauge(parts)):
+        auditor = app[audits_key].auditor
+        auditor.start()
+        async with serve_metrics(config, metrics, lambda: _gauge(parts, auditor)):
             log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex(), "roster": membership.roster.number})
             _tell_if_gone(parts)
             await stopping.wait()
@@ -346,11 +353,12 @@ def _vouched(parts: Parts, keys: NodeKeys) -> Callable[[Key], bool]:
     return vouched
 
 
-def _gauge(parts: Parts) -> None:
+def _gauge(parts: Parts, auditor: Auditor) -> None:
     shards, manifests = parts.node.store.counts()
     parts.metrics.stored(shards, manifests, parts.node.store.used, parts.node.store.free_bytes())
     parts.metrics.ledger(parts.node.ledger.status())
     parts.metrics.roster(parts.roster.number)
+    parts.metrics.findings(Counter(each.verdict for each in auditor.findings.bad()), len(auditor.findings.silent()))
     parts.metrics.evidence(evidence_in(parts.node.config.data).counts(), parts.watch.active())
 
 

@@ -88,8 +88,22 @@ class TimestampSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     digest: Literal["sha256", "sha512"] = "sha256"
 
 
+class AuditSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How often other nodes are asked for what they hold, and how fast own shards are read again. Zero is never."""
+
+    per_day: int = 192
+    answer_s: float = 15.0
+    confirm_s: float = 60.0
+    silence_s: float = 43_200.0
+    inventory_per_s: float = 20.0
+    scrub_bytes_per_s: int = 8 << 20
+    scrub_cells_per_s: int = 500
+    scrub_every_s: float = 86_400.0
+
+
 _no_authority: Final = TimestampSection()
 _repair: Final = RepairSection()
+_audits: Final = AuditSection()
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -103,6 +117,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     ledger: LedgerSection = LedgerSection()
     timestamp: TimestampSection = TimestampSection()
     repair: RepairSection = RepairSection()
+    audit: AuditSection = AuditSection()
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class Config:
     sequencer: bool = False  # stands by to order the ledger's entries
     timestamp: TimestampSection = _no_authority
     repair: RepairSection = _repair
+    audit: AuditSection = _audits
 
     @classmethod
     def load(cls, home: Path) -> Config:
@@ -182,6 +198,7 @@ class Config:
             sequencer=file.ledger.sequencer,
             timestamp=file.timestamp,
             repair=file.repair,
+            audit=file.audit,
         )
 
 
@@ -204,6 +221,7 @@ def write_config(
         limits=Limits(),
         sequencer=str(sequencer).lower(),
         repair=_repair,
+        audit=_audits,
         repair_on=str(_repair.on).lower(),
         rebalance=str(_repair.rebalance).lower(),
     )
@@ -220,6 +238,7 @@ def _refuse_unknown(path: Path, values: dict[str, Any]) -> None:
         "ledger": LedgerSection,
         "timestamp": TimestampSection,
         "repair": RepairSection,
+        "audit": AuditSection,
     }
     for section, kind in sections.items():
         known = kind.__struct_fields__
@@ -277,6 +296,17 @@ def _check_numbers(path: Path, file: _File) -> None:
         ("repair.patience_s", file.repair.patience_s, 0.1, 365 * 86400),
         ("repair.at_once", file.repair.at_once, 1, 16),
         ("repair.rebalance_over", file.repair.rebalance_over, 0, 1),
+    )
+    audit = file.audit
+    checks += (
+        ("audit.per_day", audit.per_day, 0, 1_000_000),
+        ("audit.answer_s", audit.answer_s, 0.1, 600),
+        ("audit.confirm_s", audit.confirm_s, 0.1, 86_400),
+        ("audit.silence_s", audit.silence_s, 0.1, 30 * 86_400),
+        ("audit.inventory_per_s", audit.inventory_per_s, 0.01, 100_000),
+        ("audit.scrub_bytes_per_s", audit.scrub_bytes_per_s, 0, 1 << 40),
+        ("audit.scrub_cells_per_s", audit.scrub_cells_per_s, 1, 10_000_000),
+        ("audit.scrub_every_s", audit.scrub_every_s, 0.1, 366 * 86_400),
     )
     for key, value, least, most in checks:
         if not least <= value <= most:
@@ -373,6 +403,24 @@ sequencer = {sequencer}
 # Hand shards to a node that joined, if that is where they belong now and it is emptier than this one by so large a part of its capacity.
 # rebalance = {rebalance}
 # rebalance_over = {repair.rebalance_over}
+
+[audit]
+# So many times a day, ask all holders of a file that was drawn by chance for a cell of theirs. 192 find 1 % that is lost within a week,
+# and a node that is lost within a day. 0: never.
+# per_day = {audit.per_day}
+# Who does not answer within so many seconds, three times, is late.
+# answer_s = {audit.answer_s}
+# A shard is missing when its holder has said so twice, so many seconds apart.
+# confirm_s = {audit.confirm_s}
+# A node is lost when it has answered nothing for so many seconds. A repair of a machine must fit in.
+# silence_s = {audit.silence_s}
+# Ask holders about all files there are, so many a second, once a day.
+# inventory_per_s = {audit.inventory_per_s}
+# Read own shards again, so many bytes and cells a second at most; 0 bytes: never.
+# scrub_bytes_per_s = {audit.scrub_bytes_per_s:_}
+# scrub_cells_per_s = {audit.scrub_cells_per_s}
+# From the beginning of one pass over all of them to that of the next, at least so many seconds.
+# scrub_every_s = {audit.scrub_every_s}
 
 [limits]
 # Largest shard taken. A shard is the file's size over k.

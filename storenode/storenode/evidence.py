@@ -46,6 +46,8 @@ kinds: Final = {
     "left-out": "an entry that was handed in and is not in the log",
     "abandoned": "entries that a log key signed and that no quorum ever cosigned",
     "forged-proof": "an inclusion proof that does not lead to the head it names",
+    "false-cell": "a holder that vouches for a cell with hashes that do not lead to the registered root",
+    "false-tag": "a holder whose tag of a cell does not fit those of the other holders",
     "clock": "cosignatures of one head that lie far apart in time",
 }
 

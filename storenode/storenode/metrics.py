@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from medshard_protocol.audit import Claim, Verdict
 from medshard_protocol.errors import Unavailable
 from medshard_protocol.repairorder import Reason as RepairReason
 from medshard_protocol.rights import Reason
@@ -70,6 +71,10 @@ class Metrics:
         self._exchanged: Counter[str] = Counter()
         self._sums = 0
         self._repaired_bytes = 0
+        self._audits: Counter[str] = Counter()
+        self._audits_answered: Counter[str] = Counter()
+        self._tags = 0
+        self._scrubbed = {"shards": 0, "bytes": 0, "bad": 0}
         self._emergencies = 0
         self._bytes = {"in": 0, "out": 0}
         self._swept = 0
@@ -79,6 +84,7 @@ class Metrics:
         self._entries: dict[str, int] = {}
         self._evidence: dict[str, int] = {}
         self._findings: dict[str, int] = {}
+        self._bad_shards: dict[str, int] = {}
         self._expiries: dict[str, float] = {}
 
     def request(self, method: str, route: str, status: int, seconds: float, bytes_in: int, bytes_out: int = 0) -> None:
@@ -132,6 +138,25 @@ class Metrics:
     def draining(self, left: int) -> None:
         """Set how many shards this node still has to hand over before it may leave."""
         self._gauges["medshard_drain_left_shards"] = left
+
+    def audited(self, verdict: Verdict) -> None:
+        """Count one audit of another node's shard."""
+        self._audits[verdict.value] += 1
+
+    def audit_answered(self, claim: str, *, tagged: bool) -> None:
+        """Count a challenge that this node answered."""
+        self._audits_answered[claim] += 1
+        self._tags += tagged
+
+    def scrubbed(self, shards: int, size: int, bad: int) -> None:
+        """Count own shards that were read again, and those of them that are not what they were."""
+        for name, count in (("shards", shards), ("bytes", size), ("bad", bad)):
+            self._scrubbed[name] += count
+
+    def findings(self, bad: Mapping[Verdict, int], silent: int) -> None:
+        """Set how many shards are known to be bad, and how many nodes have been silent for too long."""
+        self._bad_shards = {verdict.value: count for verdict, count in bad.items()}
+        self._gauges["medshard_audit_silent_nodes"] = silent
 
     def emergency(self) -> None:
         """Count a read that was served in an emergency."""
@@ -220,6 +245,7 @@ class Metrics:
             denied.add_metric([reason.value], self._denied[reason.value])
         yield from (requests, refused, moved, denied)
         yield from self._repair_families()
+        yield from self._audit_families()
         yield CounterMetricFamily("medshard_emergency_reads", "Reads served in an emergency.", value=self._emergencies)
         yield CounterMetricFamily("medshard_swept_shards", "Shards deleted since they were never registered.", value=self._swept)
 
@@ -238,6 +264,24 @@ class Metrics:
         yield from (refused, repairs, exchanged)
         yield CounterMetricFamily("medshard_repair_sum_bytes", "Bytes of sums given to repairs.", value=self._sums)
         yield CounterMetricFamily("medshard_repair_bytes", "Bytes of shards that this node took over.", value=self._repaired_bytes)
+
+    def _audit_families(self) -> Iterable[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        audits = CounterMetricFamily("medshard_audits", "Shards of other nodes that this node audited.", labels=["verdict"])
+        bad = GaugeMetricFamily("medshard_audit_findings", "Shards that were bad when they were last looked at.", labels=["verdict"])
+        for verdict in Verdict:
+            audits.add_metric([verdict.value], self._audits[verdict.value])
+            if verdict.is_bad:
+                bad.add_metric([verdict.value], self._bad_shards.get(verdict.value, 0))
+        answers = CounterMetricFamily("medshard_audit_answers", "Challenges answered, by what this node said.", labels=["claim"])
+        for claim in Claim:
+            answers.add_metric([claim.name.lower()], self._audits_answered[claim.name.lower()])
+        scrubbed = CounterMetricFamily("medshard_scrubbed", "What this node read again of its own.", labels=["what"])
+        for what, count in self._scrubbed.items():
+            scrubbed.add_metric([what], count)
+        yield from (audits, bad, answers, scrubbed)
+        yield CounterMetricFamily("medshard_audit_tags", "Tags of cells given to auditors.", value=self._tags)
 
     def _gauge_families(self) -> Iterable[Any]:
         from prometheus_client.core import GaugeMetricFamily
@@ -289,6 +333,7 @@ _help: Final = {
     "medshard_drain_left_shards": "Shards that this node has still to hand over before it may leave.",
     "medshard_roster_number": "Which roster this node goes by; 0 is the genesis file.",
     "medshard_emergency_reads_waiting": "Emergency reads that are served and not yet in the ledger.",
+    "medshard_audit_silent_nodes": "Nodes that have answered no audit for longer than the grace.",
     "medshard_ledger_size": "Entries in this node's mirror of the ledger.",
     "medshard_ledger_published_size": "Entries under the newest checkpoint that a quorum cosigned, as far as this node knows.",
     "medshard_ledger_is_sequencer": "1 on the node that orders entries.",

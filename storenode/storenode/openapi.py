@@ -104,6 +104,12 @@ operations: Final = (
     Operation("GET", "/v1/handover/{file}/{index}", "Fetch a shard that was offered and taken over", "repair", gives=bytes_type),
     Operation("GET", "/v1/drain", "How far a node is with handing everything over, for its operator", "repair", gives=json_type),
     Operation("POST", "/v1/drain", "Hand everything over, or stop, for the node's own operator", "repair", body_type, json_type),
+    # audits
+    Operation("POST", "/v1/audit/{file}/{index}", "What this node says of a cell, to a node that audits", "audit", body_type),
+    Operation("POST", "/v1/inventory", "Which of some shards are here, to another node", "audit", body_type),
+    Operation("GET", "/v1/audit/{file}", "What this node's audits found of a file, signed", "audit"),
+    Operation("POST", "/v1/audit", "Audit at once, for the node's own operator", "audit", body_type, json_type),
+    Operation("GET", "/v1/audit", "How audits go, for the node's own operator", "audit", gives=json_type),
     # rosters
     Operation("GET", "/v1/rosters", "The chain of rosters", "roster", query=("after", "of"), open=True),
     Operation("GET", "/v1/successor", "What came after a log that has ended", "roster", query=("of",), open=True),

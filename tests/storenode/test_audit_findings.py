@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_good_results_are_rotated_and_bad_ones_stay(findings: Findings, monkeypa
     assert min(each.checked for each in kept if each.verdict is Verdict.GOOD) == 42
     findings.report(file_id, 4, other, Verdict.GOOD, 60 * 86_400)
     assert sum(sum(each.values()) for each in findings.tallies(1000, 60 * 86_400).values()) == 1
+
+
+def test_a_notebook_that_is_closed_is_not_taken_for_a_damaged_one(findings: Findings) -> None:
+    findings.report(file_id, 3, other, Verdict.ABSENT, 1000)
+    findings.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        findings.bad()
+    with pytest.raises(sqlite3.ProgrammingError):
+        findings.report(file_id, 3, other, Verdict.ABSENT, 1000)
+    assert not findings._path.with_suffix(".damaged").exists()
 
 
 def test_a_damaged_notebook_is_put_aside_and_begun_anew(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from unittest.mock import MagicMock
 
 from storenode import openapi
 from storenode.app import Parts, build, open_paths
-from storenode.config import RepairSection
+from storenode.auditing.routes import audits_key
+from storenode.config import AuditSection, RepairSection
 from storenode.routes import Node
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ formats = Path(__file__).parents[2] / "docs" / "formats"
 async def test_the_document_has_each_route_of_the_application_and_no_other(net: Net) -> None:
     ledger = net.open(0)
     parts: Any = MagicMock(spec=Parts)
-    parts.node = Node(MagicMock(repair=RepairSection()), net.roster.nodes[0].id, MagicMock(), ledger)
+    config = MagicMock(data=net.folder, audit=AuditSection(), repair=RepairSection())
+    parts.node = Node(config, net.roster.nodes[0].id, MagicMock(), ledger)
     app = build(parts, MagicMock())
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource is not None}
     told = {(operation.method, operation.path) for operation in openapi.operations}
     assert sorted(routes - told - {("HEAD", route) for _, route in routes}) == []  # aiohttp answers HEAD for some GETs by itself
     assert sorted(told - routes) == []
+    app[audits_key].auditor.findings.close()
     await ledger.close()
 
 

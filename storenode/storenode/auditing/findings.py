@@ -1,9 +1,9 @@
 """What this node's audits found of each shard and each node, kept in one small SQLite file through restarts.
 
-Law: a finding is this node's own; others make theirs. A shard is missing when its holder said so, or was wrong, twice some time apart, and
-a node is silent when it answered nothing for longer than a node is away for repairs of its own: one failure is never enough. The time
-that this node was itself away counts for nobody's silence. What is good is kept to be shown and goes when there is too much of it; what
-is bad stays until it is good again or forgotten. The file is a notebook: a damaged one is put aside and begun anew.
+Law: a finding is this node's own; others make theirs. A shard is missing when its holder said so twice some time apart or was caught in a
+lie, and a node is silent when it answered nothing for longer than a node is away for repairs of its own: one failure of a disk or a line
+is never enough. The time that this node was itself away counts for nobody's silence. What is good is kept to be shown and goes when there
+is too much of it; what is bad stays until it is good again or forgotten. The file is a notebook: a damaged one is put aside and begun anew.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from medshard_protocol.ids import FileId, NodeId
 file_name: Final = "audit.sqlite"  # below the node's data folder
 results_max: Final = 20_000  # good ones; some 16 MiB with the answers
 tally_days: Final = 35
+asks_max: Final = 1_000_000  # cells; some 100 MiB after 14 years
 confirm_s: Final = 60.0  # between two failures that make a finding
 gap_s_max: Final = 3600.0  # of silence between two tries that counts
+tag_again_s: Final = 30 * 86_400.0  # before one asks for a tag of the same cell again: there are only so many of them
 _day_s: Final = 86_400
 
 _schema = """
@@ -36,6 +38,8 @@ CREATE TABLE IF NOT EXISTS nodes(
     node BLOB PRIMARY KEY, answered REAL, tried REAL NOT NULL, silent_since REAL, silent_s REAL NOT NULL, seconds REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tallies(
     day INTEGER NOT NULL, node BLOB NOT NULL, verdict TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY(day, node, verdict)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asks(
+    file_id BLOB NOT NULL, cell INTEGER NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, PRIMARY KEY(file_id, cell));
 CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
 _columns: Final = "file_id, shard, node, verdict, since, checked, times, answer"
@@ -100,14 +104,20 @@ class Findings:
 
         self._write(change)
 
+    def note_node(self, node: NodeId, verdict: Verdict, at: float, seconds: float = 0.0) -> None:
+        """Note whether a node answered at all, where it was asked for no shard."""
+        self._write(lambda db: _note_node(db, node, verdict, at, seconds))
+
     def missing(self) -> Iterator[Finding]:
         """Shards to be made again: bad beyond doubt, the longest known first. What is on silent nodes beside them: see ``silent``."""
         silent = set(self.silent())
         for finding in self.bad():
             if finding.verdict in (Verdict.LATE, Verdict.REFUSED):
                 certain = finding.node in silent or self._refuses(finding)
+            elif finding.verdict is Verdict.WRONG or finding.node == self._me:
+                certain = True
             else:
-                certain = finding.node == self._me or (finding.times > 1 and finding.checked - finding.since >= self._confirm_s)
+                certain = finding.times > 1 and finding.checked - finding.since >= self._confirm_s
             if certain:
                 yield finding
 
@@ -156,6 +166,20 @@ class Findings:
         if gone:
             self._write(lambda db: db.executemany("DELETE FROM nodes WHERE node = ?", gone))
 
+    def ask(self, file_id: FileId, cell: int, at: float, *, anyhow: bool = False) -> int:
+        """Note that tags of a cell are asked for, if it is time to; how often they were, now included, or 0 if it is not time yet."""
+        rows = self._rows("SELECT at, times FROM asks WHERE file_id = ? AND cell = ?", file_id, cell)
+        if rows and not anyhow and rows[0][0] > at - tag_again_s:
+            return 0
+        times = int(rows[0][1]) + 1 if rows else 1
+
+        def change(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?)", (file_id, cell, at, times))
+            db.execute("DELETE FROM asks WHERE rowid <= (SELECT max(rowid) FROM asks) - ?", (asks_max,))
+
+        self._write(change)
+        return times
+
     def note(self, name: str, value: float | bytes) -> None:
         """Keep a value under a name, such as where the scrub has come to."""
         self._write(lambda db: db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value)))
@@ -179,9 +203,13 @@ class Findings:
         self, db: sqlite3.Connection, file_id: FileId, shard: int, node: NodeId, verdict: Verdict, at: float, answer: bytes
     ) -> None:
         since, times = at, 1
-        row = db.execute("SELECT node, bad, since, times FROM results WHERE file_id = ? AND shard = ?", (file_id, shard)).fetchone()
+        row = db.execute(
+            "SELECT node, bad, since, times, verdict FROM results WHERE file_id = ? AND shard = ?", (file_id, shard)
+        ).fetchone()
         if row is not None and (row[0], row[1]) == (node, verdict.is_bad):
             since, times = min(row[2], at), row[3] + 1
+        elif row is not None and (row[0], row[4]) == (node, Verdict.WRONG) and verdict is not Verdict.GOOD:
+            return  # who was caught lying is not believed
         values = (file_id, shard, node, verdict.value, verdict.is_bad, since, at, times, answer)
         db.execute("INSERT OR REPLACE INTO results VALUES (?,?,?,?,?,?,?,?,?)", values)
 
@@ -208,6 +236,8 @@ class Findings:
                 self._begin_anew(error)
 
     def _begin_anew(self, error: Exception) -> None:
+        if isinstance(error, sqlite3.ProgrammingError):
+            raise error  # closed: this node stops
         if isinstance(error, sqlite3.OperationalError) and hasattr(error, "sqlite_errorcode"):
             raise error  # a full or failing disk
         log.error("the audits' findings are damaged and begun anew", extra={"why": str(error)})

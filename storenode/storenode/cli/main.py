@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, MedshardError, Refused, TooLarge, Unavailable
-from storenode.cli import ending, founding, log, modelling, operating, repairing, roster, successor, trial, watch
+from storenode.cli import auditing, ending, founding, log, modelling, operating, repairing, roster, successor, trial, watch
 from storenode.cli.options import Session, home_default
 
 
@@ -91,6 +91,7 @@ for _part in (
     ending.withdraw,
     ending.freeze,
     successor.successor,
+    auditing.audit,
     repairing.repair,
     repairing.drain,
     watch.watch,

@@ -65,6 +65,7 @@ def status(session: Session) -> None:
     """
     from medshard_protocol.identity import certificate_expiry
     from storenode.asking import ask
+    from storenode.cli.auditing import audited
     from storenode.config import Config
     from storenode.genesis import check_membership, load_genesis
     from storenode.identity import NodeKeys
@@ -100,6 +101,7 @@ def status(session: Session) -> None:
         + (": PARTLY LOST, so this node cosigns nothing until its key is replaced" if ledger.get("lost") else ""),
         f"sequencer    {ledger.get('leader') or 'none yet'}, epoch {ledger.get('epoch')}",
         f"roster       number {membership.roster.number}" + ("" if document["member"] else ": WITHOUT THIS NODE, which serves reads only"),
+        f"audits       {audited(answer.get('audits'))}",
         f"watch        {_watched(answer.get('watch'))}",
         f"repair       {_repaired(answer.get('repair'))}",
         f"genesis      {membership.genesis.sha256.hex()}",

@@ -33,6 +33,10 @@ CREATE TABLE IF NOT EXISTS sealing_keys(owner BLOB PRIMARY KEY, data BLOB NOT NU
 CREATE TABLE IF NOT EXISTS sealed_grants(
     grant_id BLOB NOT NULL, file_id BLOB NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY(grant_id, file_id)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sealed_of_file ON sealed_grants(file_id);
+CREATE TABLE IF NOT EXISTS audit_tags(
+    file_id BLOB NOT NULL, institution TEXT NOT NULL, cell INTEGER NOT NULL, given INTEGER NOT NULL,
+    PRIMARY KEY(file_id, institution, cell)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS large ON shards(size, file_id) WHERE size > 1048576;
 CREATE TABLE IF NOT EXISTS sealed_obeyed(id INTEGER PRIMARY KEY CHECK (id = 0), place INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS endings(
     file_id BLOB PRIMARY KEY, place INTEGER NOT NULL, type INTEGER NOT NULL, due INTEGER NOT NULL,
@@ -77,6 +81,10 @@ class Catalog:
         """All rows of a small result. Raises Damaged."""
         with _whole(self._path):
             return self._reader.execute(sql, args).fetchall()
+
+    def another_reader(self) -> sqlite3.Connection:
+        """A connection for long reads in another thread, which keep nobody waiting. Whoever asked for it closes it."""
+        return _connect(self._path)
 
     def close(self) -> None:
         """Finish what is queued, then close."""

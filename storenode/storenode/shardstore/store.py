@@ -297,6 +297,13 @@ class ShardStore:
         """The file of a shard that is not small. Raises Damaged when it is gone."""
         return StoredFile(self._path(shard.file_id, shard.root))
 
+    def is_there(self, shard: Shard) -> bool:
+        """Whether a shard's file has its name and size; what is in it is another question. Blocking."""
+        try:
+            return shard.data is not None or self._path(shard.file_id, shard.root).stat().st_size == shard.size
+        except OSError:
+            return False
+
     def bad_cells(self, shard: Shard) -> list[int]:
         """Re-read the whole shard and re-hash it: the numbers of the cells that do not match. Blocking."""
         block = max(1, 1024 * 1024 // shard.cell_size) * shard.cell_size

@@ -23,6 +23,7 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import follow, unpack_links
 from medshard_protocol.tiles import TileName
 from storenode.evidence import Exhibit, kinds
+from storenode.watching import holders
 from storenode.watching.tilereader import HeadTiles, Withheld, WrongTile
 
 apart_s: Final = 60  # cosignatures of one head are made within moments of each other
@@ -233,6 +234,16 @@ async def _clock(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
     return Verdict(True, tuple(lines))
 
 
+async def _false_cell(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
+    proven, lines = holders.false_cell(exhibit, rosters)
+    return Verdict(proven, tuple(lines))
+
+
+async def _false_tag(exhibit: Exhibit, rosters: Sequence[Roster]) -> Verdict:
+    proven, lines = holders.false_tag(exhibit, rosters)
+    return Verdict(proven, tuple(lines))
+
+
 _judges: Final[dict[str, Callable[[Exhibit, Sequence[Roster]], Awaitable[Verdict]]]] = {
     "fork": _fork,
     "rewritten": _rewritten,
@@ -246,6 +257,8 @@ _judges: Final[dict[str, Callable[[Exhibit, Sequence[Roster]], Awaitable[Verdict
     "left-out": _left_out,
     "abandoned": _abandoned,
     "forged-proof": _forged_proof,
+    "false-cell": _false_cell,
+    "false-tag": _false_tag,
     "clock": _clock,
 }
 
