@@ -20,7 +20,7 @@ from medshard.cli.exits import Exit, exit_of, explain
 from medshard.cli.main import command, main
 from medshard.cli.sharing import until
 from medshard.grants import purpose_name, purpose_number, purposes
-from medshard.model import Header, Problem, PutReport, StoredFile
+from medshard.model import Audited, Header, Problem, PutReport, StoredFile
 from medshard_protocol import errors
 from medshard_protocol.entries import Purpose
 from medshard_protocol.errors import MedshardError, Refused
@@ -367,3 +367,16 @@ def test_a_purpose_has_one_name_and_one_number() -> None:
     assert purpose_name(200) == "purpose-200"
     with pytest.raises(ValueError, match="there are"):
         purpose_number("curiosity")
+
+
+def test_what_holders_found_of_each_other_is_told_with_the_time_and_whose_word_it_is(capsys: Captured) -> None:
+    from medshard.cli.check import _tell_audits
+
+    found = [Audited("node-a", 3, "node-b", "absent", 1_800_000_000, 1_800_000_600, 4), Audited("node-a", 1, "node-c", "good", 1, 2, 9)]
+    _tell_audits(found, whole=True)
+    told = capsys.readouterr().out.splitlines()
+    assert "audits by 1 holders" in told[0]
+    assert "1 of 2 results are good" in told[0]
+    assert "node-a found shard 3 of node-b absent, 4 times since 2027-01-" in told[1]
+    _tell_audits(found[1:], whole=False)
+    assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medshard_protocol.errors import Absent, Conflict, Malformed
-from storenode.config import Config, Limits, TimestampSection, write_config
+from storenode.config import AuditSection, Config, Limits, TimestampSection, write_config
 
 good = 'url = "https://node.example:9700"\n'
 
@@ -73,12 +73,14 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         'url = "https://[::1]:9700"\nlisten = "[::]:9700"\ndata = "/srv/data"\ncapacity_bytes = 2_000_000\n'
         '[metrics]\nlisten = "10.0.0.5:9701"\nallow_remote = true\n[log]\nlevel = "debug"\nformat = "json"\n'
         '[ledger]\npublic = true\n[timestamp]\nurl = "https://tsa.example"\nevery_h = 2\ndigest = "sha512"\n'
+        "[audit]\nper_day = 10\nsilence_s = 60\nscrub_bytes_per_s = 0\n"
         "[limits]\nshard_bytes_max = 70000\nmanifest_bytes_max = 70000\nsmall_shard_bytes_max = 0\nbody_stall_s = 1\nsweep_after_s = 0.5\n"
     )
     config = Config.parse(tmp_path, text)
     assert (config.listen_address, config.metrics_address) == (("::", 9700), ("10.0.0.5", 9701))
     assert (config.data, config.log_level, config.log_format) == (Path("/srv/data"), "debug", "json")
     assert (config.public_log, config.timestamp) == (True, TimestampSection(url="https://tsa.example", every_h=2, digest="sha512"))
+    assert config.audit == AuditSection(per_day=10, silence_s=60, scrub_bytes_per_s=0)
     assert config.limits.body_stall_s == 1
     assert config.limits.sweep_after_s == 0.5
     assert dataclasses.is_dataclass(config)

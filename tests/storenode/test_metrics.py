@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from medshard_protocol.audit import Verdict
 from medshard_protocol.errors import Unavailable
 from storenode.config import Config
 from storenode.consortium import free_ports
@@ -25,8 +26,18 @@ def test_what_was_counted_is_rendered() -> None:
     metrics.stored(7, 5, 12345, 99999)
     metrics.certificate("node", 2e9)
     metrics.ledger({"size": 42, "published": 41, "role": "mirror", "entries": {"REGISTER": 40}})
+    metrics.audited(Verdict.ABSENT)
+    metrics.audit_answered("held", tagged=True)
+    metrics.scrubbed(3, 3000, 1)
+    metrics.findings({Verdict.WRONG: 2}, 1)
     text = metrics.render().decode()
     for line in (
+        'medshard_audits_total{verdict="absent"} 1.0',
+        'medshard_audit_findings{verdict="wrong"} 2.0',
+        "medshard_audit_silent_nodes 1.0",
+        'medshard_audit_answers_total{claim="held"} 1.0',
+        "medshard_audit_tags_total 1.0",
+        'medshard_scrubbed_total{what="bad"} 1.0',
         'medshard_requests_total{method="PUT",route="/v1/shards/{file}/{index}",status="201"} 2.0',
         'medshard_request_seconds_bucket{le="0.005",method="PUT",route="/v1/shards/{file}/{index}"} 1.0',
         'medshard_request_seconds_count{method="PUT",route="/v1/shards/{file}/{index}"} 2.0',
