@@ -75,7 +75,21 @@ class Sender:
 
 
 def start(home: Path, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    words = ["--home", str(home), "gateway", "--dir", str(folder), "--dimse", f"127.0.0.1:{port}", "--status", "off", "--quiet-time", "0.3"]
+    words = [
+        "--home",
+        str(home),
+        "gateway",
+        "--dir",
+        str(folder),
+        "--dimse",
+        f"127.0.0.1:{port}",
+        "--status",
+        "off",
+        "--http",
+        "off",
+        "--quiet-time",
+        "0.3",
+    ]
     return subprocess.Popen([sys.executable, "-m", "medshard", *words, "--any-calling"], stderr=subprocess.DEVNULL)
 
 

@@ -295,6 +295,8 @@ class Archive:
             if digest == entry.sha256:
                 instances.append(replace(_instance(entry), place=place))
                 done.append(entry)
+        if len(done) < len(entries):
+            self._not_before = time.monotonic() + retry_s
         self.catalog.put(instances)
         self.catalog.flush()  # durable, before the spool forgets them
         with self._lock:
@@ -304,6 +306,7 @@ class Archive:
                 self._spooled.pop((entry.attributes["sop-uid"], entry.sha256), None)
             if not waiting:
                 self._open.pop(series, None)
+                self._turns.pop(series, None)
         self.spool.done(done)
         for problem in report.problems:
             self._say("problem", why=problem.message)

@@ -12,7 +12,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ async def serve(vault: Vault, settings: Settings) -> None:
             where["http"] = await stack.enter_async_context(serving(archive, cache, settings.web))
         if dimse is not None:
             dimse.start()
-        tasks = [asyncio.create_task(archive.watch()), asyncio.create_task(_follow(archive))]
+        tasks = [asyncio.create_task(_for_ever(work)) for work in (archive.watch, lambda: _follow(archive))]
         where |= {"dimse": f"{settings.dimse.host}:{dimse.port}"} if dimse and settings.dimse else {}
         _say("started", spooled=archive.waiting()[0], **where)
         try:
@@ -154,6 +154,16 @@ async def _last_puts(archive: Archive) -> None:
             await archive.settle()
     except (MedshardError, OSError, TimeoutError) as error:
         _say("not-stored", why=str(error))  # the spool has it
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begin again after an error nobody foresaw: a gateway that stores nothing any more must not look as if it did."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception(json.dumps({"event": "bug"}))
+        await asyncio.sleep(follow_s)
 
 
 async def _follow(archive: Archive) -> None:

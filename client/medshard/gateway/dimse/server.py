@@ -107,7 +107,7 @@ class DimseServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                if self.stopping:
+                if self.stopping():
                     return
                 time.sleep(0.1)  # out of descriptors, most likely: some will be closed
                 continue
@@ -151,7 +151,6 @@ class DimseServer:
         """Whether one more association is too many."""
         return len(self._running) > self._settings.associations_max
 
-    @property
     def stopping(self) -> bool:
         """Whether the gateway is about to stop."""
         return self._stopping
@@ -190,12 +189,15 @@ class _Talk:
 
     def _converse(self) -> None:
         while True:
+            if self._server.stopping():
+                self._association.abort()
+                return
             silent_since = time.monotonic()
             while not self._association.is_readable(listen_s if self._pending else 1.0):
                 self._tell_pending()
                 if not self._pending and time.monotonic() - silent_since > self._settings.timeout_s:
                     raise Unavailable("the peer has said nothing for too long")
-                if self._server.stopping:
+                if self._server.stopping():
                     self._association.abort()
                     return
             try:
@@ -208,7 +210,7 @@ class _Talk:
     def _unwelcome(self, request: Associate) -> tuple[int, int, int] | None:
         """Result, source and reason of a rejection: PS3.8 table 9-21."""
         settings = self._settings
-        if self._server.full or self._server.stopping:
+        if self._server.full or self._server.stopping():
             return 2, 3, 2
         if settings.calling is not None and request.calling not in settings.calling:
             return 1, 1, 3
