@@ -10,16 +10,17 @@ Blocking, and safe to call from many threads: each arrival has a segment of its 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -31,7 +32,7 @@ from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
 
 magic: Final = b"medshard/spool/v1\n"
 salt_size: Final = 32
-chunk_plain: Final = 1024 * 1024
+chunk_plain: Final = 256 * 1024  # sealed and on its way to the disk while the rest of a slice still comes
 chunk_head: Final = 5  # length and kind
 tag_size: Final = 16
 chunk_whole: Final = chunk_head + chunk_plain + tag_size
@@ -77,7 +78,7 @@ class Segment:
         sealed = self.cipher.encrypt(self.counter.to_bytes(12), plain, bytes([kind]))
         self.counter += 1  # before the write: a counter whose chunk may be on the disk is never used again
         head = (len(sealed)).to_bytes(4) + bytes([kind])
-        view = memoryview(head + sealed)
+        view, began = memoryview(head + sealed), self.position
         while self.allocated < self.position + len(view) and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.descriptor, self.allocated, ahead_bytes)
             self.allocated += ahead_bytes
@@ -85,6 +86,7 @@ class Segment:
             written = os.pwrite(self.descriptor, view, self.position)
             self.position += written
             view = view[written:]
+        _begin_writing(self.descriptor, began, self.position - began)
 
     def chunk(self, offset: int, counter: int, size: int, kind: int = DATA) -> bytes:
         """The plaintext of a chunk of ``size`` plain bytes. Raises Damaged."""
@@ -322,6 +324,25 @@ class Arrival:
         self._ended = True
         self._buffer.clear()
         self._spool.give_back(self._segment, broken=self._broken)
+
+
+def _begin_writing(descriptor: int, offset: int, size: int) -> None:
+    """Have the disk begin, so that the sync that follows takes half as long. Where it cannot be said, nothing is lost."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        found = ctypes.CDLL(None).sync_file_range  # Linux alone has it
+    except (OSError, AttributeError, TypeError):
+        return None
+    found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    found.restype = ctypes.c_int
+    return cast("Callable[[int, int, int, int], int]", found)
+
+
+_sync_file_range: Final = _find_sync_file_range()
 
 
 def segment_key(key: bytes, salt: bytes) -> bytes:
