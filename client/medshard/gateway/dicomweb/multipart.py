@@ -13,7 +13,7 @@ from typing import Final
 
 from medshard_protocol.errors import Malformed
 
-boundary_length_max: Final = 70  # RFC 2046 section 5.1.1
+boundary_length_max: Final = 200  # RFC 2046 section 5.1.1 allows 70; Orthanc writes 73
 head_bytes_max: Final = 8_192
 _content_type: Final = re.compile(r"\s*multipart/related\s*(;.*)?", re.IGNORECASE | re.DOTALL)
 _parameter: Final = re.compile(r';\s*([A-Za-z0-9-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]+)')
@@ -73,7 +73,7 @@ class Parser:
 
     def __init__(self, boundary: str) -> None:
         if not 0 < len(boundary) <= boundary_length_max:
-            raise Malformed("multipart: no boundary, or one of more than 70 characters")
+            raise Malformed("multipart: no boundary, or one of more than 200 characters")
         self._line = b"--" + boundary.encode("latin-1")
         self._mark = b"\r\n" + self._line
         self._rest = b"\r\n"  # so that a boundary at the very beginning is found like any other
