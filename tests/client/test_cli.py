@@ -345,7 +345,22 @@ def test_an_empty_new_passphrase_is_refused(home: Path, monkeypatch: pytest.Monk
 def test_the_command_tree_is_whole() -> None:
     assert isinstance(command, click.Group)
     keeping = {"put", "get", "ls", "find", "info", "verify", "doctor", "reindex", "join", "up", "demo"}
-    sharing = {"share", "revoke", "shared", "log", "key", "contacts", "auditor-key", "deidentify", "prove", "check-proof", "links"}
+    sharing = {
+        "share",
+        "revoke",
+        "shared",
+        "log",
+        "key",
+        "contacts",
+        "auditor-key",
+        "deidentify",
+        "prove",
+        "check-proof",
+        "links",
+        "request",
+        "requests",
+        "consents",
+    }
     custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "keys", "recover"}
     departments = {"report", "policy", "claim", "gateway", "receipt", "import"}
     assert set(command.commands) == keeping | sharing | custody | departments

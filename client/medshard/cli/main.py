@@ -16,6 +16,7 @@ import click
 
 from medshard.cli import (
     check,
+    consents,
     custody,
     deidentify,
     gateway,
@@ -73,6 +74,9 @@ for _part in (
     sharing.revoke,
     sharing.shared_files,
     links.links,
+    consents.request,
+    consents.requests,
+    consents.consents,
     deidentify.deidentify,
     history.log,
     sharing.key,

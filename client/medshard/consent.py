@@ -1,0 +1,248 @@
+"""Consent, between vaults: somebody asks to read, the owner grants or refuses, and everybody can see later what came of it.
+
+    request = await Consents(doctor).ask(patient_key, Wish(patient="Doe Jane", modality="CT", purpose=Purpose.TREATMENT))
+    for asked in await Consents(patient).requests(): ...
+    await Consents(patient).approve(asked.sha256, until=...)      # grants exactly what meets the wish, or what is named
+    usage = await Consents(patient).usage()                       # who read how much of it, for settlement
+
+Law: a request and an answer are stored files, each granted to the one whom it is for; consent itself is a GRANT entry and nothing else, so
+what is in force is what the ledger says. A request gives nobody a right. Nothing is granted that the owner has not seen listed or named.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from medshard.grants import Happened, Shared, purpose_name
+from medshard.model import Description, Row
+from medshard.packs import Plan, Unit
+from medshard.query import Query
+from medshard.source import Part
+from medshard_protocol import canonical
+from medshard_protocol.canonical import Fields
+from medshard_protocol.entries import Purpose
+from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Unavailable
+from medshard_protocol.ids import Key, key_size, sha256_size
+
+if TYPE_CHECKING:
+    from medshard.vault import Vault
+
+request_type: Final = "application/x-medshard-access-request"
+answer_type: Final = "application/x-medshard-access-answer"
+own_types: Final = frozenset({request_type, answer_type})
+message_bytes_max: Final = 8192
+text_chars_max: Final = 500
+hashes_max: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody wants to read. Empty parts say nothing; all that are given must hold."""
+
+    patient: str = ""
+    study_date: str = ""
+    modality: str = ""
+    policy_number: str = ""
+    purpose: int = Purpose.UNSPECIFIED
+    until: int = 0  # Unix seconds; 0 for good
+    message: str = ""
+
+    @property
+    def query(self) -> Query:
+        """The conditions. Raises ValueError for a date that is none."""
+        parts = {"patient": self.patient, "study_date": self.study_date, "modality": self.modality, "policy_number": self.policy_number}
+        return Query(**{name: value for name, value in parts.items() if value})  # type: ignore[arg-type]
+
+    def to_value(self) -> list[canonical.Value]:
+        """The array to encode."""
+        return [self.patient, self.study_date, self.modality, self.policy_number, int(self.purpose), self.until, self.message]
+
+    @classmethod
+    def from_value(cls, value: object) -> Wish:
+        """Parse. Raises Malformed."""
+        f = Fields(value, count=7, what="access request")
+        patient, day, modality, number = (f.text(most=text_chars_max) for _ in range(4))
+        wish = cls(patient, day, modality, number, f.uint(most=255), f.uint(most=2**53), f.text(most=text_chars_max))
+        try:
+            _ = wish.query
+        except ValueError as error:
+            raise Malformed(f"access request: {error}") from None
+        return wish
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A wish that was sent."""
+
+    sha256: bytes
+    asker: Key
+    wish: Wish
+    at: int  # Unix seconds, as the asker says
+    answer: str = ""  # approved, refused, or empty while there is none
+    why: str = ""
+    files: int = 0  # that were granted
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """How often one reader read under one purpose in one month."""
+
+    month: str
+    reader: bytes
+    reader_name: str
+    institution: str
+    purpose: str
+    reads: int
+    files: int
+
+
+class Consents:
+    """Of one open vault, as owner and as asker."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+
+    # -- asking
+
+    async def ask(self, owner: Key, wish: Wish) -> bytes:
+        """Ask an owner; the SHA-256 by which the request is known. Raises Malformed, or Absent for an owner without a key to seal to."""
+        wish = Wish.from_value(wish.to_value())
+        now = int(time.time())
+        data = canonical.encode([1, self._vault.keys.public, wish.to_value(), now, os.urandom(16)])
+        return await self._send(data, b"requests/%d" % now, request_type, {}, owner)
+
+    async def requests(self) -> list[Request]:
+        """What others have asked of this vault and what it has asked of others, with answers; the oldest first."""
+        await self._vault.shares.sync()
+        answers = await self._answers()
+        found = []
+        for row in [*self._rows(request_type, received=True), *self._rows(request_type, received=False)]:
+            try:
+                request = self._parse(row.sha256, await self._read(row))
+            except (Malformed, Damaged):
+                continue
+            if request.asker == (Key(row.owner) if row.owner else self._vault.keys.public):
+                answer, why, files = answers.get(row.sha256, ("", "", 0))
+                found.append(Request(request.sha256, request.asker, request.wish, request.at, answer, why, files))
+        return sorted(found, key=lambda request: (request.at, request.sha256))
+
+    # -- answering
+
+    def meeting(self, request: Request) -> list[Row]:
+        """This vault's files that a request is about."""
+        return [row for row in self._vault.find(request.wish.query, shared=False) if row.media_type not in own_types]
+
+    async def approve(self, sha256: bytes, hashes: Sequence[bytes] | None = None, *, until: int | None = None) -> list[Shared]:
+        """Grant what a request is about, or only the files that are named, and answer it. The request's own end holds if none is given.
+
+        Raises Absent for a request that was not made of this vault, or where nothing meets it; Conflict for one that was answered.
+        """
+        request = await self._open_request(sha256)
+        chosen = [row.sha256 for row in self.meeting(request)] if hashes is None else list(hashes)
+        if not chosen:
+            raise Absent("no file of this vault meets the request", hint="Name files, or refuse it: `medshard requests refuse`.")
+        if len(chosen) > hashes_max:
+            raise Malformed(f"{len(chosen)} files meet the request, more than {hashes_max} at a time", hint="Name those that you mean.")
+        end = request.wish.until if until is None else until
+        shared = await self._vault.shares.share(chosen, request.asker, until=end, purpose=request.wish.purpose)
+        await self._answer(request, approved=True, why="", files=len(shared))
+        return shared
+
+    async def refuse(self, sha256: bytes, why: str = "") -> Request:
+        """Say no. Raises as ``approve``."""
+        request = await self._open_request(sha256)
+        await self._answer(request, approved=False, why=why, files=0)
+        return request
+
+    # -- what came of it
+
+    async def standing(self) -> list[Shared]:
+        """Every consent that is in force: what others may read of this vault's files now."""
+        now = time.time()
+        shared = await self._vault.shares.all()
+        return [each for each in shared if each.given and not each.ended and not 0 < each.until < now and not self._is_message(each)]
+
+    async def usage(self, purpose: int | None = None) -> list[Used]:
+        """Reads of this vault's files by others, by month, reader and purpose. From the whole ledger, so no node can leave any out."""
+        own = self._vault.file_ids()
+        messages = {row.file_id for kind in own_types for row in self._rows(kind, received=False)}
+        counts: dict[tuple[str, bytes, str], list[Happened]] = defaultdict(list)
+        for each in await self._vault.shares.audit(None):
+            mine = (own - messages).intersection(each.file_ids)
+            if each.what != "read" or each.author == self._vault.keys.public or not mine:
+                continue
+            if purpose is None or each.purpose == purpose_name(purpose):
+                counts[time.strftime("%Y-%m", time.gmtime(each.time)), each.author, each.purpose].append(each)
+        return [
+            Used(
+                month,
+                reader,
+                told[0].author_name,
+                told[0].institution,
+                kind,
+                len(told),
+                len({id_ for each in told for id_ in each.file_ids} & own),
+            )
+            for (month, reader, kind), told in sorted(counts.items())
+        ]
+
+    # -- parts
+
+    async def _open_request(self, sha256: bytes) -> Request:
+        request = next((each for each in await self.requests() if each.sha256 == sha256), None)
+        if request is None or request.asker == self._vault.keys.public:
+            raise Absent("nobody has made such a request of this vault", hint="`medshard requests ls` lists them.")
+        if request.answer:
+            raise Conflict(f"this request was {request.answer} already")
+        return request
+
+    async def _answer(self, request: Request, *, approved: bool, why: str, files: int) -> None:
+        data = canonical.encode([1, request.sha256, int(approved), why[:text_chars_max], files])
+        await self._send(data, b"answers/" + request.sha256.hex()[:16].encode(), answer_type, {}, request.asker)
+
+    async def _answers(self) -> dict[bytes, tuple[str, str, int]]:
+        """By request: the answer, why, and how many files were granted. For people: an answer gives no right, the grant does."""
+        found: dict[bytes, tuple[str, str, int]] = {}
+        for row in [*self._rows(answer_type, received=True), *self._rows(answer_type, received=False)]:
+            try:
+                f = Fields(canonical.decode(await self._read(row), bytes_max=message_bytes_max, what="answer"), count=5, what="answer")
+                f.uint(least=1, most=1)
+                request, approved = f.bytes(exactly=sha256_size), f.uint(most=1)
+                found[request] = ("approved" if approved else "refused", f.text(most=text_chars_max), f.uint(most=2**32))
+            except (Malformed, Damaged):
+                continue
+        return found
+
+    def _is_message(self, each: Shared) -> bool:
+        row = self._vault.row(each.sha256)
+        return row is not None and row.media_type in own_types
+
+    def _rows(self, media_type: str, *, received: bool) -> Iterator[Row]:
+        return (row for row in self._vault.ls(shared=received) if row.media_type == media_type)
+
+    async def _read(self, row: Row) -> bytes:
+        return await self._vault.read(row.sha256, 0, min(row.size, message_bytes_max + 1))
+
+    @staticmethod
+    def _parse(sha256: bytes, data: bytes) -> Request:
+        f = Fields(canonical.decode(data, bytes_max=message_bytes_max, what="access request"), count=5, what="access request")
+        f.uint(least=1, most=1)
+        asker, wish = Key(f.bytes(exactly=key_size)), Wish.from_value(f.list(most=7))
+        return Request(sha256, asker, wish, f.uint(most=2**53))
+
+    async def _send(self, data: bytes, name: bytes, media_type: str, attributes: dict[str, str], reader: Key) -> bytes:
+        part = Part(
+            Path(os.fsdecode(name)), name, len(data), time.time_ns(), Description(media_type, attributes), opener=lambda: io.BytesIO(data)
+        )
+        report = await self._vault.store(Plan((Unit(name, (part,), is_pack=False),), ()))
+        if not report.stored:
+            raise Unavailable("; ".join(problem.message for problem in report.problems) or "it could not be stored")
+        await self._vault.shares.share([report.stored[0].sha256], reader, purpose=Purpose.OPERATIONS)
+        return report.stored[0].sha256
