@@ -22,12 +22,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
-from medshard_protocol.errors import Refused
+from medshard_protocol.errors import Malformed, Refused
 from medshard_protocol.facts import Moved
 from medshard_protocol.ids import FileId, Key, NodeId, Sha256, file_id_size, key_size, node_id_size, sha256_size
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.repair import holders, seed_size
 from medshard_protocol.shards import cells_max, code_n_max
+from medshard_protocol.sharing import sealed_bytes_max
 
 version: Final = 1
 label: Final = b"medshard/repair-order/v1"
@@ -37,6 +38,8 @@ order_bytes_max: Final = 8 * 1024  # 255 helpers
 nonce_size: Final = 16
 signature_size: Final = 64
 moves_bytes_max: Final = 16 * 1024  # 255 of them
+grants_kept_max: Final = 1024  # of one file in one answer
+grants_bytes_max: Final = 6 * 1024 * 1024 - 1024
 keys_bytes_max: Final = 32 * 1024  # 255 of them
 
 Institutions: TypeAlias = Callable[[NodeId], str | None]  # the name of a node's institution, in the newest roster that lists it
@@ -322,6 +325,25 @@ def unpack_wish(data: bytes) -> Wish:
     shards = f.list(most=1)
     shard = Fields(shards, count=1, what="repair").uint(most=code_n_max - 1) if shards else None
     return Wish(shard, bool(f.uint(most=1)), bool(f.uint(most=1)))
+
+
+def pack_grants(sealed: Mapping[Sha256, bytes]) -> bytes:
+    """Answer to GET /v1/sealed/{file}: the sealed key of each grant of a file, by the grant's id."""
+    return canonical.encode([version, [[grant, sealed[grant]] for grant in sorted(sealed)]])
+
+
+def unpack_grants(data: bytes) -> dict[Sha256, bytes]:
+    """Parse the answer to GET /v1/sealed/{file}."""
+    f = Fields(canonical.decode(data, bytes_max=grants_bytes_max, what="sealed grants"), count=2, what="sealed grants")
+    f.uint(least=version, most=version)
+    found: dict[Sha256, bytes] = {}
+    for item in f.list(most=grants_kept_max):
+        each = Fields(item, count=2, what="sealed grants")
+        grant = Sha256(each.bytes(exactly=sha256_size))
+        if found and grant <= next(reversed(found)):
+            raise Malformed("sealed grants: not in order")
+        found[grant] = each.bytes(most=sealed_bytes_max)
+    return found
 
 
 def pack_drain(on: bool) -> bytes:

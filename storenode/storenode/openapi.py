@@ -102,6 +102,7 @@ operations: Final = (
     Operation("GET", "/v1/repair", "What is to be repaired, for the node's own operator", "repair", gives=json_type),
     Operation("POST", "/v1/handover/{file}/{index}", "Offer a shard to the next node", "repair", gives="", good=(202, 204)),
     Operation("GET", "/v1/handover/{file}/{index}", "Fetch a shard that was offered and taken over", "repair", gives=bytes_type),
+    Operation("GET", "/v1/sealed/{file}", "The sealed keys of a file's grants, for a node that took a shard over", "repair"),
     Operation("GET", "/v1/drain", "How far a node is with handing everything over, for its operator", "repair", gives=json_type),
     Operation("POST", "/v1/drain", "Hand everything over, or stop, for the node's own operator", "repair", body_type, json_type),
     # audits

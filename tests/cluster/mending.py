@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from medshard_protocol.repairorder import Wish, pack_wish
 from medshard_protocol.roster import Node
 from storenode.asking import exchange
 from storenode.identity import NodeKeys
+
+settle_s = 60.0  # on a machine that does other things too
 
 
 class Repairing(LocalConsortium):
@@ -139,3 +143,20 @@ def bring_back(trial: Repairing) -> None:
             trial.restart(name)
         else:
             trial.thaw(name)
+
+
+async def until(condition: Callable[[], object], what: str) -> Any:
+    """Wait for something to be so; what it was."""
+    deadline = time.monotonic() + settle_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"it never came to be that {what}")
+
+
+def told(trial: Repairing, name: str, path: str = "/v1/repair") -> dict[str, Any]:
+    status, answer = trial.ask(name, name, "GET", path)
+    assert status == 200, answer
+    said: dict[str, Any] = json.loads(answer)
+    return said

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cluster.mending import File, Repairing, bring_back, put_whole
+from tests.cluster.mending import File, Repairing, bring_back, put_whole, told, until
 
 from medshard import Vault
 from medshard.home import Home
@@ -23,9 +23,11 @@ from medshard_protocol.messages import shard_path, unpack_error
 from medshard_protocol.repairorder import (
     Link,
     Order,
+    Wish,
     pack_ask,
     pack_keys,
     pack_seed,
+    pack_wish,
     sign_offer,
     sign_order,
     unpack_moves,
@@ -219,6 +221,40 @@ async def test_a_helper_whose_disk_changed_a_cell_says_so_and_is_left_out(trial:
     told = trial.repaired(file.spare, file.id)
     assert told["state"] == "done"
     assert [each.partition(":")[0] for each in told["broken"]] == [rotten]
+    assert file.on_disk(file.spare).read_bytes() == lost
+
+
+async def test_a_helper_that_freezes_in_the_middle_is_left_out(trial: Repairing, file: File) -> None:
+    lost = file.shards()[2]
+    trial.kill(file.holders[2])
+    for name in trial.running:
+        trial.misbehave(name, do="dawdle", s=0.1)
+    helpers = trial.repaired(file.spare, file.id, dry_run=True)["helpers"]
+    path = f"/v1/repair/{file.id}"
+    assert trial.ask(file.spare, file.spare, "POST", path, pack_wish(Wish()))[0] == 200
+    await until(lambda: told(trial, file.spare, path)["done"] > 0, "the first sums have come")
+    trial.freeze(helpers[-1])
+    await until(lambda: told(trial, file.spare, path)["state"] == "done", "the shard is made")
+    assert [each.partition(":")[0] for each in told(trial, file.spare, path)["broken"]] == [helpers[-1]]
+    assert file.on_disk(file.spare).read_bytes() == lost
+
+
+async def test_a_repair_that_is_given_up_leaves_nothing_and_can_be_begun_again(trial: Repairing, file: File) -> None:
+    lost = file.shards()[2]
+    trial.kill(file.holders[2])
+    for name in trial.running:
+        trial.misbehave(name, do="dawdle", s=0.2)
+    path = f"/v1/repair/{file.id}"
+    assert trial.ask(file.spare, file.spare, "POST", path, pack_wish(Wish()))[0] == 200
+    await until(lambda: told(trial, file.spare, path)["done"] > 0, "the first sums have come")
+    assert trial.ask(file.spare, file.holders[0], "DELETE", path)[0] == 403
+    done = trial.repair(file.spare, file.id, "--cancel")
+    assert done.returncode == 0, done.stderr
+    await until(lambda: told(trial, file.spare, path)["state"] == "failed", "it was given up")
+    assert not file.is_at(file.spare)
+    assert not list((trial.home(file.spare) / "data" / "tmp").iterdir())
+    assert trial.ask(file.spare, file.spare, "DELETE", path)[0] == 404
+    assert trial.repaired(file.spare, file.id)["state"] == "done"
     assert file.on_disk(file.spare).read_bytes() == lost
 
 

@@ -5,20 +5,18 @@ Eight institutions with a node each, and code 3 of 6: two nodes have no shard of
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sqlite3
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.mending import File, Repairing, bring_back, put_whole
+from tests.cluster.mending import File, Repairing, bring_back, put_whole, told, until
 
 from medshard import Vault
 from medshard_protocol.errors import Refused
@@ -27,7 +25,6 @@ from medshard_protocol.repairorder import Wish, pack_wish, unpack_moves
 
 k, n = 3, 6
 size = 2_500_000  # seven cells a shard
-settle_s = 60.0  # on a machine that does other things too
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +48,6 @@ async def file(trial: Repairing, vault: Vault, tmp_path: Path) -> File:
     return await put_whole(trial, vault, tmp_path / "plain", size)
 
 
-async def until(condition: Callable[[], object], what: str) -> Any:
-    """Wait for something to be so; what it was."""
-    deadline = time.monotonic() + settle_s
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"it never came to be that {what}")
-
-
 def moves(trial: Repairing, file: File, of: str) -> dict[int, str]:
     """Who took which shard over, as a node with the manifest says."""
     status, answer = trial.ask(of, of, "GET", f"/v1/moves/{file.id}")
@@ -69,13 +56,6 @@ def moves(trial: Repairing, file: File, of: str) -> dict[int, str]:
 
 def has(trial: Repairing, file: File, shard: int, name: str, by: str) -> bool:
     return trial.ask(by, name, "HEAD", shard_path(file.manifest.file_id, shard))[0] == 204
-
-
-def told(trial: Repairing, name: str, path: str = "/v1/repair") -> dict[str, Any]:
-    status, answer = trial.ask(name, name, "GET", path)
-    assert status == 200, answer
-    said: dict[str, Any] = json.loads(answer)
-    return said
 
 
 def next_ones(trial: Repairing, file: File, shard: int, by: str) -> list[str]:
@@ -157,17 +137,25 @@ async def test_a_replacement_that_dies_in_the_middle_is_replaced(trial: Repairin
     assert moves(trial, file, second) == {1: second}
 
 
-async def test_a_holder_whose_disk_lost_a_shard_is_told_and_makes_it_again(trial: Repairing, file: File) -> None:
+async def test_a_holder_whose_disk_lost_a_shard_is_told_and_makes_it_again(trial: Repairing, vault: Vault, file: File) -> None:
     name = file.holders[4]
+    home = trial.folder / "reader"
+    await Vault.join(home, trial.invite("insurer-02"), trial.passphrase, fast_kdf=True)
+    async with Vault.open(home, trial.passphrase) as reader:
+        await vault.shares.share([file.sha256], reader.keys.public)
     path = file.on_disk(name)
     lost = path.read_bytes()
     path.unlink()
     with sqlite3.connect(trial.home(name) / "data" / "store.sqlite", timeout=10) as store:
         store.execute("DELETE FROM shards WHERE file_id = ?", (file.manifest.file_id,))
         store.execute("DELETE FROM manifests WHERE file_id = ?", (file.manifest.file_id,))
+        store.execute("DELETE FROM sealed_grants")
     store.close()
     await until(lambda: has(trial, file, 4, name, file.holders[0]), "it has its shard again")
     assert path.read_bytes() == lost
+    with sqlite3.connect(trial.home(name) / "data" / "store.sqlite", timeout=10) as store:
+        await until(lambda: store.execute("SELECT count(*) FROM sealed_grants").fetchone()[0], "it has the reader's sealed key too")
+    store.close()
     assert moves(trial, file, name) == {4: name}  # the ledger shows it, though it did not go elsewhere
 
 

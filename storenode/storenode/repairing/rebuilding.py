@@ -60,10 +60,18 @@ class Job:
     suspects: list[str] = field(default_factory=list)  # with whom the root was wrong, and right without
     error: str = ""
     seconds: float = 0.0
+    took: dict[str, float] = field(default_factory=dict)  # seconds in each state
+    entered: float = 0.0  # when the present one began, by the event loop
+
+    def enter(self, state: str, now: float) -> None:
+        """Go on to the next state."""
+        if self.entered:
+            self.took[self.state] = round(self.took.get(self.state, 0.0) + now - self.entered, 3)
+        self.state, self.entered = state, now
 
     def to_json(self) -> dict[str, Any]:
         """For people and programs."""
-        return {name: value for name, value in vars(self).items() if name != "file_id"} | {"file": self.file_id.hex()}
+        return {name: value for name, value in vars(self).items() if name not in ("file_id", "entered")} | {"file": self.file_id.hex()}
 
 
 @dataclass(frozen=True, slots=True)

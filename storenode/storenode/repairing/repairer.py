@@ -20,6 +20,7 @@ from medshard_protocol.repair import Lost, Rebuild, helper_sets, plan
 from medshard_protocol.repairorder import counted, line_up, objection_to_replacement
 from storenode.repairing import ground
 from storenode.repairing.fetching import fetch
+from storenode.repairing.inheriting import inherit
 from storenode.repairing.rebuilding import Job, Means, Rebuilding, ranked
 from storenode.repairing.surveying import Case, Survey
 
@@ -133,6 +134,7 @@ class Repairer:
         began = loop.time()
         try:
             async with self._slots:
+                job.enter("looking", loop.time())
                 await work(job)
         except MedshardError as error:
             job.state, job.error = "failed", str(error)
@@ -147,7 +149,7 @@ class Repairer:
         if choose is not None and needs is not None:
             job.shard = choose(survey)
         if needs is None or (job.shard in survey.there if job.shard is not None else choose is not None):
-            job.state = "nothing"
+            job.enter("nothing", _now())
             return
         if isinstance(needs, Lost):
             there, k = len(survey.there), survey.manifest.layout.k
@@ -157,11 +159,13 @@ class Repairer:
         job.shard = self._target(survey, needs, job.shard, take_over=take_over)
         if (against := self.objection(survey, job.shard)) is not None:
             raise against
-        job.state, job.total = "moving", survey.manifest.layout.shard_size
+        job.total = survey.manifest.layout.shard_size
+        job.enter("moving", _now())
         job.move = await self._take(survey, job.shard)
-        job.state = "summing"
+        job.enter("summing", _now())
         await Rebuilding(self._means, survey, job, lambda: self._is_ours(survey, job)).run()
-        job.state = "done"
+        await inherit(self._means, survey, [survey.present[shard] for shard in survey.there])
+        job.enter("done", _now())
 
     async def _receive(self, job: Job, giver: NodeId) -> None:
         case, shard = await self._surveyor.find(job.file_id), job.shard
@@ -169,7 +173,7 @@ class Repairer:
         if shard >= case.manifest.layout.n or (shard, giver) not in case.ever:
             raise Refused("a shard is handed over by a node that was given it")
         if await asyncio.to_thread(self._surveyor.has, case.manifest, shard):
-            job.state = "nothing"
+            job.enter("nothing", _now())
             return
         if (holder := case.present[shard]) not in (giver, self._node.id):
             took, has = await self._surveyor.look_at(case.manifest, shard, holder)
@@ -177,11 +181,13 @@ class Repairer:
                 raise Conflict(f"{self._surveyor.name(holder)} has taken this shard over")
         if (against := self.objection(case, shard)) is not None:
             raise against
-        job.state, job.total = "moving", case.manifest.layout.shard_size
+        job.total = case.manifest.layout.shard_size
+        job.enter("moving", _now())
         job.move = await self._take(case, shard)
-        job.state = "fetching"
+        job.enter("fetching", _now())
         await fetch(self._means, case.manifest, job, giver, lambda: self._is_ours(case, job))
-        job.state = "done"
+        await inherit(self._means, case, [giver, *case.present])
+        job.enter("done", _now())
 
     def _ended(self, job: Job, task: asyncio.Task[Job]) -> None:
         self._tasks.pop(job.file_id, None)
@@ -252,6 +258,10 @@ class Repairer:
             return False
         now = counted(case.manifest, known.given, self._surveyor.institution).get(shard)
         return now is not None and (now.node, now.index) == (self._node.id, index)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _plan(survey: Survey) -> Rebuild | Lost | None:

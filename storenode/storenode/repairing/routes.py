@@ -36,7 +36,7 @@ from medshard_protocol.repairorder import (
 from storenode.callers import caller
 from storenode.metrics import Metrics
 from storenode.peers import Peers
-from storenode.repairing import ground
+from storenode.repairing import ground, inheriting
 from storenode.repairing.fetching import Giver
 from storenode.repairing.helping import Helper
 from storenode.repairing.leaving import Leaving
@@ -55,6 +55,7 @@ handover_wait_s: Final = 2.0  # for a small shard to be here before the answer
 class Repairs:
     """All sides of repair in one node."""
 
+    means: Means
     helper: Helper
     repairer: Repairer
     giver: Giver
@@ -89,7 +90,7 @@ def equip(app: web.Application, node: Node, key: Ed25519PrivateKey, peers: Peers
     pulse = Pulse(node.id, peers, lambda: node.ledger.roster, section.grace_s)
     tending = Tending(means, repairer, pulse, section, lambda: not leaving.drains, missing)
     leaving = Leaving(means, giver, pulse, section, tending.held, tending.is_sick)
-    repairs = app[repairs_key] = Repairs(Helper(node, key, peers, metrics, means.bucket), repairer, giver, pulse, tending, leaving)
+    repairs = app[repairs_key] = Repairs(means, Helper(node, key, peers, metrics, means.bucket), repairer, giver, pulse, tending, leaving)
     app.router.add_routes(
         [
             web.post("/v1/repair/{file}/{index}/seed", post_seed),
@@ -101,6 +102,7 @@ def equip(app: web.Application, node: Node, key: Ed25519PrivateKey, peers: Peers
             web.get("/v1/repair", get_repairs, allow_head=False),
             web.post("/v1/handover/{file}/{index}", post_handover),
             web.get("/v1/handover/{file}/{index}", get_handover, allow_head=False),
+            web.get("/v1/sealed/{file}", get_sealed, allow_head=False),
             web.get("/v1/drain", get_drain, allow_head=False),
             web.post("/v1/drain", post_drain),
             web.get("/v1/moves/{file}", get_moves, allow_head=False),
@@ -190,6 +192,12 @@ async def post_handover(request: web.Request) -> web.Response:
 async def get_handover(request: web.Request) -> web.StreamResponse:
     """Send a shard to the node that it was offered to, and that took it over."""
     return await request.app[repairs_key].giver.give(*shard_id(request), caller(request).node, request)
+
+
+async def get_sealed(request: web.Request) -> web.Response:
+    """The sealed keys of a file's grants, for a node that took a shard of it over."""
+    means, file_id = request.app[repairs_key].means, file_id_from_hex(request.match_info["file"])
+    return web.Response(body=await inheriting.give(means, file_id, caller(request).node), content_type=body_type)
 
 
 async def get_drain(request: web.Request) -> web.Response:
