@@ -52,7 +52,8 @@ async def describe_target(net: Net, target: Target, row: Row) -> Info:
     layout = manifest.layout
     checkpoint = open_published(target.inclusion.checkpoint, roster)
     signers = cosigners(Note.from_bytes(target.inclusion.checkpoint), roster)
-    nodes = await asyncio.gather(*(_ping(net, manifest, index) for index in range(layout.n)))
+    told = await moved(net, manifest.file_id)
+    nodes = await asyncio.gather(*(_ping(net, manifest, index, told.get(index)) for index in range(layout.n)))
     is_pack = target.header.kind == "pack"
     return Info(
         row=row,
@@ -109,11 +110,13 @@ async def _prove_cell(net: Net, node: Node, manifest: Manifest, index: int, cell
         raise Damaged(f"{node.name}: cell {cell} of shard {index} has other bytes than were stored")
 
 
-async def _ping(net: Net, manifest: Manifest, index: int) -> NodeInfo:
-    node = net.holder(manifest.shards[index].node)
+async def _ping(net: Net, manifest: Manifest, index: int, taken_by: NodeId | None) -> NodeInfo:
+    first = manifest.shards[index].node
+    node = net.holder(taken_by or first)
     institution = net.institution_of(node)
+    taken = f"taken over from {net.holder(first).name}" if taken_by not in (None, first) else ""
     try:
         await net.call(node, "GET", "/healthz", timeout_s=ping_timeout_s)
     except MedshardError as error:
         return NodeInfo(node.name, institution, index, node.url, "down", str(error))
-    return NodeInfo(node.name, institution, index, node.url, "up")
+    return NodeInfo(node.name, institution, index, node.url, "up", taken)

@@ -124,6 +124,8 @@ async def test_a_shard_lost_for_good_is_made_again_and_read(trial: Repairing, va
     report = await vault.verify(file.sha256)
     assert [holder.state for holder in report.holders] == ["proven"] * n
     assert report.holders[2].node == file.spare
+    holder = (await vault.info(file.sha256)).nodes[2]
+    assert (holder.node, holder.state, holder.detail) == (file.spare, "up", f"taken over from {file.holders[2]}")
     for name in [name for name in file.holders if name != file.holders[2]][:3]:
         file.on_disk(name).unlink()  # now two are left, and the new one
     await vault.get(file.sha256, tmp_path / "back")
