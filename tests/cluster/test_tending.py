@@ -81,6 +81,13 @@ async def test_a_node_that_leaves_hands_everything_over_and_goes_on_after_a_rest
         return said
 
     assert drain("--status")["draining"] is False
+    spare, shard = file.others[0], file.holders.index(name)
+    status, answer = trial.ask(spare, name, "GET", f"/v1/handover/{file.id}/{shard}")
+    assert "was not offered" in str(unpack_error(status, answer, name))
+    status, answer = trial.ask(file.others[1], spare, "POST", f"/v1/handover/{file.id}/{shard}")
+    assert "by a node that was given it" in str(unpack_error(status, answer, spare))
+    status, answer = trial.ask(spare, name, "GET", f"/v1/sealed/{file.id}")
+    assert "only a holder" in str(unpack_error(status, answer, name))
     trial.kill(name)
     (trial.home(name) / "data" / "leaving").touch()  # as if it had begun before
     trial.restart(name)
@@ -135,6 +142,22 @@ async def test_a_replacement_that_dies_in_the_middle_is_replaced(trial: Repairin
     assert file.on_disk(second).read_bytes() == lost
     assert not file.is_at(first)
     assert moves(trial, file, second) == {1: second}
+
+
+@pytest.mark.soak
+async def test_a_replacement_that_is_started_again_goes_on_with_what_it_said_it_would_do(trial: Repairing, file: File) -> None:
+    lost = file.shards()[1]
+    for name in file.holders:
+        trial.misbehave(name, do="dawdle", s=0.4)
+    trial.kill(file.holders[1])
+    first, second = next_ones(trial, file, 1, file.others[0])
+    await until(lambda: moves(trial, file, file.holders[0]).get(1) == first, "the first took it over")
+    trial.kill(first)
+    trial.restart(first)  # before anybody takes it for gone
+    await until(lambda: file.is_at(first), "the first made it")
+    assert file.on_disk(first).read_bytes() == lost
+    assert not file.is_at(second)
+    assert moves(trial, file, first) == {1: first}
 
 
 async def test_a_holder_whose_disk_lost_a_shard_is_told_and_makes_it_again(trial: Repairing, vault: Vault, file: File) -> None:
