@@ -76,14 +76,18 @@ class Catalog:
         self._forgotten = 0
         self._queue: dict[str, dict[bytes, Instance]] = {}
         self._queued = 0
+        self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
         try:
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
             os.chmod(path, 0o600)
             self._prepare()
             self._mirror = self._mirrored()
             self._data_version = int(self._db.execute("PRAGMA data_version").fetchone()[0])
         except sqlite3.Error as error:
+            self._db.close()
             raise self._damaged(str(error)) from error
+        except BaseException:
+            self._db.close()
+            raise
 
     def close(self) -> None:
         """Write down what waits and close."""
