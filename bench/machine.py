@@ -109,6 +109,10 @@ class Processes:
         """Account for, and in the end stop, a process that was started with pipes of its own."""
         self._running[name] = process
 
+    def forget(self, name: str) -> None:
+        """It was ended on purpose, or another process goes on in its name."""
+        self._running.pop(name, None)
+
     def pid(self, name: str) -> int:
         return self._running[name].pid
 

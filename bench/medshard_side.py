@@ -6,15 +6,20 @@ The client (bench/medshard_client.py) is told what to do in lines of JSON throug
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.machine import Processes
+from bench.machine import MIB, Processes
 from bench.side import NEEDED, NODES, SideError, get_each, put_each
 from medshard.consortium import LocalConsortium
+from storenode.consortium import free_ports
+
+SLOW_BYTES_S = 3 * MIB  # a healthy node moves its 10 MiB in a third of a second
+SLOW_DELAY_S = 0.01  # and answers in a millisecond
 
 
 class Medshard:
@@ -86,6 +91,26 @@ class Medshard:
 
     def thaw(self) -> None:
         self.processes.thaw(self._nodes[-1].name)
+
+    def harm(self) -> None:
+        """Of three nodes that do not lead the ledger: one dead, one frozen, one behind a relay that is ten times slower than it."""
+        assert self._trial is not None
+        dead, slow, frozen = (node.name for node in self._nodes[-3:])
+        self._trial.kill(dead)
+        self.processes.forget(dead)
+        self._slow_down(self._trial, slow)
+        self.processes.freeze(frozen)
+
+    def _slow_down(self, trial: LocalConsortium, name: str) -> None:
+        file = trial.home(name) / "config.toml"
+        text, (port,) = file.read_text(), free_ports(1)
+        found = re.search(r'^listen = "127\.0\.0\.1:(\d+)"$', text, re.MULTILINE)
+        assert found
+        file.write_text(text.replace(found[0], f'listen = "127.0.0.1:{port}"'))
+        trial.kill(name)
+        self.processes.start("relay", [sys.executable, "-m", "bench.relay", found[1], str(port), str(SLOW_BYTES_S), str(SLOW_DELAY_S)])
+        trial.restart(name)
+        self.processes.adopt(name, trial.running[name])
 
     def stop(self) -> None:
         self.processes.stop()

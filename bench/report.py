@@ -102,12 +102,13 @@ STORED_RATIO_MAX = 1.62
 RATE_KEPT_MIN = 0.8
 MEMORY_MAX_MIB = 128.0
 FROZEN_EXTRA_MAX_S = 2.0
+FAULTS_TIMES_MAX = 1.3
 
 
 def verdicts(figures: Medians) -> list[Verdict]:
     found = [_faster(figures, promise) for promise in _promises]
     for verb in ("put", "get"):
-        found += [_rate_kept(figures, verb), _memory(figures, verb), _frozen(figures, verb)]
+        found += [_rate_kept(figures, verb), _memory(figures, verb), _frozen(figures, verb), _faults(figures, verb)]
     return [*found, *(_stored(figures, size) for size in ("100 MiB", "1 GiB"))]
 
 
@@ -148,6 +149,14 @@ def _frozen(figures: Medians, verb: str) -> Verdict:
     if usual is None or frozen is None:
         return Verdict(text, "not measured", None)
     return Verdict(text, f"{frozen - usual:+.2f} s", frozen - usual <= FROZEN_EXTRA_MAX_S)
+
+
+def _faults(figures: Medians, verb: str) -> Verdict:
+    text = f"{verb} 100 MiB with a node dead, one frozen, one ten times slower: at most {FAULTS_TIMES_MAX:g} times as long"
+    well, harmed = wall(figures, f"{verb} 100 MiB, well"), wall(figures, f"{verb} 100 MiB, faults")
+    if well is None or harmed is None:
+        return Verdict(text, "not measured", None)
+    return Verdict(text, f"{harmed / well:.2f} times ({harmed:.3f} s, {well:.3f} s)", harmed <= FAULTS_TIMES_MAX * well)
 
 
 def _stored(figures: Medians, size: str) -> Verdict:

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from bench.machine import MIB, Cost, Meter, wait_for_quiet, warm_memory
 from bench.side import Side, SideError, make_file, sha256_of
 
-GROUPS = ("1MiB", "100MiB", "range", "1GiB", "200", "folder", "frozen")
+GROUPS = ("1MiB", "100MiB", "range", "1GiB", "200", "folder", "frozen", "faults")
 SERIES_FILES = 200
 SERIES_BYTES = 512 * 1024
 RANGE_BYTES = 64 * 1024
@@ -33,6 +33,13 @@ class TakesFolders(Protocol):
 
     def put_folder(self, folder: Path) -> list[str]: ...
     def get_folder(self, caps: Sequence[str], targets: Sequence[Path]) -> None: ...
+
+
+@runtime_checkable
+class TakesHarm(Protocol):
+    """A side that can be told to lose a node, hang another and slow a third, for good."""
+
+    def harm(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ class Session:
             self._folder(self.side)
         if "frozen" in groups and big:
             self._frozen(big)
+        if "faults" in groups and isinstance(self.side, TakesHarm):
+            self._faults(self.side)
 
     def _step(self, name: str, plain_bytes: int, *samples: Callable[[], T]) -> list[T]:
         """Time each sample; the answers, or nothing where the side failed, which is a result as well."""
@@ -209,6 +218,26 @@ class Session:
             lambda: self._restored("get 100 MiB, one node frozen", [self.data.big], lambda targets: self.side.get(cap, targets[0]))
         )
         self._while_frozen(lambda: self._step("put 100 MiB, one node frozen", size, lambda: self.side.put(path)))
+
+    def _faults(self, side: TakesHarm) -> None:
+        """One node dead, one frozen, one slow: the median of five puts and five gets, beside five of each before."""
+        folder = self.scratch / "faults"
+        caps = self._five("well", folder)
+        if caps:
+            side.harm()
+            self._five("faults", folder, caps)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _five(self, name: str, folder: Path, stored: list[str] | None = None) -> list[str]:
+        """Put five new files and get five: those, or those that were ``stored`` before the harm was done."""
+        plains = [_file(folder / f"{name}-{number}.bin", 100 * MIB) for number in range(_samples)]
+        caps = self._step(f"put 100 MiB, {name}", 100 * MIB, *[partial(self.side.put, plain.path) for plain in plains])
+        if caps:
+            wanted = iter(stored or caps)
+            if stored:
+                plains = [replace(plain, sha256=cap) for plain, cap in zip(plains, stored, strict=True)]
+            self._restored(f"get 100 MiB, {name}", plains, lambda targets: self.side.get(next(wanted), targets[0]), samples=_samples)
+        return caps
 
     def _while_frozen(self, work: Callable[[], object]) -> None:
         self.side.freeze()

@@ -32,8 +32,11 @@ from medshard_protocol.messages import SpanHead, error_bytes_max, shard_path, sp
 from medshard_protocol.shards import digests, shard_root
 
 window_stripes: Final = 8  # being received and being opened, together: at 10/16 and 128 KiB cells 10 MiB
-hedge_s: Final = 0.4  # a stream that stands still this long while others went on gets a spare beside it
-drip_s: Final = 2.0  # nor is a stream worth waiting for that everybody else has waited for this long
+hedge_s: Final = 0.4  # at most: a stream that stands still this long while others went on is replaced by a spare
+first_bytes: Final = 8  # times as long as the others needed for their first bytes, if that is shorter
+look_s: Final = 0.05
+blame_s: Final = 0.2  # nor is one worth waiting for that all others have waited for so long, and half of its time
+rest_s: Final = 0.2  # before a holder that failed is tried again; twice as long the next time
 patience_s: Final = 30.0  # with no spare left, how long to wait for a slow one
 tries_max: Final = 3  # how often one holder is tried for one object
 paths_cells_max: Final = 8  # up to here Merkle paths are shorter than all digests of a long shard
@@ -58,7 +61,9 @@ class _Stream(Course):
     moved_at: float = field(default_factory=time.monotonic)
     cell: memoryview = field(default_factory=lambda: memoryview(b""))
     waits_for_room: bool = False
-    waited_for_since: float = math.inf
+    began: float = field(default_factory=time.monotonic)
+    first_s: float | None = None  # what its first bytes took
+    blamed_s: float = 0.0  # how long all others have waited for it
 
 
 class Download:
@@ -74,6 +79,7 @@ class Download:
         self._end = 0
         self._open: dict[int, Arrived] = {}
         self._tries: dict[int, int] = {}
+        self._rests_until: dict[int, float] = {}
         self._holders = {index: ref.node for index, ref in enumerate(manifest.shards)}
         self._asked_for_moves = False
         self._streams: dict[int, _Stream] = {}
@@ -134,13 +140,13 @@ class Download:
                 self._start_spare()
             looked = time.monotonic()
             while self._now < self._end and not self._stopping:
-                if self._poller.turn(hedge_s / 4):
+                if self._poller.turn(look_s):
                     self._hungry = False
                     for stream in [stream for stream in self._streams.values() if stream.waits_for_bell]:
                         self._poller.resume(stream)
-                if (now := time.monotonic()) - looked > hedge_s / 4:
+                if (now := time.monotonic()) - looked > look_s:
+                    self._hedge(now, now - looked)
                     looked = now
-                    self._hedge(now)
                 self._top_up()
         finally:
             for stream in self._streams.values():
@@ -159,6 +165,7 @@ class Download:
         self._failures[stream.node.name] = why
         self._streams.pop(stream.index, None)
         self._poller.drop(stream)
+        self._rests_until[stream.index] = time.monotonic() + rest_s * 2 ** (self._tries[stream.index] - 1)
 
     def _top_up(self) -> None:
         """Replace what failed. Raises Unavailable when too few are left."""
@@ -166,7 +173,7 @@ class Download:
             pass
         if len(self._streams) < self._shape.k and self._now < self._end:
             here = self._open[self._now].cells if self._now in self._open else {}
-            if len(set(here) | set(self._streams)) < self._shape.k:
+            if len(set(here) | set(self._streams)) < self._shape.k and not self._free_holders():
                 if not self._has_moved():
                     raise self._too_few()
                 self._top_up()
@@ -181,29 +188,43 @@ class Download:
         self._holders |= new
         for index in new:
             self._tries.pop(index, None)
+            self._rests_until.pop(index, None)
         return bool(new)
 
-    def _hedge(self, now: float) -> None:
-        """Start a spare for each stream that stands still and has not given the stripe in hand."""
+    def _hedge(self, now: float, passed: float) -> None:
+        """Start a spare for each stream that stands still, or holds all others up, and has not given the stripe in hand."""
         for stream in list(self._streams.values()):
-            allowed = hedge_s / 4 if self._net.health.is_suspect(stream.node.id) else hedge_s
-            stream.waited_for_since = min(stream.waited_for_since, now) if self._is_waited_for(stream) else math.inf
+            if self._is_waited_for(stream):
+                stream.blamed_s += passed
             waiting = now - stream.moved_at
-            if now - stream.waited_for_since > drip_s:
-                waiting = max(waiting, allowed)
-            if stream.at > self._now or waiting < allowed or stream.waits_for_room:
+            if stream.at > self._now or stream.waits_for_room:
                 continue
-            # The slow one is cut only when another can take its place: alone it is better than none.
-            if self._start_spare() or waiting > (patience_s if stream.line and stream.line.touched else connect_timeout_s):
-                self._net.health.suspect(stream.node.id)
-                self._give_up(stream, f"stalled for {waiting:.1f} s")
+            still, dragging = waiting > self._allowed(stream), stream.blamed_s > max(blame_s, (now - stream.began) / 2)
+            # A slow one is cut only when another can take its place: alone it is better than none.
+            replaced = (still and self._start_spare()) or (dragging and self._has_fresh() and self._start_spare())
+            if replaced or waiting > (patience_s if stream.line and stream.line.touched else connect_timeout_s):
+                self._net.health.slow(stream.node.id)
+                if waiting > blame_s / 2:
+                    self._net.health.suspect(stream.node.id)
+                self._give_up(stream, f"stalled for {max(waiting, stream.blamed_s):.1f} s")
+
+    def _allowed(self, stream: _Stream) -> float:
+        """How long this one may stand still: by what most others needed for their first bytes."""
+        if self._net.health.is_slow(stream.node.id):
+            return hedge_s / 4
+        others = sorted(other.first_s for other in self._streams.values() if other.first_s is not None and other is not stream)
+        if 2 * len(others) <= self._shape.k:
+            return hedge_s
+        return min(hedge_s, max(hedge_s / 4, first_bytes * others[len(others) // 2]))
 
     def _is_waited_for(self, stream: _Stream) -> bool:
         """Whether all others are as far ahead of this one as they may be."""
+        if stream.waits_for_room or stream.steps is None:
+            return False
         return all(other.waits_for_room or other.steps is None for other in self._streams.values() if other is not stream)
 
     def _start_spare(self) -> bool:
-        choice = self._next_holder()
+        choice = min(self._free_holders(time.monotonic()), key=self._rank, default=None)
         if choice is None:
             return False
         self._tries[choice] = self._tries.get(choice, 0) + 1
@@ -213,12 +234,19 @@ class Download:
         self._poller.resume(stream)
         return True
 
-    def _next_holder(self) -> int | None:
+    def _free_holders(self, now: float = math.inf) -> list[int]:
+        """Shards that could be asked for, those left out whose holders rest until after ``now``."""
         nodes = {node.id for node in self._net.roster.nodes}
         free = [i for i, node in self._holders.items() if node in nodes and i not in self._streams and self._tries.get(i, 0) < tries_max]
-        suspect = self._net.health.is_suspect
-        # Fewest tries first, then nodes that answered lately, then data shards.
-        return min(free, key=lambda i: (self._tries.get(i, 0), suspect(self._holders[i]), i), default=None)
+        return [i for i in free if self._rests_until.get(i, 0.0) <= now]
+
+    def _rank(self, index: int) -> tuple[int, bool, int]:
+        """Fewest tries first, then nodes that were quick lately, then data shards."""
+        return self._tries.get(index, 0), self._net.health.is_slow(self._holders[index]), index
+
+    def _has_fresh(self) -> bool:
+        """Whether somebody could be asked who was not asked yet, and of whom nothing bad is known."""
+        return any(self._rank(i)[:2] == (0, False) for i in self._free_holders())
 
     # -- one stream
 
@@ -233,6 +261,7 @@ class Download:
         if line.left != sum(self._shape.cell_length(number) for number in (*[first] * (last - first), last)):
             raise Malformed(f"{stream.node.name}: not as many bytes as the cells have")
         expected = self._expected[stream.index] = self._check_head(stream, head, first, last)
+        stream.first_s = time.monotonic() - stream.began
         self._net.health.well(stream.node.id)
         for number in range(first, last + 1):
             while not self._has_room(number):

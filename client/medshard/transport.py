@@ -1,4 +1,4 @@
-"""Talking to nodes: TLS connections, requests, answers turned into values or errors, and a memory of who was slow.
+"""Talking to nodes: TLS connections, requests, answers turned into values or errors.
 
 Large shards do not come and go this way, but over lines of their own (line.py), which are kept here in between.
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -18,6 +17,7 @@ from typing import Final, Self
 
 import aiohttp
 
+from medshard.health import Health
 from medshard.line import BrokenOff, Lines, Place
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.identity import node_hostname
@@ -27,28 +27,8 @@ from medshard_protocol.roster import Node, Roster, no_key
 from medshard_protocol.rosters import roster_header
 
 answer_bytes_max: Final = 96 * 1024 * 1024  # no answer that is read whole is larger; a hostile node must not fill our memory
-suspect_s: Final = 30.0  # how long a node that stalled is tried last
 connect_timeout_s: Final = 10.0
 piece_bytes: Final = 256 * 1024  # a larger body goes out in pieces, so that other connections get their turn
-
-
-class Health:
-    """Which nodes stalled or failed lately. Only an order of preference: nothing is refused because of it."""
-
-    def __init__(self) -> None:
-        self._suspect_until: dict[NodeId, float] = {}
-
-    def suspect(self, node: NodeId) -> None:
-        """Remember that this node did not answer."""
-        self._suspect_until[node] = time.monotonic() + suspect_s
-
-    def well(self, node: NodeId) -> None:
-        """Forget a stall: the node answered."""
-        self._suspect_until.pop(node, None)
-
-    def is_suspect(self, node: NodeId) -> bool:
-        """Whether the node failed within the last half minute."""
-        return self._suspect_until.get(node, 0.0) > time.monotonic()
 
 
 class Net:

@@ -1,14 +1,15 @@
 """Sending one object's shards to their holders, in step, without waiting for the slowest.
 
-Each stripe's cells go to n senders. A sender that falls a whole window behind and stands still is left behind, as long as w
+Each stripe's cells go to n senders. A sender that falls a whole window behind and lets the others wait is left behind, as long as w
 institutions go on; its shard is for repair. Memory is O(window), never O(file).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,8 +23,10 @@ from medshard_protocol.roster import Node
 from medshard_protocol.shards import Layout
 
 window_stripes: Final = 4  # behind the newest burst of four: at 10/16 and 128 KiB cells, up to 16 MiB of cells in flight
-stall_s: Final = 0.9  # a healthy node on a slow link still moves one cell in this time
-stall_suspect_s: Final = 0.1  # a node that stalled within the last half minute gets little credit
+stall_s: Final = 0.5  # how long, in all, a node may let w others wait; or half of the time so far, if that is longer
+stall_slow_s: Final = 0.05  # a node that was left behind lately gets little credit
+silent_s: Final = 0.2  # a node that took nothing for so long before it was left behind may not answer anything
+look_s: Final = 0.025
 patience_s: Final = 30.0  # with fewer than w others, a slow node is better than none
 
 
@@ -33,6 +36,7 @@ class _Sender:
     node: Node
     outgoing: Outgoing
     failure: str = ""
+    blamed_s: float = 0.0  # how long w others have waited for it
 
     @property
     def is_going(self) -> bool:
@@ -64,24 +68,30 @@ class Upload:
                 sender.outgoing.parts.append(stripe.cells[sender.index])
         self._sending.ring()
         self._produced += len(burst)
-        while any(self._produced - sender.outgoing.taken > window_stripes for sender in self._live()):
-            await self._wait_or_drop(lambda sender: self._produced - sender.outgoing.taken > window_stripes)
+        while behind := [sender for sender in self._live() if self._produced - sender.outgoing.taken > window_stripes]:
+            waited = await self._wait()
+            self._blame(
+                [sender for sender in behind if sender.is_going and self._produced - sender.outgoing.taken > window_stripes], waited
+            )
         self._require()
 
     async def finish(self, roots: Sequence[bytes]) -> set[int]:
         """The shards that are durable on their nodes, at least w. A slow rest is waited for a little, then left behind."""
         while self._live() and not self._enough():
             # Nobody is dropped for a slow fsync before w have theirs; only one that is silent for `patience_s` is.
-            await self._wait_or_drop(lambda sender: time.monotonic() - sender.outgoing.moved_at > patience_s)
+            await self._wait()
+            for sender in self._live():
+                if self._still_s(sender) > patience_s:
+                    self._leave_behind(sender)
             self._harvest(roots)
             self._require()
-        grace = max(0.3, min(1.0, (time.monotonic() - self._started) / 2))
-        slow = [sender for sender in self._live() if not self._net.health.is_suspect(sender.node.id)]
-        if slow:
-            await asyncio.wait([sender.outgoing.answer for sender in slow], timeout=grace)
+        grace = max(0.2, min(1.0, (time.monotonic() - self._started) / 4))
+        last = [sender.outgoing.answer for sender in self._live() if not self._net.health.is_slow(sender.node.id)]
+        if last:
+            await asyncio.wait(last, timeout=grace)
+        self._harvest(roots)
         for sender in self._live():
             self._leave_behind(sender, "slower than the others")
-        self._harvest(roots)
         self._require()
         return self._done
 
@@ -102,23 +112,40 @@ class Upload:
         outgoing.answer.add_done_callback(lambda _: self._moved.set())
         return outgoing
 
-    async def _wait_or_drop(self, behind: Callable[[_Sender], bool]) -> None:
+    async def _wait(self) -> float:
+        """Wait until something moves, not long; how long it was."""
+        began = time.monotonic()
         self._moved.clear()
-        try:
-            async with asyncio.timeout(0.05):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(look_s):
                 await self._moved.wait()
-        except TimeoutError:
-            now = time.monotonic()
-            for sender in [s for s in self._live() if behind(s)]:
-                allowed = stall_suspect_s if self._net.health.is_suspect(sender.node.id) else stall_s
-                spare = self._reachable() - {sender.node.institution}
-                if now - sender.outgoing.moved_at > (allowed if len(spare) >= self._w else patience_s):
-                    self._leave_behind(sender, f"stalled for {now - sender.outgoing.moved_at:.1f} s")
         self._notice_failures()
+        return time.monotonic() - began
 
-    def _leave_behind(self, sender: _Sender, why: str) -> None:
-        sender.failure = why
-        self._net.health.suspect(sender.node.id)
+    def _blame(self, behind: Sequence[_Sender], waited_s: float) -> None:
+        """Those for whom w institutions wait, or would if they were not waiting too, are left behind in the end."""
+        enough = len(self._reachable() - {sender.node.institution for sender in behind}) >= self._w
+        for sender in behind:
+            if enough:
+                sender.blamed_s += waited_s
+                if sender.blamed_s > self._credit_s(sender):
+                    self._leave_behind(sender)
+            elif self._still_s(sender) > patience_s:
+                self._leave_behind(sender)
+
+    def _credit_s(self, sender: _Sender) -> float:
+        if self._net.health.is_slow(sender.node.id):
+            return stall_slow_s
+        return max(stall_s, (time.monotonic() - self._started) / 2)
+
+    def _still_s(self, sender: _Sender) -> float:
+        return time.monotonic() - sender.outgoing.moved_at
+
+    def _leave_behind(self, sender: _Sender, why: str = "") -> None:
+        sender.failure = why or f"stalled for {max(sender.blamed_s, self._still_s(sender)):.1f} s"
+        self._net.health.slow(sender.node.id)
+        if self._still_s(sender) > silent_s:
+            self._net.health.suspect(sender.node.id)
         sender.outgoing.answer.cancel()
 
     def _notice_failures(self) -> None:
@@ -143,6 +170,7 @@ class Upload:
                 continue
             if stored == roots[sender.index]:
                 self._done.add(sender.index)
+                self._net.health.kept_up(sender.node.id)
             else:
                 sender.failure = "stored other bytes than were sent"
 

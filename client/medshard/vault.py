@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -56,6 +57,7 @@ from medshard_protocol.roster import Roster
 OnProgress = Callable[[Progress], None]
 pending_wait_s: Final = 3.0  # for emergency reads of an earlier time, before the work that was asked for
 give_back_bytes: Final = 32 * 1024 * 1024  # after moving this much, freed memory is worth returning
+health_slot: Final = b"health"
 pending_slot: Final = b"emergency-pending"
 pending_bytes_max: Final = 16 * 1024 * 1024
 verify_at_once: Final = 48  # files whose holders are asked under one announcement
@@ -124,11 +126,16 @@ class Vault:
         index = Index(files.index, keys.index)
         try:
             async with Net(roster, contexts(roster)) as net, following(files, net, contexts):
+                known = index.journal_get(health_slot) or b""
+                net.health.recall(known)
                 vault = cls(files, keys, net, index)
                 try:
                     yield vault
                 finally:
                     await vault.ranges.close()
+                    if (notes := net.health.notes()) != known:
+                        with contextlib.suppress(sqlite3.Error):  # a full disk, say: of no importance beside what was done
+                            index.journal_put(health_slot, notes)
         finally:
             index.close()
 
