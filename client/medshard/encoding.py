@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -35,6 +36,7 @@ class Encoder:
         self._digest: Digest = digests[digest]
         self._cell_digests: list[list[bytes]] = [[] for _ in range(layout.n)]
         self._plain = bytearray(min(layout.segment_plain, layout.plain_size))
+        self._free: deque[bytearray] = deque()
         self._next = 0
 
     def __bool__(self) -> bool:
@@ -48,15 +50,22 @@ class Encoder:
         got = self._source.read_into(plain)
         if got < len(plain):
             plain[got:] = bytes(len(plain) - got)  # Padmé's zeros
-        # A fresh buffer for each stripe: senders still hold views of the ones before.
-        buffer = memoryview(bytearray(shape.n * cell))
+        # Senders still hold views of the ones before: only what was given back is used again.
+        buffer = memoryview(self._free.popleft() if self._free else bytearray(shape.n * cell))
         self._seal.seal_into(number, number == shape.stripes - 1, plain, buffer[:sealed])
+        buffer[sealed : shape.k * cell] = bytes(shape.k * cell - sealed)
         cells = tuple(buffer[i * cell : (i + 1) * cell] for i in range(shape.n))
         self._code.encode(cells[: shape.k], cells[shape.k :])
         for known, part in zip(self._cell_digests, cells, strict=True):
             known.append(self._digest(part))
         self._next += 1
         return Stripe(number, cells, got)
+
+    def give_back(self, stripe: Stripe) -> None:
+        """Nobody looks at this stripe's cells any more. Any thread may call. A fresh buffer is pages to be found and cleared."""
+        buffer = stripe.cells[0].obj
+        if isinstance(buffer, bytearray):
+            self._free.append(buffer)
 
     def next_burst(self) -> list[Stripe]:
         """The next few stripes. A holder that gets several cells at once wakes up once for them, which is most of what they cost it."""

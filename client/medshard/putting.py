@@ -218,7 +218,8 @@ class Putter:
                     # Before the last cells go out: no shard can be complete that the journal does not know.
                     manifest, header = await asyncio.to_thread(self._describe, unit, seal, encoder, source.hashes, earlier)
                     self._index.journal_put(_journal_key(unit), manifest.to_bytes())
-                await upload.feed(burst)
+                for sent in await upload.feed(burst):
+                    encoder.give_back(sent)
                 self._advance(sum(stripe.plain for stripe in burst), unit.parts[0])
                 if coming is None:
                     break

@@ -106,6 +106,8 @@ class Sending:
         while left:
             while not outgoing.parts:
                 yield 0
+            if outgoing.answer.cancelled():  # what was handed over may be used for other cells by now
+                return line.close()
             part = outgoing.parts.popleft()
             if not (yield from line.send(part)):
                 break

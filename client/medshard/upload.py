@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -56,24 +57,30 @@ class Upload:
         self._holders = holders
         self._done: set[int] = set(skip)  # shards that are stored already
         self._produced = 0
+        self._fed: deque[Stripe] = deque()  # the newest of those, of which cells are still to be sent
         self._moved = asyncio.Event()
         self._started = time.monotonic()
         self._sending = Sending(net, self._moved.set)
         self._senders = [_Sender(i, node, self._begin(node, i)) for i, node in enumerate(holders) if i not in skip]
 
-    async def feed(self, burst: Sequence[Stripe]) -> None:
-        """Hand every sender its cells; waits while the window is full. Raises Unavailable when fewer than w can go on."""
+    async def feed(self, burst: Sequence[Stripe]) -> list[Stripe]:
+        """Hand every sender its cells; waits while the window is full. Stripes, of earlier ones too, of which all cells are sent.
+
+        Raises Unavailable when fewer than w can go on.
+        """
         for sender in self._live():
             for stripe in burst:
                 sender.outgoing.parts.append(stripe.cells[sender.index])
+        self._fed.extend(burst)
         self._sending.ring()
         self._produced += len(burst)
         while behind := [sender for sender in self._live() if self._produced - sender.outgoing.taken > window_stripes]:
             waited = await self._wait()
-            self._blame(
-                [sender for sender in behind if sender.is_going and self._produced - sender.outgoing.taken > window_stripes], waited
-            )
+            still = [sender for sender in behind if sender.is_going and self._produced - sender.outgoing.taken > window_stripes]
+            self._blame(still, waited)
         self._require()
+        sent = min((sender.outgoing.taken for sender in self._live()), default=0) - (self._produced - len(self._fed))
+        return [self._fed.popleft() for _ in range(sent)]
 
     async def finish(self, roots: Sequence[bytes]) -> set[int]:
         """The shards that are durable on their nodes, at least w. A slow rest is waited for a little, then left behind."""

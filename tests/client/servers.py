@@ -138,8 +138,10 @@ class Four:
         upload = Upload(self.net, self.manifest.file_id, layout, self.net.roster.nodes, w)
         try:
             for number in range(layout.stripes):
-                cells = [memoryview(server.shard)[number * cell : (number + 1) * cell] for server in self.servers]
-                await upload.feed([Stripe(number, tuple(cells), 0)])
+                cells = [memoryview(bytearray(server.shard[number * cell : (number + 1) * cell])) for server in self.servers]
+                for sent in await upload.feed([Stripe(number, tuple(cells), 0)]):
+                    for part in sent.cells:
+                        part[:] = bytes(len(part))  # as an encoder that uses its buffers again
             self.done = await upload.finish([ref.root for ref in self.manifest.shards])
         finally:
             await upload.close()
