@@ -278,6 +278,11 @@ def of_repair() -> dict[str, Parser]:
         "repairorder.unpack_keys": Parser(r.unpack_keys, lambda value: r.pack_keys(*value), (sent["keys"],)),
         "repairorder.unpack_ask": Parser(r.unpack_ask, r.pack_ask, (sent["ask"],)),
         "repairorder.unpack_moves": Parser(r.unpack_moves, r.pack_moves, (sent["moves"], r.pack_moves({}))),
+        "repairorder.unpack_grants": Parser(
+            r.unpack_grants,
+            r.pack_grants,
+            (r.pack_grants({}), r.pack_grants({ids.Sha256(bytes(32)): b"one", ids.Sha256(b"\1" * 32): b"two"})),
+        ),
         "repairorder.unpack_wish": Parser(r.unpack_wish, r.pack_wish, (sent["wish"], r.pack_wish(r.Wish()))),
         "repairorder.unpack_drain": Parser(
             r.unpack_drain, lambda value: r.pack_drain(on=value), (r.pack_drain(on=True), r.pack_drain(on=False))
