@@ -28,7 +28,8 @@ from medshard_protocol.ids import FileId
 from medshard_protocol.shards import Layout
 
 kept_bytes_max: Final = 64 * 1024 * 1024  # opened stripes in memory: a CT series of 130 slices
-run_bytes_max: Final = 8 * 1024 * 1024  # fetched under one request to each holder, and at the most read ahead
+run_bytes_max: Final = 16 * 1024 * 1024  # fetched under one request to each holder, and at the most read ahead
+long_read_bytes: Final = 2 * 1024 * 1024  # who goes on with reads of so much will read all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ class Ranges:
         goes_on = wanted.start in (course.end - 1, course.end)
         most = max(1, run_bytes_max // span.layout.segment_plain)
         if wanted.stop > course.end or not goes_on:
-            course.ahead = min(most, max(1, 2 * course.ahead)) if goes_on else 0
+            is_long = len(wanted) * span.layout.segment_plain >= long_read_bytes
+            course.ahead = (most if is_long else min(most, max(1, 2 * course.ahead))) if goes_on else 0
         course.end = wanted.stop
         return course.ahead
 

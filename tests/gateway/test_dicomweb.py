@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -404,6 +405,25 @@ async def test_a_viewers_many_requests_are_one_entry_on_the_ledger(site: Site) -
         assert [each.purpose for each in happened] == ["treatment"]
         reads.add(happened[0].index)
     assert len(reads) == 1
+
+
+async def test_metadata_are_made_while_a_series_is_in_the_spool_and_cost_no_read_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, serieses = generate_uid(), [generate_uid(), generate_uid()]
+    for number in range(1, 4):
+        for series in serieses:
+            await site.archive.receive(Incoming(make_instance(study, series, number=number)))
+    await until_stored(site)
+    from medshard.gateway.reading import Shelf
+
+    async def never(*_: object) -> bytes:
+        raise AssertionError("nothing had to be read")
+
+    monkeypatch.setattr(Shelf, "read", never)
+    status, _, body = await site.get(f"/studies/{study}/metadata", "application/dicom+json")
+    assert status == 200
+    found = json.loads(body)
+    assert [each["00200013"]["Value"] for each in found] == [[1], [2], [3]] * 2
+    assert {each["0020000E"]["Value"][0] for each in found} == set(serieses)
 
 
 # Who may

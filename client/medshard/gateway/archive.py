@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
@@ -96,6 +96,7 @@ class Archive:
         self._turns: dict[Series, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._slots = asyncio.Semaphore(puts_at_once)
         self._not_before = 0.0
+        self.prepare: Callable[[str, str], Awaitable[None]] | None = None  # what is made of a series before it leaves the spool
         self.last_failure = ""  # why the last put failed; empty after one that did not
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -272,6 +273,7 @@ class Archive:
             if not entries:
                 return
             began = time.monotonic()
+            preparing = asyncio.create_task(self._prepare(series))
             try:
                 report = await self.vault.store(plan_of(series, entries, self.spool))
             except MedshardError as error:
@@ -279,11 +281,18 @@ class Archive:
                 self.last_failure = str(error)
                 self._say("not-stored", instances=len(entries), why=str(error))
                 raise
+            finally:
+                await asyncio.wait([preparing])
             self.last_failure = ""
             await asyncio.to_thread(self._stored, series, entries, report)
             self._say(
                 "stored", instances=len(entries), bytes=sum(each.size for each in entries), seconds=round(time.monotonic() - began, 3)
             )
+
+    async def _prepare(self, series: Series) -> None:
+        if self.prepare is not None:
+            with contextlib.suppress(Exception):  # whoever asks for it later hears what is wrong
+                await self.prepare(*series)
 
     def _stored(self, series: Series, entries: list[Entry], report: PutReport) -> None:
         placed = places(self.vault, report)

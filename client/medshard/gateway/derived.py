@@ -25,6 +25,7 @@ from medshard_protocol.errors import MedshardError, TooLarge
 
 head_bytes_max: Final = 64 * 1024 * 1024  # of an instance without pixels, all of which is read
 together_max: Final = 2_000
+prepared_max: Final = 2_000
 making_max: Final = 2  # metadata of series that are being made
 _form: Final = b"3"  # another one whenever what is made changes
 
@@ -72,6 +73,13 @@ class Derived:
             for at in range(0, len(of_series), together_max):
                 parts.append(await self._together(of_series[at : at + together_max]))
         return b"[" + b",".join(part for part in parts if part) + b"]"
+
+    async def prepare(self, study: str, series: str) -> None:
+        """Make the metadata of a series while all of it is in the spool, so that the first viewer does not wait for it."""
+        instances = (await self._shelf.study(study)).chosen(series)
+        archive = self._shelf.archive
+        if len(instances) <= prepared_max and all(archive.entry(each) is not None for each in instances):
+            await self.metadata(instances)
 
     async def _together(self, instances: Sequence[Instance]) -> bytes:
         name = self._cache.name(b"metadata", _form, hashlib.sha256(b"".join(each.sha256 for each in instances)).digest())

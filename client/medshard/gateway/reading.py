@@ -23,7 +23,7 @@ studies_max: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The instances of a study that are served, by instance number, as they are in the catalog at one time."""
+    """The instances of a study that are served, by series and number, as they are in the catalog at one time."""
 
     uid: str
     version: tuple[int, int]
@@ -55,7 +55,8 @@ class Shelf:
         known = self._studies.get(uid)
         if known is None or known.version != catalog.version(uid):
             version = catalog.version(uid)  # before the look: what changes meanwhile is looked at again
-            instances = tuple(await asyncio.to_thread(self.archive.instances, uid))
+            found = await asyncio.to_thread(self.archive.instances, uid)
+            instances = tuple(sorted(found, key=lambda each: each.series))  # within a series by number: as they lie in their objects
             known = self._studies[uid] = Study(uid, version, instances, {each.uid: each for each in instances})
             while len(self._studies) > studies_max:
                 self._studies.popitem(last=False)

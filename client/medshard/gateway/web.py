@@ -99,6 +99,7 @@ def application(archive: Archive, cache: BlockCache, rules: WebRules) -> web.App
     derived = Derived(shelf, cache)
     wado, stow, qido = Wado(shelf, derived), Stow(archive), Qido(archive)
     rendered = Rendered(shelf, derived, wado)
+    archive.prepare = derived.prepare
     door = Door(rules)
     app = web.Application(middlewares=[door.cross_origin, errors, door.check], client_max_size=1024 * 1024)
     app[base_key] = rules.base_url
