@@ -1,6 +1,7 @@
 """The gateway over HTTP beside Orthanc with its DICOMweb plugin, on one machine and one set of data, in turn.
 
     python -m bench.gateway_web DATA            # DATA/ct: a series of 300 slices; DATA/mf/mf200.dcm: one object of 200 MB, 400 frames
+    python -m bench.gateway_web --studies 100000    # searches alone, over HTTP, on an index of so many studies
 
 A consortium of six nodes, code 3/6, and the gateway are processes of their own, as is Orthanc. The client is one connection that throws
 away what it reads. ``cold`` is with an empty cache, from the nodes. Figures are the median of ``--runs``.
@@ -9,6 +10,7 @@ away what it reads. ``cold`` is with an empty cache, from the nodes. Figures are
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import http.client
 import json
@@ -23,12 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import aiohttp
 import pydicom
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from bench.machine import cpu_s
 from medshard.consortium import LocalConsortium
+from medshard.gateway.archive import Archive
+from medshard.gateway.catalog import Catalog
+from medshard.gateway.dicomweb.http import base_key, errors
+from medshard.gateway.dicomweb.qido import Qido
+from medshard.gateway.model import Instance
 
 stored = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 octets = 'multipart/related; type="application/octet-stream"'
@@ -197,13 +207,52 @@ def measure(data: Path, runs: int) -> dict[str, Any]:
     return found
 
 
+async def searches(count: int, runs: int) -> dict[str, float]:
+    """Milliseconds of searches in an index of ``count`` studies."""
+    with tempfile.TemporaryDirectory(prefix="bench-web-") as place, contextlib.closing(Catalog(Path(place, "index"), b"k" * 32)) as catalog:
+        for number in range(count):
+            uid = f"1.2.{number}"
+            said = {
+                "study-uid": uid, "series-uid": f"{uid}.1", "sop-uid": f"{uid}.1.1", "modality": ("CT", "MR")[number % 2],
+                "patient-id": f"P{number // 3:06}", "patient-name": f"Name{number // 3:06}^Given", "accession-number": f"A{number:07}",
+                "study-date": f"20{number % 26:02}0{number % 9 + 1}15", "study-description": "CT THORAX",
+            }  # fmt: skip
+            catalog.put([Instance(said["study-uid"], said["series-uid"], said["sop-uid"], 1, number.to_bytes(32), number, said)])
+        catalog.flush()
+        app = web.Application(middlewares=[errors])
+        app[base_key] = ""
+        app.router.add_routes(Qido(cast(Archive, catalog)).routes("/dicom-web"))
+        found: dict[str, float] = {}
+        async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as http:
+            for name, query in {
+                "patient_id": f"PatientID=P{count // 7:06}", "name_wildcard": f"PatientName=name{count // 7:06}*",
+                "newest_100": "limit=100",
+                "date_range": "StudyDate=20100101-20101231&limit=100", "study_uid": f"StudyInstanceUID=1.2.{count // 2}",
+                "modality": "ModalitiesInStudy=MR&limit=100", "accession": f"AccessionNumber=A{count // 3:07}",
+                "name_in_the_middle": f"PatientName=*{count // 7}*&limit=100",
+            }.items():  # fmt: skip
+                times = []
+                for _ in range(runs + 1):
+                    began = time.perf_counter()
+                    async with http.get(f"/dicom-web/studies?{query}") as response:
+                        assert response.status == 200
+                        assert await response.json(content_type=None), name
+                    times.append(time.perf_counter() - began)
+                found[name] = round(statistics.median(times[1:]) * 1000, 1)
+        return found
+
+
 def main() -> None:
     """Measure, and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--studies", type=int)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.data, arguments.runs), indent=1))
+    if arguments.studies:
+        print(json.dumps({f"search_{arguments.studies}_ms": asyncio.run(searches(arguments.studies, arguments.runs))}, indent=1))
+    if arguments.data:
+        print(json.dumps(measure(arguments.data, arguments.runs), indent=1))
 
 
 if __name__ == "__main__":
