@@ -220,6 +220,15 @@ def test_a_known_key_with_a_signature_of_another_length_spoils_the_note(consorti
         open_published(note.signed_by([Signature(verifier.name, verifier.key_id, bytes(length))]).to_bytes(), c.roster)
 
 
+def test_a_signature_that_takes_the_first_bytes_of_its_text_along_does_not_hold(consortium):
+    c = consortium(4)
+    verifier, text = log_verifier(c.roster), c.checkpoint([b"entry"]).text()
+    value = c.key("log").sign(b"x" + text.encode())
+    with pytest.raises(Refused, match="does not hold"):
+        verifier.verify(text, Signature(verifier.name, verifier.key_id, value + b"x"))
+    assert verifier.verify("x" + text, Signature(verifier.name, verifier.key_id, value)) == 0
+
+
 def test_a_cosignature_of_a_time_out_of_range_is_refused(consortium):
     c, note = published(consortium, [0, 1])
     late = cosigner_verifier(c.roster, c.roster.nodes[2].id).sign(note.text, c.key("cosigner 2").sign, 2**63)

@@ -30,6 +30,12 @@ async def net(consortium, tmp_path):
         await made.close()
 
 
+def be_patient(monkeypatch):
+    """A busy machine is no reason to push to everybody."""
+    monkeypatch.setattr(pushing, "patience_s", 60.0)
+    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+
+
 def asked(net, since):
     """Who was pushed entries, in order."""
     return [number for number, push in net.pushes[since:] if push.entries]
@@ -44,8 +50,7 @@ async def append(net, entry=None):
 
 
 async def test_an_entry_goes_to_a_quorum_and_one_to_spare_and_to_the_others_a_moment_later(net, monkeypatch):
-    monkeypatch.setattr(pushing, "patience_s", 5.0)
-    monkeypatch.setattr(pushing, "patience_most_s", 5.0)
+    be_patient(monkeypatch)
     monkeypatch.setattr(pushing, "tell_after_s", 0.5)
     since = len(net.pushes)
     assert len(await append(net)) == 5
@@ -56,16 +61,14 @@ async def test_an_entry_goes_to_a_quorum_and_one_to_spare_and_to_the_others_a_mo
 
 
 async def test_a_registered_file_is_everywhere_as_soon_as_it_is_published(net, monkeypatch):
-    monkeypatch.setattr(pushing, "patience_s", 60.0)
-    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+    be_patient(monkeypatch)
     monkeypatch.setattr(pushing, "tell_after_s", 60.0)
     await append(net, net.register())
     await net.until(lambda: all(net.ledgers[number].journal.head.size == 3 for number in range(7)))
 
 
 async def test_any_other_entry_goes_to_everybody_at_once_and_so_does_the_news(net, monkeypatch):
-    monkeypatch.setattr(pushing, "patience_s", 60.0)
-    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+    be_patient(monkeypatch)
     monkeypatch.setattr(pushing, "tell_after_s", 60.0)
     enrol = Enrol(public_key(net.consortium.key("other")), 0, b"\x01" * 16)
     await append(net, net.consortium.entry("ca 0", enrol))
@@ -73,7 +76,8 @@ async def test_any_other_entry_goes_to_everybody_at_once_and_so_does_the_news(ne
 
 
 async def test_the_mirrors_take_turns_to_be_left_out(net, monkeypatch):
-    monkeypatch.setattr(pushing, "quick_s", 10.0)
+    be_patient(monkeypatch)
+    monkeypatch.setattr(pushing, "quick_s", 60.0)
     left_out = []
     for _ in range(8):
         since, size = len(net.pushes), net.ledgers[0].journal.head.size
@@ -96,8 +100,7 @@ async def test_one_that_stands_still_costs_no_time_and_two_cost_the_sequencers_p
 
 
 async def test_where_one_of_the_first_refuses_the_others_are_asked_at_once(net, monkeypatch):
-    monkeypatch.setattr(pushing, "patience_s", 60.0)
-    monkeypatch.setattr(pushing, "patience_most_s", 60.0)
+    be_patient(monkeypatch)
     monkeypatch.setattr(pushing, "tell_after_s", 60.0)
     for number in (1, 2):
         net.ledgers[number].mirror.withhold = lambda: "not today"
@@ -107,6 +110,7 @@ async def test_where_one_of_the_first_refuses_the_others_are_asked_at_once(net, 
 
 
 async def test_a_mirror_that_says_so_gets_the_newest_entries_at_once(net, monkeypatch):
+    be_patient(monkeypatch)
     monkeypatch.setattr(pushing, "tell_after_s", 60.0)
     await append(net)
     await net.until(lambda: sum(net.ledgers[number].journal.head.size == 3 for number in range(7)) == 6)
