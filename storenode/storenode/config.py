@@ -429,7 +429,7 @@ sequencer = {sequencer}
 # manifest_bytes_max = {limits.manifest_bytes_max:_}
 # Shards up to this size live in one SQLite file instead of a file each.
 # small_shard_bytes_max = {limits.small_shard_bytes_max:_}
-# Cut a sender that sends nothing for so many seconds.
+# Cut who sends nothing of a body, or reads nothing of a shard, for so many seconds.
 # body_stall_s = {limits.body_stall_s}
 # Delete a shard that was not registered on the ledger so many seconds after it came. A slow upload must fit in.
 # sweep_after_s = {limits.sweep_after_s:_}
