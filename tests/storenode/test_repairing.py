@@ -15,6 +15,7 @@ from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.repairorder import pack_drain, pack_grants, unpack_drain, unpack_grants
 from storenode.config import Config, RepairSection
 from storenode.repairing import triage
+from storenode.repairing.lasting import lasting
 from storenode.repairing.leaving import Leaving
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rate import Bucket
@@ -119,6 +120,25 @@ async def test_a_node_is_gone_after_the_time_of_grace_and_not_where_most_are_sil
     peers.up = set(nodes)
     await pulse.beat()
     assert not pulse.gone
+
+
+async def test_work_that_fails_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storenode.repairing.lasting.pause_s", 0.0)
+    times = 0
+
+    async def work() -> None:
+        nonlocal times
+        times += 1
+        if times == 3:
+            await asyncio.Event().wait()
+        raise OSError("no space left on device")
+
+    task = asyncio.create_task(lasting(work, "work"))
+    while times < 3:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 # -- balance

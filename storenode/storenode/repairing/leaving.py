@@ -23,6 +23,7 @@ from storenode import durable
 from storenode.config import RepairSection
 from storenode.repairing import ground, triage
 from storenode.repairing.fetching import Giver
+from storenode.repairing.lasting import lasting
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rebuilding import Means
 from storenode.repairing.surveying import Case
@@ -67,7 +68,7 @@ class Leaving:
 
     def start(self) -> None:
         """Begin, once the ledger runs."""
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(lasting(self._run, "handing shards on"))
 
     async def close(self) -> None:
         """Stop; what is being fetched breaks off, and begins anew after a restart."""

@@ -16,6 +16,7 @@ from medshard_protocol.errors import MedshardError
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Roster
 from storenode.peers import Peers
+from storenode.repairing.lasting import lasting
 
 every_s: Final = 15.0
 answer_s: Final = 5.0
@@ -35,7 +36,7 @@ class Pulse:
 
     def start(self) -> None:
         """Ask everybody from now on."""
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(lasting(self._run, "asking the others for their health"))
 
     async def close(self) -> None:
         """Ask no more."""

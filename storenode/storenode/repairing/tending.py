@@ -20,6 +20,7 @@ from medshard_protocol.messages import unpack_error
 from medshard_protocol.repairorder import Wish, pack_wish
 from storenode.config import RepairSection
 from storenode.repairing import ground, triage
+from storenode.repairing.lasting import lasting
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rebuilding import Job, Means
 from storenode.repairing.repairer import Repairer
@@ -82,8 +83,8 @@ class Tending:
 
     def start(self) -> None:
         """Begin, once the ledger runs."""
-        for work in (self._keep_walking(), self._keep_looking(), self._keep_working()):
-            self._tasks.append(asyncio.create_task(work))
+        for work in (self._keep_walking, self._keep_looking, self._keep_working):
+            self._tasks.append(asyncio.create_task(lasting(work, "looking after files")))
 
     async def close(self) -> None:
         """Stop tending; repairs that run are the repairer's."""
