@@ -12,6 +12,7 @@ from typing import Any
 from tests.simulation.cluster import Cluster, Host
 from tests.simulation.world import here
 
+from medshard import sealing
 from medshard.sealing import FileSeal
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint
@@ -22,8 +23,10 @@ from medshard_protocol.manifest import Manifest
 from medshard_protocol.merkle import sha256
 from medshard_protocol.repair import Mask, holders
 from medshard_protocol.repairorder import counted
+from medshard_protocol.shards import digests, shard_root, split
 from storenode.ledger.mirror import Mirror
 from storenode.repairing import ground, helping
+from storenode.shardstore import ShardStore
 
 
 class Broken(Exception):
@@ -36,11 +39,13 @@ class Witness:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.cosigned: dict[tuple[int, bytes], set[Host]] = defaultdict(set)
-        self.sealed: dict[tuple[bytes, int, bool], bytes] = {}
+        self.sealed: dict[tuple[bytes, bytes], bytes] = {}
+        self.stored: dict[tuple[Host, FileId], int] = {}  # the shard's number
         self.broken: list[str] = []
         self._watch_cosignatures()
         self._watch_seals()
         self._watch_sums()
+        self._watch_stores()
 
     def _watch_cosignatures(self) -> None:
         cosign = Mirror.cosign
@@ -59,7 +64,7 @@ class Witness:
 
         def watched(seal: FileSeal, number: int, last: bool, plain: Any, out: memoryview) -> None:
             digest = hashlib.sha256(plain).digest()
-            if self.sealed.setdefault((seal.file_key + seal.file_id, number, last), digest) != digest:
+            if self.sealed.setdefault((seal.file_key + seal.file_id, sealing.segment_nonce(number, last)), digest) != digest:
                 self.broken.append(f"segment {number} of a file was sealed twice with one key and nonce")
             seal_into(seal, number, last, plain, out)
 
@@ -70,11 +75,39 @@ class Witness:
 
         def watched(before: Any, factor: int, own: bytes, mask: Any) -> bytes:
             total = add(before, factor, own, mask)
+            if len(mask._streams) < 2:
+                self.broken.append("a sum left a helper without a mask that the replacement does not know")
             if own.strip(b"\0") and total == add(before, factor, own, Mask()):
                 self.broken.append("a sum left a helper without a mask")
             return total
 
         helping.add = watched  # type: ignore[assignment]
+
+    def _watch_stores(self) -> None:
+        """Each shard that a node says it has stored."""
+
+        def watched(name: str) -> None:
+            real = getattr(ShardStore, name)
+
+            async def stored(store: ShardStore, *values: Any) -> Any:
+                machine = here.get()
+                answer = await real(store, *values)
+                assert machine is not None
+                manifest = next((each for each in values if isinstance(each, Manifest)), None)
+                file_id = manifest.file_id if manifest else next(each for each in values if isinstance(each, bytes) and len(each) == 32)
+                self.stored[machine.host, FileId(file_id)] = next(each for each in values if isinstance(each, int))
+                return answer
+
+            setattr(ShardStore, name, stored)
+
+        for name in ("commit", "commit_small", "commit_described"):
+            watched(name)
+
+    def check_stores(self, spoiled: set[Host]) -> None:
+        """What a node said it has stored is there, whatever happened to its power, unless its disk spoiled it or it lies."""
+        for (host, file_id), index in self.stored.items():
+            if host not in spoiled and not is_whole(host, file_id, index):
+                raise Broken(f"lost: {host} said that it had stored a shard, and has not got it")
 
     def check(self, byzantine: set[Host]) -> None:
         """One history: all that a quorum could publish, and all that honest nodes hold to be published, is of the same log."""
@@ -142,7 +175,7 @@ def missing_shards(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host]]:
     found = []
     for index, node in enumerate(holders(manifest, moves)):
         host = by_id[node]
-        if not _is_whole(host, manifest, index):
+        if not _is_stored(host, manifest, index):
             found.append((index, host))
     return found
 
@@ -160,11 +193,23 @@ def manifest_of(cluster: Cluster, file_id: FileId) -> Manifest:
     raise Broken("lost: no node has the manifest of a file that was acknowledged")
 
 
-def _is_whole(host: Host, manifest: Manifest, index: int) -> bool:
+def is_whole(host: Host, file_id: FileId, index: int) -> bool:
+    """Whether a node has a shard, and each of its cells still has its digest. Asks the disk, and none of the store's own checks."""
     try:
         store = host.parts.node.store
-        shard = store.shard_at(manifest.file_id, index)
-        same = shard.root == manifest.shards[index].root and store.manifest(manifest.file_id) == manifest.to_bytes()
-        return bool(same and not store.bad_cells(shard))
+        shard = store.shard_at(file_id, index)
+        data = shard.data if shard.data is not None else store._path(file_id, shard.root).read_bytes()
+        cells = [digests["blake3"](cell) for cell in split(data, shard.cell_size)]
+        return len(data) == shard.size and tuple(cells) == shard.digests and shard_root(cells, digests["blake3"]) == shard.root
+    except (MedshardError, OSError, AttributeError):
+        return False
+
+
+def _is_stored(host: Host, manifest: Manifest, index: int) -> bool:
+    try:
+        store = host.parts.node.store
+        same = store.shard_at(manifest.file_id, index).root == manifest.shards[index].root
+        rows = store.catalog.all("SELECT bytes FROM manifests WHERE file_id = ?", manifest.file_id)
+        return same and bool(rows) and rows[0][0] == manifest.to_bytes() and is_whole(host, manifest.file_id, index)
     except (MedshardError, AttributeError):
         return False

@@ -45,6 +45,8 @@ class Harm:
     done: list[str] = field(default_factory=list)
     ended: bool = False
     forked: bool = False
+    lies: dict[Host, list[Any]] = field(default_factory=dict)
+    reformed: set[Host] = field(default_factory=set)
 
     def victim(self) -> Host | None:
         """A node that may lose data or lie, within the budget."""
@@ -287,19 +289,18 @@ lies = (forgets, spoils_reads, spoils_manifests, spoils_sums, cosigns_anything, 
 
 
 async def byzantine(harm: Harm) -> None:
-    """Some nodes lie from now on, also after a restart."""
-    chosen: dict[Host, list[Any]] = {}
+    """Some nodes lie from now on, also after a restart, until they are reformed."""
     for _ in range(harm.rng.randint(1, max(1, min(harm.budget, harm.cluster.roster.quorum.f)))):
         host = harm.victim()
         if len(harm.byzantine) < harm.cluster.roster.quorum.f and host is not None:
             harm.byzantine.add(host)
-            chosen[host] = harm.rng.sample(lies, harm.rng.randint(1, 3))
-            harm.done += [f"{host} {lie.__name__}" for lie in chosen[host]]
-    while not harm.ended and chosen:
-        for host in chosen:
-            if host.parts is not None and host.lies_in is not host.machine:
+            harm.lies[host] = harm.rng.sample(lies, harm.rng.randint(1, 3))
+            harm.done += [f"{host} {lie.__name__}" for lie in harm.lies[host]]
+    while harm.lies:
+        for host, chosen in harm.lies.items():
+            if host.parts is not None and host.lies_in is not host.machine and host not in harm.reformed:
                 host.lies_in = host.machine
-                for lie in chosen[host]:
+                for lie in chosen:
                     lie(host, harm.rng)
         await asyncio.sleep(0.1)
 

@@ -125,9 +125,10 @@ class Run:
             if self.world.loop.time() < until:
                 await self._session(number, until)
         self.harm.ended = True
-        for task in harming:
+        ending = [task for name, task in zip(names, harming, strict=True) if name != "byzantine"]
+        for task in ending:
             task.cancel()
-        for answer in await asyncio.gather(*harming, return_exceptions=True):
+        for answer in await asyncio.gather(*ending, return_exceptions=True):
             if isinstance(answer, Exception) and not isinstance(answer, MedshardError):
                 raise answer
         self.result.told += self.harm.done
@@ -163,6 +164,8 @@ class Run:
         try:
             await work
         except MedshardError as error:
+            if what.startswith("put") and self.rng.random() < 0.3:
+                self._change(self.unfinished[-1])
             self.result.failed += 1
             self.result.told.append(f"{self.world.loop.time():.1f} {what}: {error}")
 
@@ -172,6 +175,11 @@ class Run:
         os.utime(path, ns=(10**18, 10**18))
         return path
 
+    def _change(self, path: Path) -> None:
+        """Put another file under the same name, size and time: nothing of the first may be used for it."""
+        path.write_bytes(self.rng.randbytes(path.stat().st_size))
+        os.utime(path, ns=(10**18, 10**18))
+
     async def _put(self, vault: Vault, path: Path) -> None:
         if path not in self.unfinished:
             self.unfinished.append(path)
@@ -180,13 +188,18 @@ class Run:
         for stored in report.stored:
             if stored.sha256 != hashlib.sha256(content).digest():
                 raise Broken("a put told another hash than its file has")
+            self._count_holders(FileId(stored.file_id), already=stored.already)
             self.stored[stored.sha256] = content
             self.files[stored.sha256].append(FileId(stored.file_id))
             self.unfinished.remove(path)
-            if self.rng.random() < 0.3:  # another file under the same name, size and time: nothing of the first may be used for it
-                path.write_bytes(self.rng.randbytes(len(content)))
-                os.utime(path, ns=(10**18, 10**18))
+            if self.rng.random() < 0.3:
+                self._change(path)
                 self.unfinished.append(path)
+
+    def _count_holders(self, file_id: FileId, *, already: bool) -> None:
+        said = {host for host, known in self.witness.stored if known == file_id} | self.harm.byzantine
+        if len(said) < self.cluster.roster.code[2] and not already:
+            raise Broken(f"acknowledged with shards on {len(said)} nodes of the {self.cluster.roster.code[2]} that are due")
 
     async def _get(self, vault: Vault, sha256: bytes) -> None:
         path = self.sources / f"got-{vault.keys.public.hex()[:4]}.bin"
@@ -225,16 +238,26 @@ class Run:
     # -- the end of all trouble
 
     async def _mend(self) -> None:
+        """Networks, disks, clocks and power are well again. Who lies goes on lying."""
         net = self.cluster.net
         net.loss, net.slow = 0.0, (0.0002, 0.003)
         net.split({})
         for host in self.cluster.nodes:
             host.disk.full, host.disk.cut_after, host.skew_s = False, None, 0.0
-            if host in self.harm.byzantine:
+        await self._until_agreed(self.harm.byzantine)
+
+    async def _reform(self) -> None:
+        """Who lied is honest again, but for one who spoils sums, whom a repair must find out by itself."""
+        for host in self.harm.byzantine:
+            if self.harm.lies.get(host) != [faults.spoils_sums]:
+                self.harm.reformed.add(host)
                 host.cut(silent=False)
-            if host.machine is None:
-                host.start()
-        await self._until(lambda: self._all_agree() or self._stands_still(), "all nodes hold one published log")
+        await self._until_agreed(set())
+
+    async def _until_agreed(self, left_out: set[Host]) -> None:
+        hosts = [host for host in self.cluster.nodes if host not in left_out]
+        self.split_since = self.world.loop.time()
+        await self._until(lambda: self._all_agree(hosts) or self._stands_still(), "all nodes hold one published log")
 
     def _stands_still(self) -> bool:
         """A sequencer that forks may leave honest mirrors with different last entries, of which none can get a quorum: the log waits for a
@@ -246,17 +269,16 @@ class Run:
         self.result.stands_still = self.world.loop.time() - self.split_since > 20.0
         return self.result.stands_still
 
-    def _all_agree(self) -> bool:
+    def _all_agree(self, hosts: list[Host]) -> bool:
         self._look_for_errors()
-        hosts = self.cluster.nodes
-        for host in hosts:
+        for host in self.cluster.nodes:
             if host.machine is None:  # it was ending when all trouble ended
                 host.start()
         if not all(host.parts is not None and host.parts.node.ledger.published for host in hosts):
             return False
         ledgers = [host.parts.node.ledger for host in hosts]
         sizes = {checks.published(host) for host in hosts} | {ledger.journal.head.size for ledger in ledgers}
-        return len(sizes) == 1 and any(ledger.leads for ledger in ledgers)
+        return len(sizes) == 1 and any(host.parts and host.parts.node.ledger.leads for host in self.cluster.nodes)
 
     def _look_for_errors(self) -> None:
         for host in self.cluster.nodes:
@@ -266,18 +288,24 @@ class Run:
     # -- the promises
 
     async def _look(self) -> None:
-        self.witness.check(self.harm.byzantine)
+        byzantine = set(self.harm.byzantine)
+        self.witness.check(byzantine)
+        if not self.result.stands_still:
+            await self._on(self.owner, self._all_come_back)
+            await self._on(self.mallory, self._mallory_reads)
+        await self._reform()
+        self.witness.check_stores(self.harm.spoiled | byzantine)
+        self.witness.check(byzantine)
         if self.result.stands_still:
             for file_id in self._file_ids():
                 if len(checks.missing_shards(self.cluster, file_id)) > self.size - self.cluster.roster.code[0]:
                     raise Broken("lost: fewer than k shards of an acknowledged file are left")
             return
-        await self._on(self.owner, self._all_come_back)
-        await self._on(self.mallory, self._mallory_reads)
         await self._repair_all()
         await self._on_node(self._node_grabs)
-        checks.check_traces(max(self.cluster.nodes, key=checks.published), [(reader, self.files[sha256]) for reader, sha256 in self.reads])
-        self.witness.check(self.harm.byzantine)
+        honest = [host for host in self.cluster.nodes if host not in byzantine]
+        checks.check_traces(max(honest, key=checks.published), [(reader, self.files[sha256]) for reader, sha256 in self.reads])
+        self.witness.check(byzantine)
         if self.world.loop.failures:
             self.result.told += self.world.loop.failures[:3]
 
@@ -311,6 +339,8 @@ class Run:
                 ]
                 tickets = [{}, *({access_header: pack_tickets([place])} for place in {*places[:1], *places[-1:]})]
                 for index, node in enumerate(self.cluster.roster.nodes):
+                    if self.cluster.nodes[index] in self.harm.byzantine:
+                        continue
                     for headers in tickets:
                         if await self._is_served(vault, node, file_id, index, headers):
                             raise Broken(f"read without a right: {node.name} served {author.hex()[:8]}")
