@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.simulation import disk as _second  # noqa: F401
+from tests.simulation import mutants
 from tests.simulation import run as runs
 from tests.simulation import world as _first
 
@@ -38,8 +39,6 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
         folder.mkdir()
         try:
             if mutant:
-                from tests.simulation import mutants
-
                 mutants.switch_on(mutant)
             told = asdict(runs.run(seed, folder))
         except BaseException:
@@ -69,7 +68,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", default="0-199", help="FIRST-LAST, or one")
-    parser.add_argument("--mutant", default="", help="a planted bug; the first seed that catches it ends the run")
+    parser.add_argument("--mutant", default="", help="planted bugs, or all: each until a seed finds it")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell of seeds that hold as well")
     parser.add_argument("--log", action="store_true", help="what the nodes and vaults log, with the world's time")
@@ -80,28 +79,47 @@ def main() -> int:
     else:
         logging.disable(logging.CRITICAL)
     first, _, last = arguments.seeds.partition("-")
+    seeds = range(int(first), int(last or first) + 1)
     gc.collect()
     gc.freeze()
     scratch = Path(tempfile.mkdtemp(prefix="simulation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    found: list[dict[str, Any]] = []
-    seconds, standing, acknowledged = 0.0, 0, 0
-    seeds = range(int(first), int(last or first) + 1)
     try:
-        for told in _each(seeds, arguments.mutant, scratch, arguments.jobs):
-            seconds += told["cpu"]
-            standing += bool(told.get("stands_still"))
-            acknowledged += told.get("acknowledged", 0)
-            if told["broken"]:
-                found.append(told)
-            if told["broken"] or arguments.verbose:
-                print(json.dumps(told), flush=True)
-            if found and arguments.mutant:
-                break
+        if arguments.mutant:
+            names = list(mutants.mutants) if arguments.mutant == "all" else arguments.mutant.split(",")
+            caught = [_caught(name, seeds, scratch, arguments.jobs) for name in names]
+            return 0 if all(caught) else 1
+        return _all(seeds, scratch, arguments.jobs, verbose=arguments.verbose)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    told = {"seeds": len(seeds), "broken": [each["seed"] for each in found], "acknowledged": acknowledged, "stood_still": standing}
-    print(json.dumps(told | {"processor_s": round(seconds, 1)}))
+
+
+def _all(seeds: range, scratch: Path, jobs: int, *, verbose: bool) -> int:
+    """Run all seeds; tell of those that break a promise, and the sum."""
+    found: list[int] = []
+    seconds, standing, acknowledged = 0.0, 0, 0
+    for told in _each(seeds, "", scratch, jobs):
+        seconds += told["cpu"]
+        standing += bool(told.get("stands_still"))
+        acknowledged += told.get("acknowledged", 0)
+        if told["broken"]:
+            found.append(told["seed"])
+        if told["broken"] or verbose:
+            print(json.dumps(told), flush=True)
+    total = {"seeds": len(seeds), "broken": found, "acknowledged": acknowledged, "stood_still": standing}
+    print(json.dumps(total | {"processor_s": round(seconds, 1)}))
     return min(len(found), 1)
+
+
+def _caught(name: str, seeds: range, scratch: Path, jobs: int) -> bool:
+    """Run seeds with a planted bug until one finds it."""
+    scratch = scratch / name
+    scratch.mkdir()
+    running = _each(seeds, name, scratch, jobs)
+    told = next((told for told in running if told["broken"]), {"seed": None, "broken": ""})
+    for _ in zip(range(jobs - 1), running, strict=False):  # those that run already
+        pass
+    print(json.dumps({"mutant": name, "seed": told["seed"], "broken": told["broken"][-300:]}), flush=True)
+    return told["seed"] is not None
 
 
 def _each(seeds: range, mutant: str, scratch: Path, jobs: int) -> Iterator[dict[str, Any]]:

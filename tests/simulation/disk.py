@@ -32,6 +32,7 @@ class Disk:
         self.folder = root / "0"
         self.folder.mkdir(parents=True)
         self.full = False
+        self.tells = True  # how much room there is; else a write finds out
         self.cut_after: int | None = None  # so many syncs from now the power fails, before or after the last of them
         self._files: dict[int, bytes] = {}  # by inode: content that was synced
         self._names: dict[str, dict[str, int]] = {}  # by folder: names that were synced
@@ -228,7 +229,7 @@ def _statvfs(path: Any) -> Any:
     disk = _disk()
     if disk is None:
         return real.statvfs(path)
-    return SimpleNamespace(f_bavail=0 if disk.full else 1 << 30, f_frsize=4096)
+    return SimpleNamespace(f_bavail=0 if disk.full and disk.tells else 1 << 30, f_frsize=4096)
 
 
 os.fsync = os.fdatasync = _fsync

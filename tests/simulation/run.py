@@ -249,9 +249,11 @@ class Run:
     async def _reform(self) -> None:
         """Who lied is honest again, but for one who spoils sums, whom a repair must find out by itself."""
         for host in self.harm.byzantine:
-            if self.harm.lies.get(host) != [faults.spoils_sums]:
+            if faults.spoils_sums in self.harm.lies.get(host, ()):
+                self.harm.lies[host] = [faults.spoils_sums]
+            else:
                 self.harm.reformed.add(host)
-                host.cut(silent=False)
+            host.cut(silent=False)
         await self._until_agreed(set())
 
     async def _until_agreed(self, left_out: set[Host]) -> None:
@@ -365,13 +367,12 @@ class Run:
                 continue
             bodies = [(f"tls {host.number}", Move(file_id, strange, node, os.urandom(16)))]
             bodies += [(f"tls {other.number}", Move(file_id, strange, roster.nodes[other.number].id, os.urandom(16)))]
-            places: list[tuple[int, int]] = []
+            await self._no_helper_helps(host, manifest, own, 1)
             for author, body in bodies:
                 with contextlib.suppress(MedshardError):  # the ledger itself refuses what is plainly wrong
                     (proof,) = await self.cluster.append(host, author, body)
-                    places += [(strange, proof.index), (own, proof.index)]
-            for shard, place in [*places, (own, 1)]:
-                await self._no_helper_helps(host, manifest, shard, place)
+                    await self._no_helper_helps(host, manifest, strange, proof.index)
+                    await self._no_helper_helps(host, manifest, own, proof.index)
 
     async def _no_helper_helps(self, host: Host, manifest: Manifest, shard: int, place: int) -> None:
         node, key = self.cluster.roster.nodes[host.number].id, key_named(f"tls {host.number}")

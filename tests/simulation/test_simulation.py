@@ -36,6 +36,21 @@ def test_a_seed_is_the_same_in_another_process() -> None:
     assert len({each["trace"] for each in first}) == len(first)
 
 
+@pytest.mark.parametrize("mutant", ["gate-open", "another's-move", "mirror-left-behind", "epochs-begin-anew", "catalog-not-synced"])
+def test_a_planted_bug_is_found(mutant: str) -> None:
+    _, told = simulate("--mutant", mutant)
+    assert told[0]["seed"] is not None, f"no seed finds {mutant}"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_nineteen_of_twenty_planted_bugs_are_found_within_two_hundred_seeds() -> None:
+    _, told = simulate("--mutant", "all", "--jobs", str(os.cpu_count() or 1))
+    missed = [each["mutant"] for each in told if each["seed"] is None]
+    assert len(told) >= 40
+    assert len(missed) <= len(told) // 20, missed
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_no_promise_is_broken_in_ten_thousand_seeds() -> None:
