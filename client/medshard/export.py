@@ -1,6 +1,7 @@
 """What happened to files, for other programs: CSV for spreadsheets, FHIR R4 AuditEvent for a hospital's audit repository.
 
-Values in, text out. A file's names and attributes are not in it: whoever may know them can look them up by the SHA-256.
+Values in, text out, in pieces: a log may have millions of entries. A file's names and attributes are not in it: whoever may know them can
+look them up by the SHA-256.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
@@ -57,12 +58,13 @@ _purposes: Final = {
 }
 
 
-def as_csv(happened: Iterable[Happened]) -> str:
+def as_csv(happened: Iterable[Happened]) -> Iterator[str]:
     """One line for each entry, with a line of column names first."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(columns)
     for each in happened:
+        yield _taken(out)
         time_is = ("exact" if each.exact else "before") if each.time else ""
         values = (
             each.index, _instant(each.time), time_is, each.what, each.author.hex(), each.author_name, each.institution, each.purpose,
@@ -70,16 +72,26 @@ def as_csv(happened: Iterable[Happened]) -> str:
             _instant(each.until), each.grant_index if each.grant_index >= 0 else "", each.grant.hex(), _reason(each), each.entry.hex(),
         )  # fmt: skip
         writer.writerow([_harmless(value) for value in values])
-    return out.getvalue()
+    yield _taken(out)
 
 
-def as_fhir(happened: Sequence[Happened], origin: str, now: int) -> str:
-    """A Bundle (FHIR R4, type collection) with an AuditEvent for each entry. ``origin`` names the log, ``now`` is in Unix seconds."""
-    entries = [{"fullUrl": f"urn:uuid:{UUID(bytes=each.entry[:16])}", "resource": _event(each, origin, now)} for each in happened]
-    bundle: dict[str, Any] = {"resourceType": "Bundle", "type": "collection", "timestamp": _instant(now)}
-    if entries:  # FHIR knows no empty arrays
-        bundle["entry"] = entries
-    return json.dumps(bundle, ensure_ascii=False, indent=1) + "\n"
+def _taken(out: io.StringIO) -> str:
+    text = out.getvalue()
+    out.seek(0)
+    out.truncate()
+    return text
+
+
+def as_fhir(happened: Iterable[Happened], origin: str, now: int) -> Iterator[str]:
+    """A Bundle (FHIR R4, type collection) with an AuditEvent for each entry, one a line. ``origin`` names the log, ``now`` is in Unix
+    seconds."""
+    yield f'{{"resourceType": "Bundle", "type": "collection", "timestamp": "{_instant(now)}"'
+    empty = True
+    for each in happened:
+        entry = {"fullUrl": f"urn:uuid:{UUID(bytes=each.entry[:16])}", "resource": _event(each, origin, now)}
+        yield (', "entry": [\n' if empty else ",\n") + json.dumps(entry, ensure_ascii=False)
+        empty = False
+    yield "}\n" if empty else "\n]}\n"  # FHIR knows no empty arrays
 
 
 def _event(each: Happened, origin: str, now: int) -> dict[str, Any]:

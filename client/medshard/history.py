@@ -75,6 +75,7 @@ class Teller:
     def begin(self) -> None:
         """Start at the beginning of a log."""
         self._owners: dict[FileId, Key] = {}
+        self._keys: dict[Key, Key] = {}  # one object for each author, however many files are theirs
         self._grants: dict[Sha256, _Standing] = {}
         self._by_reader: dict[tuple[FileId, Key], list[Sha256]] = {}
 
@@ -94,7 +95,7 @@ class Teller:
                     self._names.institutions.setdefault(key, self._institutions[author])
                 return None
             case Register():
-                self._owners.setdefault(body.file_id, author)
+                self._owners.setdefault(body.file_id, self._keys.setdefault(author, author))
                 file_ids = (body.file_id,)
             case Move() | Retain() | Hold() | Retire() | Erase():
                 file_ids = (body.file_id,)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from medshard import auditing
+from medshard.auditing import Audited
 from medshard.contacts import Contacts
 from medshard.grants import Happened, KnownGrant, Shared, purpose_name
 from medshard.history import Names, Teller
@@ -158,11 +159,10 @@ class Shares:
                     told[index] = happened
         return await self._timed([told[index] for index in sorted(told)])
 
-    async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> list[Happened]:
+    async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> Audited:
         """Everything that ever happened to any file, from the whole log; with the auditors' key, why it was read in emergencies."""
-        teller = Teller(self._net.roster, Names(self._contacts.names(), {}, self._keys.public), auditors)
-        happened, _, time = await auditing.audit(self._net, teller, progress)
-        return await self._timed([replace(each, time=time) for each in happened])
+        names = Names(self._contacts.names(), {}, self._keys.public)
+        return await auditing.audit(self._net, Teller(self._net.roster, names, auditors), names, self._timed, progress)
 
     async def _timed(self, happened: Sequence[Happened]) -> list[Happened]:
         """With the time of each as far as the nodes kept it; what they did not happened before the checkpoint's, which is there already."""

@@ -7,12 +7,14 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import pytest
 
 from medshard import hpke
+from medshard.auditing import Audited
 from medshard.envelopes import seal_reason
 from medshard.export import as_csv, as_fhir, columns
 from medshard.grants import Happened
@@ -128,7 +130,7 @@ def test_an_emergency_is_flagged_and_its_reason_is_for_the_auditors(log: Log) ->
 def test_a_table_has_a_line_for_each_entry_and_no_formula(log: Log) -> None:
     granted(log)
     read(log, "owner", reason=seal_reason(auditors.public, log.consortium.roster.origin, "=cmd|'/c calc'!A1"))
-    lines = list(csv.DictReader(io.StringIO(as_csv(log.told(key=auditors)))))
+    lines = list(csv.DictReader(io.StringIO("".join(as_csv(log.told(key=auditors))))))
     assert tuple(lines[0]) == columns
     assert [line["what"] for line in lines] == ["registered", "granted", "read in an emergency"]
     assert lines[2]["reason"] == "'=cmd|'/c calc'!A1"
@@ -142,7 +144,7 @@ def test_an_audit_event_has_what_fhir_requires(log: Log) -> None:
     read(log, "owner", reason=seal_reason(auditors.public, log.consortium.roster.origin, "fire"))
     log.add("owner", Revoke(given.id, bytes(16)))
     log.add("owner", Erase(scan, 0, bytes(16)))
-    bundle = json.loads(as_fhir(log.told(key=auditors), log.consortium.roster.origin, 1_700_000_001))
+    bundle = json.loads("".join(as_fhir(log.told(key=auditors), log.consortium.roster.origin, 1_700_000_001)))
     assert (bundle["resourceType"], bundle["type"]) == ("Bundle", "collection")
     events = [entry["resource"] for entry in bundle["entry"]]
     for event in events:
@@ -163,4 +165,26 @@ def test_an_audit_event_has_what_fhir_requires(log: Log) -> None:
 
 
 def test_nothing_happened_is_still_a_bundle() -> None:
-    assert "entry" not in json.loads(as_fhir([], "consortium.example/log", 1_700_000_000))
+    assert "entry" not in json.loads("".join(as_fhir([], "consortium.example/log", 1_700_000_000)))
+
+
+def test_what_an_audit_found_is_read_again_and_again_and_lies_on_disk_without_names_and_reasons(log: Log) -> None:
+    granted(log)
+    read(log, "reader", reason=seal_reason(auditors.public, log.consortium.roster.origin, "no time to ask"))
+    read(log, "owner")
+    contacts = {log.key("owner"): "Dr. Name", log.key("reader"): "Insurer"}
+    told = [replace(each, time=7, exact=True) for each in log.told(key=auditors, contacts=contacts)]
+    audited = Audited(Names(contacts, {}, log.key("owner")))
+    audited.add(told[:2])
+    audited.add(told[2:])
+    assert (list(audited), list(audited), len(audited)) == (told, told, 4)
+    assert [each.reason for each in told] == ["", "", "no time to ask", ""]
+    audited._file.seek(0)
+    on_disk = audited._file.read()
+    assert [text in on_disk for text in (b"Dr. Name", b"Insurer", b"no time to ask", b"read in an emergency")] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    audited.close()

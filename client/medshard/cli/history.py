@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def log(session: Session, sha256: bytes | None, auditor: Path | None, csv_file: 
         raise click.UsageError("name one file by its SHA-256, or give the auditors' key file with --auditor")
     key = None if auditor is None else _auditors_key(auditor)
 
-    async def work() -> tuple[list[Happened], str]:
+    async def work() -> tuple[Iterable[Happened], str]:
         async with session.vault() as vault:
             origin = vault.roster.origin
             if sha256 is not None:
@@ -68,21 +69,18 @@ def _auditors_key(path: Path) -> PrivateKey:
     return auditors.load(path, passphrase.of_auditors(path))
 
 
-def _export(happened: list[Happened], origin: str, csv_file: Path | None, fhir_file: Path | None) -> bool:
+def _export(happened: Iterable[Happened], origin: str, csv_file: Path | None, fhir_file: Path | None) -> bool:
     """Write what was asked for; whether standard output is taken."""
     from medshard.durable import write_durably
     from medshard.export import as_csv, as_fhir
 
     taken = False
-    for path, text in (
-        (csv_file, as_csv(happened) if csv_file else ""),
-        (fhir_file, as_fhir(happened, origin, int(time.time())) if fhir_file else ""),
-    ):
+    for path, pieces in ((csv_file, as_csv(happened)), (fhir_file, as_fhir(happened, origin, int(time.time())))):
         if path is not None and str(path) == "-":
-            sys.stdout.write(text)
+            sys.stdout.writelines(pieces)
             taken = True
         elif path is not None:
-            write_durably(path, text.encode("utf-8", "backslashreplace"), mode=0o600)
+            write_durably(path, (piece.encode("utf-8", "backslashreplace") for piece in pieces), mode=0o600)
     return taken
 
 
