@@ -23,7 +23,7 @@ from aiohttp.typedefs import Handler, Middleware
 from cryptography.x509 import load_der_x509_certificate
 
 from medshard_protocol.entries import Enrol, nonce_size, sign_entry
-from medshard_protocol.errors import Full, MedshardError, Refused
+from medshard_protocol.errors import Full, MedshardError, Refused, Unavailable
 from medshard_protocol.identity import certificate_key
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
@@ -44,6 +44,7 @@ from storenode.genesis import check_membership, load_genesis
 from storenode.identity import NodeKeys, Peer, client_contexts, peer_of, server_ssl_context, trust
 from storenode.join import join_routes
 from storenode.ledger import Ledger, marker_name
+from storenode.ledger.standby import may_order, stands_by
 from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
@@ -71,6 +72,7 @@ again_after_s: Final = 2.0  # what the others get to hear of a roster with our n
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
 read_bytes: Final = 256 * 1024  # a connection reads this far ahead of its handler; the default stops and starts four times as often
 sweep_every_s: Final = 600.0
+failing: Final = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})  # of a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
 
 def _open_ledger(config: Config, membership: Membership, keys: NodeKeys, peers: Peers) -> Ledger:
     genesis, marker = membership.genesis, keys.folder / marker_name
+    roster = membership.last_with(keys.node_id)
     return Ledger.open(
         log_folder(config.data, genesis),
         genesis,
@@ -142,10 +145,10 @@ def _open_ledger(config: Config, membership: Membership, keys: NodeKeys, peers: 
         keys.cosigner,
         keys.log,
         peers,
-        roster=membership.last_with(keys.node_id),
+        roster=roster,
         documents=membership.document,
         engine=config.ledger_engine,
-        standby=config.sequencer,
+        standby=stands_by(roster, keys.node_id, config.sequencer),
         marker=marker.with_name(f"{marker_name}-{len(genesis.before)}") if genesis.before else marker,
         pq_key=keys.cosigner_pq,
         line=membership.line,
@@ -206,6 +209,9 @@ async def serve(config: Config) -> bool:
         async with serve_metrics(config, metrics, lambda: _gauge(parts, auditor)):
             log.info("ready", extra={"listen": config.listen, "node": keys.node_id.hex(), "roster": membership.roster.number})
             _tell_if_gone(parts)
+            _tell_if_alone(parts.roster)
+            if config.sequencer is False and stands_by(parts.roster, keys.node_id, None):
+                log.warning("config.toml says that this node does not stand by to order the ledger's entries: see to it that two others do")
             await stopping.wait()
             again = waits(config.home, membership.roster)
             log.info("beginning again, with new keys" if again else "stopping")
@@ -247,6 +253,7 @@ def _adopter(parts: Parts, keys: NodeKeys, context: ssl.SSLContext, stopping: as
         parts.peers.adopt(roster, client_contexts(roster, keys))
         parts.node.ledger.adopt(roster)
         _tell_if_gone(parts)
+        _tell_if_alone(roster)
         if waits(parts.node.config.home, roster):
             asyncio.get_running_loop().call_later(again_after_s, stopping.set)
 
@@ -256,6 +263,16 @@ def _adopter(parts: Parts, keys: NodeKeys, context: ssl.SSLContext, stopping: as
 def _tell_if_gone(parts: Parts) -> None:
     if not parts.membership.lists(parts.node.id):
         log.warning("this node is not in roster %d: it takes nothing any more and serves reads only", parts.roster.number)
+
+
+def _tell_if_alone(roster: Roster) -> None:
+    able = [roster.node(node).name for node in may_order(roster)]
+    if len(able) < 2 <= len(roster.institutions):
+        log.warning(
+            "only one institution's nodes (%s) can order the ledger's entries: while they are down nothing is stored and nothing read; "
+            "give a node of another institution a log key (storenode rotate makes one)",
+            able[0] if able else "none",
+        )
 
 
 def _caller(parts: Parts, ssl_object: ssl.SSLObject | None) -> Peer | None:
@@ -294,9 +311,13 @@ def _guard(parts: Parts) -> Middleware:
             parts.metrics.refused(type(error).__name__)
             return web.Response(status=status, body=body, content_type=body_type)
         except (OSError, sqlite3.OperationalError) as error:
-            if not _is_full(error):
+            answer = _disk_error(error)
+            if answer is None:
                 raise
-            status, body = pack_error(Full("this node's disk is full", hint="the operator must free space or add a disk"))
+            if not isinstance(answer, Full):
+                where = getattr(error, "filename", None) or parts.node.config.data
+                log.error("the disk under %s fails (%s): look at the kernel's log, and replace it", where, error)
+            status, body = pack_error(answer)
             return web.Response(status=status, body=body, content_type=body_type)
         except web.HTTPException as error:
             status = error.status
@@ -320,10 +341,15 @@ def _guard(parts: Parts) -> Middleware:
     return guard
 
 
-def _is_full(error: OSError | sqlite3.OperationalError) -> bool:
+def _disk_error(error: OSError | sqlite3.OperationalError) -> MedshardError | None:
+    """What a caller hears of a disk that is full or fails; None if it is neither."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        full, failed = error.errno in (errno.ENOSPC, errno.EDQUOT), error.errno in failing
+    else:
+        full, failed = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR), False
+    if full:
+        return Full("this node's disk is full", hint="the operator must free space or add a disk")
+    return Unavailable("this node's disk fails", hint="other nodes serve; the operator must replace the disk") if failed else None
 
 
 async def _healthz(request: web.Request) -> web.Response:

@@ -64,7 +64,7 @@ class LedgerSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     public: bool = False
     engine: str = "sqlite"
-    sequencer: bool = False
+    sequencer: bool | Literal["auto"] = "auto"
 
 
 class RepairSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -136,7 +136,7 @@ class Config:
     log_format: LogFormat
     public_log: bool = False
     ledger_engine: str = "sqlite"
-    sequencer: bool = False  # stands by to order the ledger's entries
+    sequencer: bool | None = None  # whether it stands by to order the ledger's entries; None: as ``standbys`` says
     timestamp: TimestampSection = _no_authority
     repair: RepairSection = _repair
     audit: AuditSection = _audits
@@ -195,7 +195,7 @@ class Config:
             log_format=file.log.format,
             public_log=file.ledger.public,
             ledger_engine=file.ledger.engine,
-            sequencer=file.ledger.sequencer,
+            sequencer=None if file.ledger.sequencer == "auto" else file.ledger.sequencer,
             timestamp=file.timestamp,
             repair=file.repair,
             audit=file.audit,
@@ -209,7 +209,7 @@ def write_config(
     listen: str = listen_default,
     capacity_bytes: int = capacity_default,
     metrics: str = "",
-    sequencer: bool = False,
+    sequencer: bool | None = None,
     durable: bool = True,
 ) -> None:
     """Write a commented HOME/config.toml that ``Config.load`` accepts. Raises Conflict where one exists, Malformed for wrong values."""
@@ -219,7 +219,7 @@ def write_config(
         capacity=f"{capacity_bytes:_}",
         metrics=metrics,
         limits=Limits(),
-        sequencer=str(sequencer).lower(),
+        sequencer=_shown(sequencer),
         repair=_repair,
         audit=_audits,
         repair_on=str(_repair.on).lower(),
@@ -227,6 +227,10 @@ def write_config(
     )
     Config.parse(home, text)
     create(home / config_name, text.encode(), mode=0o644, durable=durable)
+
+
+def _shown(sequencer: bool | None) -> str:
+    return '# sequencer = "auto"' if sequencer is None else f"sequencer = {str(sequencer).lower()}"
 
 
 def _refuse_unknown(path: Path, values: dict[str, Any]) -> None:
@@ -376,8 +380,9 @@ format = "auto"
 # Where this node keeps the ledger: "sqlite" is a file below data; "postgresql://USER@HOST/DATABASE" is for when one machine is outgrown.
 # Several hosts may be named, HOST1,HOST2, where one takes over for the other. Needs pip install 'medshard[postgres]'.
 # engine = "sqlite"
-# Order the ledger's entries when the node that the roster names for it is gone. Two or three nodes of different institutions should.
-sequencer = {sequencer}
+# Whether to order the ledger's entries when the node that the roster names for it is gone: true, false, or "auto": the first
+# nodes of three institutions do, as the roster lists them. Two should in any case, of different institutions.
+{sequencer}
 
 [timestamp]
 # The address of an outside authority (RFC 3161), such as http://tsa.example/tsr, whose signed time goes onto the ledger every so many

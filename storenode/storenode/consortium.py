@@ -34,7 +34,6 @@ from storenode.invites import Invites
 
 nodes_name: Final = "nodes"
 institutions_max: Final = 64  # each is a process on this machine
-sequencers: Final = 3  # so many nodes stand by to order the ledger's entries: one may be away and one may follow it
 port_first: Final = 20_000  # below every system's range for outgoing connections, one of which could else take a node's port
 port_last: Final = 32_000
 promise_s: Final = 120.0  # from choosing a port to the start of its node; sixteen nodes on a busy machine take 10
@@ -87,8 +86,8 @@ def lay_out(
     shutil.rmtree(part, ignore_errors=True)  # left by a layout that was interrupted
     part.mkdir(parents=True)
     cards, keys = [], []
-    for number, (name, port) in enumerate(zip(names(institutions), free_ports(institutions, base_port), strict=True)):
-        card, node_keys = _lay_out_node(part / name, name, port, capacity, sequencer=number < sequencers)
+    for name, port in zip(names(institutions), free_ports(institutions, base_port), strict=True):
+        card, node_keys = _lay_out_node(part / name, name, port, capacity)
         cards.append(card)
         keys.append(node_keys)
     roster = found(cards, sequencer=cards[0].node, code=code)
@@ -171,11 +170,11 @@ def _existing(folder: Path, institutions: int, code: Code | None) -> Layout:
     return Layout(folder, roster, created=False)
 
 
-def _lay_out_node(home: Path, name: str, port: int, capacity: int, *, sequencer: bool) -> tuple[Card, NodeKeys]:
+def _lay_out_node(home: Path, name: str, port: int, capacity: int) -> tuple[Card, NodeKeys]:
     institution: Institution = create_institution(name)
     keys = create_node(home, institution, sync=False)
     address = f"127.0.0.1:{port}"
-    write_config(home, url=f"https://{address}", listen=address, capacity_bytes=capacity, sequencer=sequencer, durable=False)
+    write_config(home, url=f"https://{address}", listen=address, capacity_bytes=capacity, durable=False)
     return Card.of(name, name, f"https://{address}", capacity, keys), keys
 
 

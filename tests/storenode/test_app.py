@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import ssl
@@ -384,6 +385,18 @@ async def test_a_full_disk_is_507_and_no_stack_trace(node: Running, monkeypatch:
 
 def test_the_cell_size_header_has_the_name_in_the_format_document() -> None:
     assert cell_size_header == "Medshard-Cell-Size"
+
+
+async def test_a_failing_disk_is_503_and_named_in_the_log(
+    node: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: ShardStore) -> int:
+        raise OSError(errno.EIO, "Input/output error", "/srv/disk/shards")
+
+    monkeypatch.setattr(ShardStore, "free_bytes", fail)
+    status, body = await node.put(bytes(100_000), FileId(os.urandom(32)))
+    assert (status, decode(body, bytes_max=4096, what="error")[2]) == (503, "this node's disk fails")
+    assert any("/srv/disk/shards fails" in record.getMessage() for record in caplog.records)
 
 
 async def test_a_node_that_is_told_to_stop_stops_while_it_still_reads_its_ledger() -> None:

@@ -15,6 +15,7 @@ from medshard_protocol.proofs import pack_append
 from storenode.evidence import Evidence
 from storenode.ledger import forwarding, sequencer, standby, wire
 from storenode.ledger.engine import Head
+from storenode.ledger.standby import may_order, stands_by
 from storenode.ledger.wire import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
@@ -261,3 +262,15 @@ async def test_without_a_quorum_of_promises_nobody_leads(net, monkeypatch):
     assert status == 503
     await net.start(2)
     await net.until(lambda: leaders(net) == [1], within_s=10)
+
+
+def test_the_first_nodes_of_three_institutions_stand_by_where_nobody_says_otherwise(consortium) -> None:
+    roster = consortium(5, nodes_each=2).roster
+    nodes = [node.id for node in roster.nodes]
+    assert may_order(roster) == nodes[:5]
+    assert [stands_by(roster, node, None) for node in nodes] == [True] * 3 + [False] * 7
+    assert [stands_by(roster, nodes[0], False), stands_by(roster, nodes[9], True)] == [False, True]
+    moved = replace(roster, sequencer=nodes[8])
+    assert [number for number, node in enumerate(nodes) if stands_by(moved, node, None)] == [0, 1, 8]
+    mute = replace(roster, nodes=(roster.nodes[0], *(replace(node, log_key=b"") for node in roster.nodes[1:])))
+    assert may_order(mute) == nodes[:1]

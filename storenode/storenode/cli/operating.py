@@ -41,7 +41,7 @@ def run(session: Session, sequencer: bool) -> None:
 
     session.check_owner()
     config = Config.load(session.home)
-    config = replace(config, sequencer=config.sequencer or sequencer)
+    config = replace(config, sequencer=True if sequencer else config.sequencer)
     membership, keys = Membership(config.data, load_genesis(session.home)), NodeKeys.load(session.home)
     with hold(session.home):
         keys = promote(session.home, membership.roster)

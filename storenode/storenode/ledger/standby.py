@@ -30,9 +30,24 @@ turns_max = 3
 back_off_first_s = 0.3
 back_off_most_s = 2.0
 disturbed_most_s = 20.0
+standbys = 3  # by default: one may be away and one may follow it
 steady_s = 30.0  # who led for so long is not the one who disturbs
 
 _log = logging.getLogger(__name__)
+
+
+def may_order(roster: Roster) -> list[NodeId]:
+    """The first node with a log key of each institution, in the roster's order after the sequencer's."""
+    first: dict[int, NodeId] = {}
+    for node in sorted(roster.nodes, key=lambda node: node.id != roster.sequencer):
+        if node.log_key:
+            first.setdefault(node.institution, node.id)
+    return list(first.values())
+
+
+def stands_by(roster: Roster, node: NodeId, wanted: bool | None) -> bool:
+    """Whether a node is to order entries when the sequencer is gone; where its operator says nothing, the first few do."""
+    return node in may_order(roster)[:standbys] if wanted is None else wanted
 
 
 class Standby:
