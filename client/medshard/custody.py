@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from medshard.putting import Code, Putter
 from medshard.quorum import waiting_for_the_ledger
 from medshard.restoring import Target
 from medshard.rights import Ledgered, Rights
+from medshard.scratch import scratch_folder
 from medshard.source import Part
 from medshard.transport import Net
 from medshard_protocol import canonical
@@ -278,7 +278,7 @@ class Custody:
         if not homeless:
             return 0
         targets = [target for member in homeless if (target := opened.locate(member.sha256))]
-        with tempfile.TemporaryDirectory(prefix=".sharing-", dir=self._folder) as place:
+        with scratch_folder(self._folder) as place:
             paths = [Path(place, str(number)) for number in range(len(targets))]
             await self._restore(list(zip(targets, paths, strict=True)), progress)
             parts = tuple(

@@ -10,7 +10,6 @@ is in sharing, what the log means in history; here the two meet the index and th
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from medshard.packs import Plan, Unit
 from medshard.putting import Code, Putter
 from medshard.restoring import Target
 from medshard.rights import Rights
+from medshard.scratch import scratch_folder
 from medshard.sharing import Sharing
 from medshard.source import Part
 from medshard.transport import Net
@@ -175,7 +175,7 @@ class Shares:
         wanting = [target for target in targets if target.sha256 not in found]
         if not wanting:
             return found
-        with tempfile.TemporaryDirectory(prefix=".sharing-", dir=self._folder) as place:
+        with scratch_folder(self._folder) as place:
             paths = [Path(place, str(number)) for number in range(len(wanting))]
             await self._restore(list(zip(wanting, paths, strict=True)), progress)
             units = [_alone(target, path) for target, path in zip(wanting, paths, strict=True)]
