@@ -12,9 +12,10 @@ bytes, so handing it in twice is handing it in once.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -96,6 +97,21 @@ class Seal:
 
     def _sign(self, origin: str, body: Approve | Freeze | Withdraw) -> Entry:
         return sign_entry(origin, body, self.public, self._key.sign)
+
+
+def check_no_split(proposals: Sequence[Mapping[str, Any]], document: Sha256, own: str, needed: int) -> None:
+    """Raise Refused if others have signed for another successor that is at least as far as this one: votes that split so that none
+    can reach the quorum are never taken back. ``proposals`` is what a node tells of open ones; ``own`` is the institution that asks."""
+    voices = {each["sha256"]: [name for name in each["approved"] if name != own] for each in proposals}
+    ours = len(voices.pop(document.hex(), ()))
+    ahead = {sha256: names for sha256, names in voices.items() if names and len(names) >= ours}
+    if not ahead:
+        return
+    told = "; ".join(f"{sha256[:8]}… by {', '.join(names)}" for sha256, names in ahead.items())
+    raise Refused(
+        f"others have signed for another next roster ({needed} are needed): {told}",
+        hint="read it (storenode roster show) and sign that one, or talk first: split votes are never taken back. --force signs this",
+    )
 
 
 def _nonce(what: bytes, of: bytes) -> bytes:

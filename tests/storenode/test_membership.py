@@ -11,10 +11,11 @@ from tests.conftest import Consortium, consortium_of, key_named
 from medshard_protocol.entries import Approve
 from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Refused
 from medshard_protocol.identity import public_key
+from medshard_protocol.ids import Sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link
 from storenode import membership as membership_module
-from storenode.approving import Seal
+from storenode.approving import Seal, check_no_split
 from storenode.config import write_config
 from storenode.drafting import (
     add_emergency,
@@ -369,3 +370,17 @@ def test_a_forged_chain_is_adopted_by_nobody(tmp_path):
         adopt(tmp_path / "home", four.roster.to_bytes(), keys, [link(four.roster, new, (0, 1))])
     assert not (tmp_path / "home" / "genesis.medshard").exists()
     assert not (tmp_path / "home" / "data").exists()
+
+
+def test_nobody_splits_the_votes_without_saying_so() -> None:
+    one, two = Sha256(b"1" * 32), Sha256(b"2" * 32)
+
+    def open_ones(first: str, second: str) -> list[dict[str, object]]:
+        return [{"sha256": one.hex(), "approved": list(first)}, {"sha256": two.hex(), "approved": list(second)}]
+
+    check_no_split([], one, "D", 3)
+    check_no_split(open_ones("", "D"), one, "D", 3)  # our own voice alone splits nothing
+    check_no_split(open_ones("AB", "C"), one, "D", 3)
+    for first, second in (("", "A"), ("A", "B"), ("A", "BC")):
+        with pytest.raises(Refused, match=f"another next roster .3 are needed.: {two.hex()[:8]}… by {', '.join(second)}"):
+            check_no_split(open_ones(first, second), one, "D", 3)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 settle_s = 3.0  # how long the nodes may take to act on the deciding entry
 path_type = click.Path(dir_okay=False, path_type=Path)
 ca_key_option = click.option("--ca-key", type=path_type, metavar="FILE", help="The institution's ca.key, where it is not in HOME/keys.")
+force_option = click.option("--force", is_flag=True, help="Sign although others have signed for another next roster.")
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
@@ -52,9 +53,10 @@ def roster() -> None:
 @click.option("-o", "--output", type=path_type, metavar="FILE", help="Write the document here too.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and sign nothing.")
 @ca_key_option
+@force_option
 @yes_option
 @shared
-def propose(session: Session, output: Path | None, dry_run: bool, ca_key: Path | None, yes: bool, **asked: Any) -> None:
+def propose(session: Session, output: Path | None, dry_run: bool, ca_key: Path | None, force: bool, yes: bool, **asked: Any) -> None:
     """Draft the next roster, sign for it as this institution, and hand it to the nodes.
 
     \b
@@ -82,15 +84,16 @@ def propose(session: Session, output: Path | None, dry_run: bool, ca_key: Path |
     if dry_run:
         session.tell(_proposal(office.roster, new), *_words(office.roster, new))
         return
-    _sign_for(session, office, new, office.seal(ca_key), yes=yes, handed_in=False)
+    _sign_for(session, office, new, office.seal(ca_key), yes=yes, force=force, handed_in=False)
 
 
 @roster.command()
 @click.argument("document", metavar="SHA256|FILE")
 @ca_key_option
+@force_option
 @yes_option
 @shared
-def sign(session: Session, document: str, ca_key: Path | None, yes: bool) -> None:
+def sign(session: Session, document: str, ca_key: Path | None, force: bool, yes: bool) -> None:
     """Sign for a proposed roster as this institution, after seeing what it changes.
 
     Signs one successor of a roster, and never another: two could fork the chain that clients follow.
@@ -111,7 +114,7 @@ def sign(session: Session, document: str, ca_key: Path | None, yes: bool) -> Non
             _proposal(office.rosters[max(new.number - 1, 0)], new) | {"in_effect": True}, f"roster {new.number} is in effect already"
         )
         return
-    _sign_for(session, office, new, office.seal(ca_key), yes=yes, handed_in=Path(document).is_file() is False)
+    _sign_for(session, office, new, office.seal(ca_key), yes=yes, force=force, handed_in=Path(document).is_file() is False)
 
 
 @roster.command()
@@ -262,11 +265,15 @@ def _words(old: Roster, new: Roster) -> list[str]:
     return lines
 
 
-def _sign_for(session: Session, office: Office, new: Roster, seal: Seal, *, yes: bool, handed_in: bool) -> None:
+def _sign_for(session: Session, office: Office, new: Roster, seal: Seal, *, yes: bool, force: bool, handed_in: bool) -> None:
+    from storenode.approving import check_no_split
+
     old, own = office.roster, seal.institution(office.roster).name
     before = seal.signed(old)
     if before is not None and before != new.sha256:
         seal.approve(old, new)  # refuses, and says why
+    if before is None and not force and not office.silent:
+        check_no_split(office.votes()["proposals"], new.sha256, own, old.quorum.q)
     confirm(session, [*_words(old, new), ""], f"Sign for this as {own}?", yes=yes)
     if not handed_in:
         office.hand_in(new)
