@@ -236,13 +236,21 @@ class Admitted(Net):
         return await self._shown.helped(node, error, tries)
 
     async def call(
-        self, node: Node, method: str, path: str, body: bytes = b"", *, timeout_s: float, ok: Collection[int] = (200, 201, 204)
+        self,
+        node: Node,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        timeout_s: float,
+        ok: Collection[int] = (200, 201, 204),
+        anonymous: bool = False,
     ) -> bytes:
         """As a net's, asking again where an objection could be met."""
         tries = 1
         while True:
             try:
-                return await super().call(node, method, path, body, timeout_s=timeout_s, ok=ok)
+                return await super().call(node, method, path, body, timeout_s=timeout_s, ok=ok, anonymous=anonymous)
             except MedshardError as error:
                 if not await self.helped(node, error, tries):
                     raise
@@ -257,8 +265,11 @@ class Admitted(Net):
         body: bytes | AsyncIterator[memoryview] | None,
         headers: Mapping[str, str],
         timeout_s: float | None,
+        *,
+        anonymous: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with super()._open(node, method, path, body, {**headers, **self.shard_headers()}, timeout_s) as response:
+        shown = {**headers, **self.shard_headers()}
+        async with super()._open(node, method, path, body, shown, timeout_s, anonymous=anonymous) as response:
             yield response
 
 

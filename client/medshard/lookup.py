@@ -7,6 +7,7 @@ it the same answers come from the nodes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -108,7 +109,16 @@ class Lookup:
         self._index.put_manifest(manifest.file_id, canonical.encode([manifest.to_bytes(), inclusion.to_value()]))
 
     def remembered(self, file_id: FileId) -> tuple[Manifest, Inclusion] | None:
-        """A manifest and its proof from the cache; None when it is not there or not readable."""
+        """A manifest and its proof from the cache; None when it is not there, or not proved to who goes by the present roster."""
+        kept = self._kept(file_id)
+        try:
+            if kept is not None:
+                self._ledger.check(*kept)
+        except MedshardError:
+            return None
+        return kept
+
+    def _kept(self, file_id: FileId) -> tuple[Manifest, Inclusion] | None:
         data = self._index.manifest(file_id)
         if data is None:
             return None
@@ -116,12 +126,20 @@ class Lookup:
             f = canonical.Fields(
                 canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest"
             )
-            manifest = Manifest.from_bytes(f.bytes(most=manifest_bytes_max))
-            inclusion = Inclusion.from_value(f.list(most=8))
-            self._ledger.check(manifest, inclusion)
+            return Manifest.from_bytes(f.bytes(most=manifest_bytes_max)), Inclusion.from_value(f.list(most=8))
         except MedshardError:
             return None
-        return manifest, inclusion
+
+    async def _prove_again(self, wanted: bytes) -> None:
+        """Get a new proof for a file that was shared with us, where ours is of a log that has ended or of a quorum that is no more."""
+        for row in self._index.by_tag(self._keys.tag(wanted), received=True):
+            kept = self._kept(FileId(row.file_id))
+            if kept is None or self.remembered(FileId(row.file_id)) is not None:
+                continue
+            with contextlib.suppress(MedshardError):
+                if proof := await self._ledger.registration(FileId(row.file_id)):
+                    self._ledger.check(kept[0], proof)
+                    self.remember(kept[0], proof)
 
     def open(self, manifest: Manifest, inclusion: Inclusion) -> Opened:
         """Open an object's header. Raises Damaged or Malformed for what does not open."""
@@ -139,6 +157,8 @@ class Lookup:
         """Files that somebody has shared since we last looked. Raises Absent if one is still not known."""
         if self.sync is not None:
             await self.sync()
+        for wanted in hashes:
+            await self._prove_again(wanted)
         opened: dict[FileId, Opened | None] = {}
         found = {wanted: target for wanted in hashes if (target := self._from_index(wanted, opened, received=True))}
         if not found:

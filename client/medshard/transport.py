@@ -19,8 +19,9 @@ import aiohttp
 
 from medshard.health import Health
 from medshard.line import BrokenOff, Lines, Place
-from medshard_protocol.errors import Absent, MedshardError, Unavailable
-from medshard_protocol.identity import node_hostname
+from medshard.tls import context_for
+from medshard_protocol.errors import Absent, MedshardError, Refused, Unavailable
+from medshard_protocol.identity import is_issued_by, node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster, no_key
@@ -34,7 +35,8 @@ piece_bytes: Final = 256 * 1024  # a larger body goes out in pieces, so that oth
 class Net:
     """Connections to the nodes of one roster. Use as an async context manager."""
 
-    def __init__(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
+    def __init__(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext], certificate: bytes = b"") -> None:
+        self._certificate = certificate
         self.health = Health()
         self.lines = Lines()
         self.follower: Callable[[], Awaitable[bool]] | None = None
@@ -47,6 +49,7 @@ class Net:
         self.roster = roster
         self._contexts = contexts
         self._nodes = {node.id: node for node in roster.nodes}
+        self._outside = _outside(roster, self._certificate)
 
     async def follow(self) -> bool:
         """Ask whether there is a newer roster, and go by it; say whether there was. For answers that make no sense under this one."""
@@ -92,10 +95,13 @@ class Net:
         *,
         timeout_s: float,
         ok: Collection[int] = (200, 201, 204),
+        anonymous: bool = False,
     ) -> bytes:
-        """One request, its whole answer. Raises what the node answered, or Unavailable when it did not."""
+        """One request, its whole answer; ``anonymous``: without our certificate. Raises what the node answered, or Unavailable when it
+        did not."""
         headers = {"Content-Length": str(len(body))} if len(body) > piece_bytes else {}
-        async with self._open(node, method, path, _pieces(body) if headers else body or None, headers, timeout_s) as response:
+        content = _pieces(body) if headers else body or None
+        async with self._open(node, method, path, content, headers, timeout_s, anonymous=anonymous) as response:
             data = await _read_all(response)
             if response.status not in ok:
                 raise unpack_error(response.status, data, node.name)
@@ -111,7 +117,8 @@ class Net:
             return response.headers.get(header, "")
 
     def place(self, node: Node) -> Place:
-        """Where a line to this node leads. Raises Unavailable for a node that has left."""
+        """Where a line to this node leads. Raises Unavailable for a node that has left, and Refused where no node knows this vault."""
+        self._check_inside()
         node = self._present(node)
         return Place(node, self._contexts[node.institution])
 
@@ -134,6 +141,17 @@ class Net:
             raise Unavailable(f"{node.name}: no longer in the roster")
         return known
 
+    def _check_inside(self) -> None:
+        """Raise Refused where the institution that certified this vault is not in the roster."""
+        if self._outside is not None:
+            raise Refused(
+                self._outside, hint="what that means, and what can be done: docs/guides/membership.md, Vaults that are left behind"
+            )
+
+    def _anonymous(self, node: Node) -> ssl.SSLContext:
+        institution = self.roster.institutions[node.institution]
+        return context_for(institution.ca, former=institution.former)
+
     @asynccontextmanager
     async def _open(
         self,
@@ -143,9 +161,13 @@ class Net:
         body: bytes | AsyncIterator[memoryview] | None,
         headers: Mapping[str, str],
         timeout_s: float | None,
+        *,
+        anonymous: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise RuntimeError("use Net as an async context manager")
+        if not anonymous:
+            self._check_inside()
         node = self._present(node)
         try:
             async with (
@@ -155,7 +177,7 @@ class Net:
                     node.url + path,
                     data=body,
                     headers=headers,
-                    ssl=self._contexts[node.institution],
+                    ssl=self._anonymous(node) if anonymous else self._contexts[node.institution],
                     server_hostname=node_hostname(node.id),
                     allow_redirects=False,
                 ) as response,
@@ -169,8 +191,28 @@ class Net:
             raise Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             self.health.suspect(node.id)
+            if not anonymous and _hung_up(error):  # perhaps because of a change that we have not heard of
+                await self.follow()
+                self._check_inside()
             raise Unavailable(f"{node.name}: {explain(error)}") from None
         self.health.well(node.id)
+
+
+def _outside(roster: Roster, certificate: bytes) -> str | None:
+    """Why no node of this roster knows a vault with this certificate, if so."""
+    authorities = (ca for institution in roster.institutions for ca in (institution.ca, *institution.former))
+    if not certificate or any(is_issued_by(certificate, ca) for ca in authorities):
+        return None
+    which = f"roster {roster.number} of {roster.origin}"
+    return f"the institution that took this vault in is no longer in the consortium ({which}), or has another key: no node answers it"
+
+
+def _hung_up(error: BaseException | None) -> bool:
+    """Whether a node ended the connection without an answer, as it does where it knows nobody who vouches for our certificate: under
+    TLS 1.3 that comes to light after the handshake."""
+    while error is not None and not isinstance(error, ssl.SSLError | aiohttp.ServerDisconnectedError | ConnectionResetError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 async def _pieces(body: bytes) -> AsyncIterator[memoryview]:

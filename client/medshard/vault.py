@@ -41,6 +41,7 @@ from medshard.putting import Code, Putter
 from medshard.query import Query
 from medshard.ranges import Ranges, Span
 from medshard.restoring import Restore, Target
+from medshard.scratch import remove_left
 from medshard.shares import Shares, copy_mark, copy_shared
 from medshard.source import hash_file
 from medshard.tls import context_for
@@ -118,6 +119,7 @@ class Vault:
     @asynccontextmanager
     async def _opened(cls, files: Home, keys: VaultKeys) -> AsyncIterator[Vault]:
         roster, certificate = files.roster(), files.certificate_bytes()
+        remove_left(files.folder)
 
         def contexts(roster: Roster) -> dict[int, ssl.SSLContext]:
             own = {number: (each.ca, each.former) for number, each in enumerate(roster.institutions)}
@@ -125,7 +127,7 @@ class Vault:
 
         index = Index(files.index, keys.index)
         try:
-            async with Net(roster, contexts(roster)) as net, following(files, net, contexts):
+            async with Net(roster, contexts(roster), certificate) as net, following(files, net, contexts):
                 known = index.journal_get(health_slot) or b""
                 net.health.recall(known)
                 vault = cls(files, keys, net, index)

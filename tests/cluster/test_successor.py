@@ -24,11 +24,12 @@ from medshard_protocol.errors import MedshardError, Refused
 from medshard_protocol.identity import public_key
 from medshard_protocol.roster import Roster
 from medshard_protocol.succession import Successor
+from storenode.consortium import free_ports
 from storenode.identity import load_key
 
 passphrase = "three words suffice"
 size = 40_000
-gone, two, three, four = "hospital-01", "insurer-02", "hospital-03", "insurer-04"
+gone, two, three, four, fifth = "hospital-01", "insurer-02", "hospital-03", "insurer-04", "hospital-05"
 staying = (two, three, four)
 
 
@@ -86,7 +87,7 @@ async def vaults(trial: LocalConsortium, tmp_path: Path) -> AsyncIterator[tuple[
 
 def end(trial: LocalConsortium) -> None:
     trial.kill(gone)
-    eventually(lambda: any(operate(trial.home(name), "status")["ledger"]["role"] == "sequencer" for name in (two, three)))
+    eventually(lambda: any(operate(trial.home(name), "status")["ledger"]["role"] == "sequencer" for name in staying))
     operate(trial.home(two), "freeze", "propose", "--no-successor", "--yes")
     error = operate(trial.home(two), "successor", "found", "--remove-institution", gone, "--sequencer", two, "--yes", refused=True)
     assert "has not ended" in error["message"]
@@ -110,9 +111,9 @@ def forged(trial: LocalConsortium, file: Path, folder: Path) -> Path:
 
 
 def succeed(trial: LocalConsortium, folder: Path) -> Path:
-    """Found the successor of those who stay, have it signed, and let the nodes go on in it."""
+    """Found the successor of those who stay and a new one, have it signed, and let the nodes go on in it."""
     file = folder / "successor.medshard"
-    words = ["--remove-institution", gone, "--sequencer", two, "--code", "2/3/3", "--yes", "-o", str(file)]
+    words = ["--remove-institution", gone, "--sequencer", two, "--code", "2/3/3", "--add-node", card(trial), "--yes", "-o", str(file)]
     assert operate(trial.home(two), "successor", "found", *words)["signed"] == [two]
     operate(trial.home(three), "successor", "sign", str(file), "--yes")
     again = ["--origin", "elsewhere.example/log", *words[:-1], str(folder / "other.medshard")]
@@ -134,10 +135,44 @@ def succeed(trial: LocalConsortium, folder: Path) -> Path:
         operate(trial.home(name), "successor", "adopt", str(file))
         operate(trial.home(name), "successor", "adopt", str(file))  # again is no change
         trial.restart(name)  # while the others are still in the old log
-        if name == three:
+        if name == four:
             eventually(lambda: published(trial, two) > Roster.from_bytes(genesis_of(file)).begins)
     eventually(lambda: published(trial, four) >= published(trial, two))
+    begin_in_successor(trial, file)
     return file
+
+
+def card(trial: LocalConsortium) -> str:
+    """Make a node of a new institution, which was in no log before; its card."""
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    made = operate(
+        trial.home(fifth), "init", "--institution", fifth, "--url", f"https://{address}", "--listen", address, "--capacity", "1GB"
+    )
+    return str(made["card"])
+
+
+def begin_in_successor(trial: LocalConsortium, file: Path) -> None:
+    """The new node takes the successor by its genesis file's SHA-256, and fetches the old log's entries from the others."""
+    home, right = trial.home(fifth), sha256(genesis_of(file)).hexdigest()
+    error = operate(home, "successor", "adopt", str(file), refused=True)
+    assert "in no log yet" in error["message"]
+    error = operate(home, "successor", "adopt", str(file), "--sha256", "0" * 64, refused=True)
+    assert right in error["message"]
+    operate(home, "successor", "adopt", str(file), "--sha256", right)
+    trial.restart(fifth)
+    eventually(lambda: answers_with(trial, fifth) >= published(trial, two))
+
+
+def answers_with(trial: LocalConsortium, name: str) -> int:
+    """How much of the log a node has that may not answer yet."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "storenode", "--home", str(trial.home(name)), "--json", "status"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return int(json.loads(asked.stdout)["ledger"]["published"]) if asked.returncode == 0 else 0
 
 
 def published(trial: LocalConsortium, name: str) -> int:
@@ -148,11 +183,14 @@ def genesis_of(file: Path) -> bytes:
     return Successor.from_bytes(file.read_bytes()).genesis
 
 
+@pytest.mark.timeout(300)
 async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
     trial: LocalConsortium, vaults: tuple[Vault, Vault], tmp_path: Path
 ) -> None:
     owner, reader = vaults
     shared, held = await stored(owner, tmp_path, "shared"), await stored(owner, tmp_path, "held")
+    async with Vault.open(trial.vault_home, trial.passphrase) as leaving:  # it belongs to the institution that does not go on
+        abandoned = await stored(leaving, tmp_path, "abandoned")
     await owner.shares.share([shared], reader.keys.public)
     await assert_reads(reader, shared, tmp_path)
     manifest, before = await owner.evidence(held)
@@ -170,6 +208,7 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
     assert (new.sha256, new.before[0].genesis) == (sha256(genesis_of(file)).digest(), old.sha256)
     for digest in (shared, held, fresh):
         await assert_reads(owner, digest, tmp_path)
+    await reader._net.follow()  # what it knows of the shared file is proved by the quorum of the log that has ended
     await assert_reads(reader, shared, tmp_path)
     assert await reads(owner, shared) == 3  # the reader's before the end, and both after it
     with pytest.raises(Refused, match="on hold"):
@@ -191,6 +230,18 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
     assert Home(trial.folder / "asleep").roster() == new
     assert await owner.reindex() == 3
     await assert_reads(owner, shared, tmp_path)
+
+    # a vault of the new institution, and one of that which is gone: that one is told so, and its file stays where it is
+    await Vault.join(trial.folder / "late", trial.invite(fifth), passphrase, fast_kdf=True)
+    async with Vault.open(trial.folder / "late", passphrase) as late:
+        await assert_reads(late, await stored(late, tmp_path, "of the new"), tmp_path)
+    async with Vault.open(trial.vault_home, trial.passphrase) as left:
+        await left._net.follow()  # as it does by itself, beside its first command
+        with pytest.raises(Refused, match="no longer in the consortium") as refusal:
+            await left.get(abandoned, tmp_path / "back")
+        assert refusal.value.hint is not None
+        assert "left behind" in refusal.value.hint
+        assert left.roster == owner.roster
 
     audit(trial, tmp_path, file)
 

@@ -67,6 +67,9 @@ async def _prove(session: Session, digest: bytes, target: Path | None, pdf: Path
         return Exit.OK
     for path in written:
         output.line(shown(os.fsencode(path)))
+    if not session.quiet:
+        who = ", ".join(sorted({each.institution for each in proven.cosigned}))
+        output.note(f"It proves that the document was registered not later than {_moment(proven.known_by)}, by the clocks of {who}.")
     return Exit.OK
 
 
