@@ -6,16 +6,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from tests.conftest import Consortium, consortium_of, key_named
 
 from medshard.home import Home
 from medshard.membership import Follower, following
+from medshard.tls import unverified_context
 from medshard.transport import Net
 from medshard_protocol.entries import Approve, Genesis
-from medshard_protocol.errors import Absent, Malformed, Unavailable
-from medshard_protocol.identity import public_key
+from medshard_protocol.errors import Absent, Malformed, Refused, Unavailable
+from medshard_protocol.identity import client_certificate, client_csr, public_key
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, pack_links
@@ -45,15 +47,18 @@ class Told(Net):
         super().__init__(roster, {})
         self.answers = dict(zip((node.id for node in roster.nodes), answers, strict=True))
         self.asked: list[NodeId] = []
+        self.strangers = False  # whether nobody knows this vault's certificate
 
-    async def call(self, node: Node, method: str, path: str, body: bytes = b"", **_: object) -> bytes:  # type: ignore[override]
+    async def call(  # type: ignore[override]
+        self, node: Node, method: str, path: str, body: bytes = b"", *, anonymous: bool = False, **_: object
+    ) -> bytes:
         if path.startswith("/v1/successor?of="):
             raise Absent("there is none")
         assert (method, path.split("=")[0]) == ("GET", "/v1/rosters?after")
         self.asked.append(node.id)
         await asyncio.sleep(0)
         answer = self.answers[node.id]
-        if answer is None:
+        if answer is None or (self.strangers and not anonymous):
             raise Unavailable("no answer")
         return answer if isinstance(answer, bytes) else pack_links(answer[int(path.split("=")[1].removesuffix("&of")) :])
 
@@ -75,6 +80,24 @@ async def test_a_vault_follows_what_a_quorum_signed_and_keeps_it(home, follower)
     assert net.roster == two == home.roster()
     assert home.rosters() == [four.roster, one, two]
     assert home.links() == chain
+
+
+async def test_a_vault_that_no_node_knows_any_more_follows_all_the_same(home, follower):
+    net = Told([chain] * 4)
+    net.strangers = True
+    assert await follower(net).follow()
+    assert net.roster == two == home.roster()
+
+
+def test_a_vault_is_told_that_its_institution_has_left() -> None:
+    request, now = client_csr(key_named("vault")), datetime.now(UTC)
+    certificate = client_certificate(key_named("ca 3"), four.roster.institutions[3].ca, request, now)
+    inside = Net(four.roster, dict.fromkeys(range(4), unverified_context()), certificate)
+    assert inside.place(four.roster.nodes[0]).node == four.roster.nodes[0]
+    gone = replace(four.roster, institutions=four.roster.institutions[:3], nodes=four.roster.nodes[:3])
+    inside.adopt(gone, dict.fromkeys(range(3), unverified_context()))
+    with pytest.raises(Refused, match="no longer in the consortium"):
+        inside.place(four.roster.nodes[0])
 
 
 async def test_one_honest_answer_is_enough_among_f_that_keep_it_back(home, follower):
@@ -142,7 +165,7 @@ async def test_who_is_silent_or_talks_nonsense_is_passed_over_for_the_others(hom
 async def test_when_nobody_answers_nothing_changes_and_nothing_is_raised(follower):
     net = Told([None] * 4)
     assert not await follower(net).follow()
-    assert len(net.asked) == 4
+    assert len(net.asked) == 8  # once more without a certificate
 
 
 async def test_many_who_ask_at_once_are_one_question(follower):
