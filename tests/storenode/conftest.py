@@ -151,7 +151,7 @@ class Net:
         published = self.ledgers[number].published
         return published.checkpoint.size if published else 0
 
-    async def until(self, true: Callable[[], object], within_s: float = 5.0) -> None:
+    async def until(self, true: Callable[[], object], within_s: float = 45.0) -> None:
         async with asyncio.timeout(within_s):
             while not true():
                 await asyncio.sleep(0.005)
