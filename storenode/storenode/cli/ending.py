@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ import click
 
 from medshard_protocol.errors import Absent
 from storenode.cli.options import Session, shared
-from storenode.cli.roster import ca_key_option, confirm, key_of, yes_option
+from storenode.cli.roster import ca_key_option, confirm, key_of, settle_s, yes_option
 
 if TYPE_CHECKING:
     from medshard_protocol.roster import Roster
+    from storenode.office import Office
 
 
 @click.command()
@@ -159,9 +161,20 @@ def _freeze(session: Session, successor: Roster | None, ca_key: Path | None, *, 
         lines += [f"  {each.name}" for each in successor.institutions]
     confirm(session, [*lines, ""], f"Sign for this as {seal.institution(office.roster).name}?", yes=yes)
     index = office.append(seal.freeze(office.roster, office.rosters[0], name))
-    votes = office.votes()
-    approved: list[str] = next((each["approved"] for each in votes["freezes"] if each["successor"] == name.hex()), [])
-    frozen = votes["frozen"] is not None
+    approved, frozen = _heard(office, name.hex(), seal.institution(office.roster).name)
     document = {"index": index, "successor": name.hex(), "approved": approved, "needed": office.roster.quorum.q, "frozen": frozen}
     said = "the log has ended" if frozen else f"signed; {max(office.roster.quorum.q - len(approved), 0)} more must sign"
     session.tell(document, said)
+
+
+def _heard(office: Office, successor: str, own: str) -> tuple[list[str], bool]:
+    """Who has signed for this end, ``own`` institution among them, and whether the log has ended. The node that is asked need not be the
+    one that took the signature, so it gets a moment."""
+    until = time.monotonic() + settle_s
+    while True:
+        votes = office.votes()
+        approved: list[str] = next((each["approved"] for each in votes["freezes"] if each["successor"] == successor), [])
+        frozen = votes["frozen"] is not None
+        if frozen or (own in approved and len(approved) < office.roster.quorum.q) or time.monotonic() > until:
+            return approved, frozen
+        time.sleep(0.1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from storenode.drafting import Change
     from storenode.office import Office
 
-settle_s = 3.0  # how long the nodes may take to act on the deciding entry
+settle_s = 10.0  # how long the nodes may take to act on the deciding entry
 path_type = click.Path(dir_okay=False, path_type=Path)
 ca_key_option = click.option("--ca-key", type=path_type, metavar="FILE", help="The institution's ca.key, where it is not in HOME/keys.")
 force_option = click.option("--force", is_flag=True, help="Sign although others have signed for another next roster.")
@@ -284,7 +284,7 @@ def _sign_for(session: Session, office: Office, new: Roster, seal: Seal, *, yes:
         if "before" not in str(error):
             raise
         index = -1  # handed in earlier, and perhaps decided since
-    approved, decided = _standing(office, old, new)
+    approved, decided = _standing(office, old, new, own)
     missing = [each.name for each in old.institutions if each.name not in approved]
     document = _proposal(old, new) | {"institution": own, "approved": approved, "missing": missing, "in_effect": decided}
     document |= {"index": index if index >= 0 else None}
@@ -298,8 +298,9 @@ def _sign_for(session: Session, office: Office, new: Roster, seal: Seal, *, yes:
     )
 
 
-def _standing(office: Office, old: Roster, new: Roster) -> tuple[list[str], bool]:
-    """Who has approved a document, and whether it is decided; waits for the nodes to act on what may have been the last signature."""
+def _standing(office: Office, old: Roster, new: Roster, own: str) -> tuple[list[str], bool]:
+    """Who has approved a document, ``own`` institution among them, and whether it is decided; waits for the nodes to act on what may have
+    been the last signature: the one that is asked need not be the one that took it."""
     until = time.monotonic() + settle_s
     while True:
         decided = office.is_decided(new.sha256)
@@ -307,7 +308,7 @@ def _standing(office: Office, old: Roster, new: Roster) -> tuple[list[str], bool
             return [each.name for each in old.institutions], True
         found = next((each for each in office.votes()["proposals"] if each["sha256"] == new.sha256.hex()), None)
         approved = list(found["approved"]) if found else []
-        if (len(approved) < old.quorum.q and approved) or time.monotonic() > until:
+        if (own in approved and len(approved) < old.quorum.q) or time.monotonic() > until:
             return approved, False
         time.sleep(0.1)
 
