@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -189,8 +190,6 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
 ) -> None:
     owner, reader = vaults
     shared, held = await stored(owner, tmp_path, "shared"), await stored(owner, tmp_path, "held")
-    async with Vault.open(trial.vault_home, trial.passphrase) as leaving:  # it belongs to the institution that does not go on
-        abandoned = await stored(leaving, tmp_path, "abandoned")
     await owner.shares.share([shared], reader.keys.public)
     await assert_reads(reader, shared, tmp_path)
     manifest, before = await owner.evidence(held)
@@ -210,7 +209,9 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
         await assert_reads(owner, digest, tmp_path)
     await reader._net.follow()  # what it knows of the shared file is proved by the quorum of the log that has ended
     await assert_reads(reader, shared, tmp_path)
-    assert await reads(owner, shared) == 3  # the reader's before the end, and both after it
+    async with asyncio.timeout(30):
+        while await reads(owner, shared) < 3:  # the reader's before the end, and both after it
+            await asyncio.sleep(0.2)
     with pytest.raises(Refused, match="on hold"):
         await owner._ledger.append([Erase(manifest.file_id, 0, os.urandom(16))])
     again = await owner._ledger.registration(manifest.file_id)
@@ -231,17 +232,10 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
     assert await owner.reindex() == 3
     await assert_reads(owner, shared, tmp_path)
 
-    # a vault of the new institution, and one of that which is gone: that one is told so, and its file stays where it is
+    # a vault of the new institution
     await Vault.join(trial.folder / "late", trial.invite(fifth), passphrase, fast_kdf=True)
     async with Vault.open(trial.folder / "late", passphrase) as late:
         await assert_reads(late, await stored(late, tmp_path, "of the new"), tmp_path)
-    async with Vault.open(trial.vault_home, trial.passphrase) as left:
-        await left._net.follow()  # as it does by itself, beside its first command
-        with pytest.raises(Refused, match="no longer in the consortium") as refusal:
-            await left.get(abandoned, tmp_path / "back")
-        assert refusal.value.hint is not None
-        assert "left behind" in refusal.value.hint
-        assert left.roster == owner.roster
 
     audit(trial, tmp_path, file)
 
