@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from hashlib import sha256
 
+import pytest
 from pydicom.uid import generate_uid
 from tests.gateway.conftest import Opened, make_instance
 
+from medshard.consortium import LocalConsortium
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive, Rules
 from medshard.gateway.model import Incoming, Outcome, Query
 from medshard.gateway.tags import Level
+from medshard_protocol.errors import Unavailable
 
 
 async def test_a_series_becomes_one_sealed_object_and_comes_back_bit_for_bit(archive: Archive) -> None:
@@ -71,3 +75,30 @@ async def test_a_name_in_two_scripts_is_found_by_either(archive: Archive) -> Non
         keys = {0x00100010: name, tags.PATIENT_ID: "PID-names"}
         assert [row.study for row in archive.find(Query(Level.STUDY, keys))] == [study], name
     assert not list(archive.find(Query(Level.STUDY, {0x00100010: "Mueller*", tags.PATIENT_ID: "PID-names"})))
+
+
+async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_stored_when_they_are_back(
+    opened: Opened, trial: LocalConsortium
+) -> None:
+    study, file = (uid := generate_uid()), make_instance(uid)
+    async with opened(Rules(quiet_s=0.1)) as archive:
+        trial.kill(trial.names[-1])
+        try:
+            assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
+            with pytest.raises(Unavailable):
+                await archive.settle()
+            assert archive.last_failure
+            (instance,) = archive.instances(study)
+            assert await (await archive.open(instance)).read() == file
+            assert await archive.committed([instance.uid]) == {instance.uid: None}
+        finally:
+            trial.restart(trial.names[-1])
+        archive._not_before = 0.0  # it would wait ten seconds
+        watching = asyncio.create_task(archive.watch())
+        try:
+            async with asyncio.timeout(60):
+                while archive.waiting()[0]:
+                    await asyncio.sleep(0.05)
+        finally:
+            watching.cancel()
+        assert archive.receipt(instance.uid).sha256 == sha256(file).digest()

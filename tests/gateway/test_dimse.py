@@ -19,7 +19,8 @@ from pydicom.uid import generate_uid
 from tests.gateway.conftest import make_instance
 
 from medshard.gateway.archive import Archive
-from medshard.gateway.dimse.peers import Peer
+from medshard.gateway.dimse.pdus import Context
+from medshard.gateway.dimse.peers import Peer, Peers
 from medshard.gateway.dimse.server import DimseServer, Listening
 from medshard.gateway.part10 import head_of, read_head
 
@@ -221,6 +222,13 @@ async def test_over_tls_a_peer_without_a_certificate_of_the_ca_is_not_heard(arch
         await tool("echoscu", "+tls", f"{ours}.key", f"{ours}.pem", "+cf", f"{ours}.pem", *here)
         await tool("echoscu", "+tls", f"{other}.key", f"{other}.pem", "+cf", f"{ours}.pem", *here, ok=range(1, 256))
         await tool("echoscu", *here, "-ta", 5, "-td", 5, ok=range(1, 256))
+
+        def calls() -> None:
+            peers = Peers((Peer("MEDSHARD", "127.0.0.1", node.port, tls=True),), "CT01", settings.tls_out, 10)
+            with peers.associated("MEDSHARD", [Context(1, "1.2.840.10008.1.1", ("1.2.840.10008.1.2",))]) as association:
+                assert association.contexts
+
+        await asyncio.to_thread(calls)
 
 
 async def test_what_a_peer_takes_only_uncompressed_is_decoded_for_it(archive: Archive, node: DimseServer, tmp_path: Path) -> None:
