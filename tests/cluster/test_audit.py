@@ -20,8 +20,9 @@ from tests.cluster.auditors import rules_name
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
+from medshard_protocol import canonical
 from medshard_protocol.audit import Report, audit_path
-from medshard_protocol.ids import NodeId
+from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.roster import Node
 from storenode.asking import exchange
@@ -30,7 +31,7 @@ from storenode.identity import NodeKeys
 
 k, n = 2, 7
 settings = {
-    "per_day": 20_000,
+    "per_day": 50_000,
     "answer_s": 6.0,
     "confirm_s": 0.5,
     "silence_s": 3.0,
@@ -72,10 +73,14 @@ class Audited(LocalConsortium):
         words = [sys.executable, "-m", "storenode", "--home", str(self.home(name)), *arguments]
         return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
-    def audits(self, name: str, *arguments: str) -> dict[str, Any]:
-        done = self.storenode(name, "audit", "--json", *arguments)
-        assert done.stdout, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
+    def audits(self, name: str, file: FileId | None = None) -> dict[str, Any]:
+        """What ``storenode audit`` tells, asked for as it does."""
+        if file is None:
+            status, body = self.ask(name, name, "GET", "/v1/audit")
+        else:
+            status, body = self.ask(name, name, "POST", "/v1/audit", canonical.encode([1, 1, [file]]))
+        assert status == 200, body
+        told: dict[str, Any] = json.loads(body)
         return told
 
     def misbehave(self, name: str, **rule: object) -> None:
@@ -110,7 +115,7 @@ class File:
 
     def verdicts(self, by: str) -> dict[str, str]:
         """What an audit of this file by a node comes to now."""
-        (round_,) = self.trial.audits(by, self.id)["rounds"]
+        (round_,) = self.trial.audits(by, self.manifest.file_id)["rounds"]
         return {result["node"]: result["verdict"] for result in round_["results"]}
 
 
@@ -165,13 +170,14 @@ def test_every_kind_of_fault_is_told_from_the_others(trial: Audited, file: File)
     told = trial.audits(auditor)
     assert told["bad"] == {"late": 1, "absent": 1, "damaged": 1, "wrong": 1}
     until(lambda: trial.audits(auditor)["missing"] >= 3)  # a liar's at once, the others' when they have said so twice or for long nothing
-    shown = trial.storenode(auditor, "audit")
+    shown = trial.storenode(auditor, "audit", file.id)
     assert shown.returncode == 6
     assert "MISSING: " in shown.stdout
+    assert [line for line in shown.stdout.splitlines() if liar in line and " wrong " in line]
     assert "MISSING: " in trial.storenode(auditor, "status").stdout
     for name in (slow, frozen, liar):
         trial.behave(name)
-    until(lambda: trial.audits(auditor, file.id)["bad"] == {"absent": 1, "damaged": 1})
+    until(lambda: trial.audits(auditor, file.manifest.file_id)["bad"] == {"absent": 1, "damaged": 1})
 
 
 async def test_what_is_lost_is_found_without_anybodys_asking_and_told_to_the_owner(trial: Audited, vault: Vault, file: File) -> None:
