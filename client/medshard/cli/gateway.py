@@ -68,7 +68,7 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
 @click.option("--tls-peers", type=click.Path(path_type=Path), metavar="FILE", help="CA of the peers' certificates; each has to show one.")
 @click.option("--same-uid", type=click.Choice(("keep-both", "refuse")), default="keep-both", show_default=True,
               help="What to do with other bytes under a SOP Instance UID that is stored.")  # fmt: skip
-@click.option("--quiet-time", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, metavar="SECONDS",
+@click.option("--quiet-time", type=click.FloatRange(0.1, 3600), default=15.0, show_default=True, metavar="SECONDS",
               help="A series to which nothing came for so long is complete.")  # fmt: skip
 @click.option(
     "--spool-size", default="20GiB", show_default=True, metavar="SIZE", help="What may wait for the nodes; more is answered with A700."

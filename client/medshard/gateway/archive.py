@@ -33,7 +33,7 @@ from medshard.model import PutReport
 from medshard.vault import Vault
 from medshard_protocol.errors import Absent, Full, Malformed, MedshardError
 
-quiet_s: Final = 5.0  # a series to which nothing came for so long is taken to be complete
+quiet_s: Final = 15.0  # a series to which nothing came for so long is taken to be complete
 retry_s: Final = 10.0  # after a put that failed for want of nodes
 puts_at_once: Final = 2
 log = logging.getLogger("medshard.gateway")
