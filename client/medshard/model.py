@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from medshard_protocol import canonical, manifest
-from medshard_protocol.audit import Verdict
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed, TooLarge
+
+if TYPE_CHECKING:
+    from medshard_protocol.audit import Verdict
 
 header_bytes_max = manifest.header_bytes_max - 28  # sealed, it gains a nonce and a tag, and must fit into the manifest
 members_max = 10_000  # a long CT series has some 5,000 slices
