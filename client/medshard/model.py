@@ -11,14 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from medshard_protocol import canonical, manifest
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed, TooLarge
-
-if TYPE_CHECKING:
-    from medshard_protocol.audit import Verdict
 
 header_bytes_max = manifest.header_bytes_max - 28  # sealed, it gains a nonce and a tag, and must fit into the manifest
 members_max = 10_000  # a long CT series has some 5,000 slices
@@ -297,6 +294,8 @@ class Audited:
     @property
     def is_bad(self) -> bool:
         """Whether the shard was not known to be there."""
+        from medshard_protocol.audit import Verdict  # late: --help needs no cryptography
+
         return Verdict(self.verdict).is_bad
 
 
