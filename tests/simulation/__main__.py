@@ -24,6 +24,7 @@ from tests.simulation import run as runs
 from tests.simulation import world as _first
 
 hangs_after_s = 60
+unfit = 9
 
 
 def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
@@ -37,9 +38,13 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
         signal.alarm(hangs_after_s)
         folder = scratch / str(seed)
         folder.mkdir()
-        try:
-            if mutant:
+        if mutant:
+            try:
                 mutants.switch_on(mutant)
+            except LookupError as error:
+                print(f"{mutant}: {error}", file=sys.stderr, flush=True)
+                os._exit(unfit)
+        try:
             told = asdict(runs.run(seed, folder))
         except BaseException:
             told = {"seed": seed, "broken": "the simulation failed: " + traceback.format_exc()[-900:], "trace": 0}
@@ -53,6 +58,8 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
             data = pipe.read()
         _, status, usage = os.wait4(child, 0)
         shutil.rmtree(scratch / str(seed), ignore_errors=True)
+        if os.waitstatus_to_exitcode(status) == unfit:
+            raise SystemExit(f"the mutant {mutant} does not fit the code any more")
         told = json.loads(data) if data else {"seed": seed, "broken": f"the process died ({status})", "trace": 0}
         return told | {"cpu": usage.ru_utime + usage.ru_stime}
 
