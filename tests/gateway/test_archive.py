@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Sequence
 from hashlib import sha256
 
 import pytest
 from pydicom.uid import generate_uid
 from tests.gateway.conftest import Opened, make_instance
 
-from medshard.consortium import LocalConsortium
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive, Rules
 from medshard.gateway.model import Incoming, Outcome, Query
 from medshard.gateway.tags import Level
-from medshard_protocol.errors import Unavailable
+from medshard.ledger import LedgerClient
+from medshard_protocol.entries import Entry
+from medshard_protocol.proofs import Inclusion
 
 
 async def test_a_series_becomes_one_sealed_object_and_comes_back_bit_for_bit(archive: Archive) -> None:
@@ -77,28 +78,22 @@ async def test_a_name_in_two_scripts_is_found_by_either(archive: Archive) -> Non
     assert not list(archive.find(Query(Level.STUDY, {0x00100010: "Mueller*", tags.PATIENT_ID: "PID-names"})))
 
 
-async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_stored_when_they_are_back(
-    opened: Opened, trial: LocalConsortium
-) -> None:
-    study, file = (uid := generate_uid()), make_instance(uid)
-    async with opened(Rules(quiet_s=0.1)) as archive:
-        trial.kill(trial.names[-1])
-        try:
-            assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
-            with pytest.raises(Unavailable):
-                await archive.settle()
-            assert archive.last_failure
-            (instance,) = archive.instances(study)
-            assert await (await archive.open(instance)).read() == file
-            assert await archive.committed([instance.uid]) == {instance.uid: None}
-        finally:
-            trial.restart(trial.names[-1])
-        archive._not_before = 0.0  # it would wait ten seconds
-        watching = asyncio.create_task(archive.watch())
-        try:
-            async with asyncio.timeout(60):
-                while archive.waiting()[0]:
-                    await asyncio.sleep(0.05)
-        finally:
-            watching.cancel()
-        assert archive.receipt(instance.uid).sha256 == sha256(file).digest()
+async def test_reading_a_whole_study_of_two_series_is_one_entry_of_the_ledger(archive: Archive, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = generate_uid()
+    files = [make_instance(study, series, number=number) for series in (generate_uid(), generate_uid()) for number in range(3)]
+    for file in files:
+        await archive.receive(Incoming(file))
+    await archive.settle()
+    instances = archive.instances(study)
+    assert len({each.place.file_id for each in instances if each.place}) == 2
+    appended: list[Entry] = []
+    append = LedgerClient.append_signed
+
+    async def counted(self: LedgerClient, entries: Sequence[Entry]) -> list[Inclusion]:
+        appended.extend(entries)
+        return list(await append(self, entries))
+
+    monkeypatch.setattr(LedgerClient, "append_signed", counted)
+    opened = [await archive.open(each) for each in instances]
+    assert {await each.read() for each in opened} == set(files)
+    assert len(appended) == 1

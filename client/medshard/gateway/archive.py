@@ -213,8 +213,8 @@ class Archive:
     async def open(self, instance: Instance) -> Stored:
         """Make an instance readable. Reading it from the store is announced with its whole study. Raises Refused or Unavailable."""
         if self.entry(instance) is None:
-            files = {each.place.file_id for each in self.catalog.served(instance.study) if each.place}
-            await self.objects.announce(sorted(files | {self.place(instance).file_id}))
+            files = self.catalog.files_of(instance.study) | {self.place(instance).file_id}
+            await self.objects.announce(sorted(files))
         return Stored(instance, self)
 
     def entry(self, instance: Instance) -> Entry | None:

@@ -193,10 +193,10 @@ class Catalog:
         """Another one whenever something may have changed in a study."""
         return self._versions.get(study, 0), self._forgotten
 
-    def waiting(self, place: Place) -> list[Instance]:
-        """The instances of one file."""
+    def files_of(self, study: str) -> set[bytes]:
+        """The files that hold what is served of a study, as far as it is written down."""
         with self._lock:
-            return list(self._load("i.file = ?", (place.file_id,)))
+            return {file for (file,) in self._db.execute(_files_of_study, (self._token("study", study),))}
 
     def find(self, query: Query) -> Iterator[Row]:
         """Every match at the level of ``query``, newest study first; ``offset`` and ``limit`` count matches."""
@@ -413,6 +413,9 @@ _add_instance: Final = """
 INSERT OR REPLACE INTO instances (series, token, content, file, member, ledger, served, sealed) VALUES (?, ?, ?, ?, ?, ?, 1, ?)"""
 _series_of_study: Final = "SELECT id, token, instances, sealed FROM series WHERE study = ? AND instances > 0"
 _add_series: Final = "INSERT INTO series (study, token, instances, sealed) VALUES (?, ?, 0, ?)"
+_files_of_study: Final = """
+SELECT DISTINCT i.file FROM studies t JOIN series s ON s.study = t.id JOIN instances i ON i.series = s.id
+WHERE t.token = ? AND i.served > 0 AND i.file IS NOT NULL"""
 _twins: Final = "SELECT id, sealed FROM instances WHERE token = ?"
 
 
