@@ -311,7 +311,7 @@ def _cosigners(roster: Roster, pq: bool) -> dict[tuple[str, bytes], tuple[NodeId
 def _verify(kind: int, key: bytes, signature: bytes, message: bytes) -> None:
     """Raise InvalidSignature unless this key signed this. What held is remembered for a while: one head goes through many hands here.
 
-    Ed25519 by libsodium, in half the time that OpenSSL takes; a read waits for a dozen of these in each holder (docs/decisions/0031).
+    Ed25519 by libsodium, in half the time that OpenSSL takes; a read waits for a dozen of these in each holder (docs/decisions/0036).
     """
     if kind == cosignature_pq:
         _pq_public(key).verify(signature, message)

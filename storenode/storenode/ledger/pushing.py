@@ -7,7 +7,7 @@ and is asked again after a growing pause.
 
 An entry waits for a quorum and for nobody else, so it may go to as many mirrors as make one first, and one to spare, who take turns. The
 others get it later, as ``Spread`` says; or at once where the first ones take longer than they use to, where one of them fails, or where a
-mirror says that it needs it now (docs/decisions/0031-first-a-quorum.md).
+mirror says that it needs it now (docs/decisions/0036-first-a-quorum.md).
 """
 
 from __future__ import annotations
