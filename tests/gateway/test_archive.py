@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -97,3 +98,17 @@ async def test_reading_a_whole_study_of_two_series_is_one_entry_of_the_ledger(ar
     opened = [await archive.open(each) for each in instances]
     assert {await each.read() for each in opened} == set(files)
     assert len(appended) == 1
+
+
+async def test_a_series_that_is_settled_by_many_at_once_is_stored_once(archive: Archive) -> None:
+    study, series = generate_uid(), generate_uid()
+    for number in range(12):
+        await archive.receive(Incoming(make_instance(study, series, number=number)))
+        archive.settle_soon([(study, series)])
+        if number % 4 == 3:
+            await asyncio.gather(*(archive.settle() for _ in range(3)))
+    await archive.settle()
+    assert archive.waiting() == (0, 0)
+    assert archive.spool.used_bytes == 0
+    rows = [row for row in archive.vault.ls() if row.attributes.get("series-uid") == series]
+    assert len(rows) == len({row.sha256 for row in rows}) == 12

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
+from weakref import WeakValueDictionary
 
 from medshard.gateway import model
 from medshard.gateway.catalog import Catalog
@@ -93,7 +94,7 @@ class Archive:
         self._lock = threading.Lock()
         self._open: dict[Series, dict[Entry, float]] = {}  # what waits in the spool, and when it came (monotonic)
         self._spooled: dict[tuple[str, bytes], Entry] = {}
-        self._turns: dict[Series, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: WeakValueDictionary[Series, asyncio.Lock] = WeakValueDictionary()  # one put of a series at a time
         self._slots = asyncio.Semaphore(puts_at_once)
         self._not_before = 0.0
         self.prepare: Callable[[str, str], Awaitable[None]] | None = None  # what is made of a series before it leaves the spool
@@ -267,7 +268,8 @@ class Archive:
             self._open.setdefault((instance.study, instance.series), {})[entry] = time.monotonic()
 
     async def _settle(self, series: Series) -> None:
-        async with self._turns[series], self._slots:
+        turn = self._turns.setdefault(series, asyncio.Lock())
+        async with turn, self._slots:
             with self._lock:
                 entries = list(self._open.get(series, ()))
             if not entries:
@@ -315,7 +317,6 @@ class Archive:
                 self._spooled.pop((entry.attributes["sop-uid"], entry.sha256), None)
             if not waiting:
                 self._open.pop(series, None)
-                self._turns.pop(series, None)
         self.spool.done(done)
         for problem in report.problems:
             self._say("problem", why=problem.message)
