@@ -12,6 +12,7 @@ import logging
 import random
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Final
 
 from medshard.home import Home
@@ -23,6 +24,7 @@ from medshard_protocol.rosters import Link, follow, unpack_links
 from medshard_protocol.succession import Change, Successor, successor_path
 
 ask_timeout_s: Final = 2.0
+_asking: Final = ContextVar("asking", default=False)
 again_after_s: Final = 0.25  # many answers that fail at once are one reason to ask
 look_every_s: Final = 60.0
 
@@ -44,6 +46,8 @@ class Follower:
 
     async def follow(self) -> bool:
         """Ask what follows our newest roster; say whether something did. Raises nothing: who cannot be asked tells nothing."""
+        if _asking.get():
+            return False  # a node hung up on this very question, which must not wait for itself
         if self._running is None or self._running.done():
             if asyncio.get_running_loop().time() - self._asked_at < again_after_s:
                 return False
@@ -65,6 +69,7 @@ class Follower:
             await asyncio.gather(self._running, return_exceptions=True)
 
     async def _follow(self) -> bool:
+        _asking.set(True)  # in the context of this task and of those that it starts
         grown = False
         while await self._step():
             grown = True

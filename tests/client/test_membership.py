@@ -291,3 +291,21 @@ async def test_one_node_that_tells_the_truth_is_enough(home, follower):
             await made.follow()
         assert net.roster == later
         home.genesis.write_bytes(four.roster.to_bytes())
+
+
+class HungUp(Told):
+    """A net whose nodes hang up on everything: whoever asks looks first whether the roster has changed, as ``Net`` does."""
+
+    follower: Follower
+
+    async def call(self, node: Node, method: str, path: str, body: bytes = b"", **_: object) -> bytes:  # type: ignore[override]
+        await asyncio.sleep(0)
+        await self.follower.follow()
+        raise Unavailable(f"{node.name}: hung up")
+
+
+async def test_a_question_that_is_hung_up_on_does_not_wait_for_itself(follower: Callable[[Net], Follower]) -> None:
+    net = HungUp([None] * 4)
+    net.follower = follower(net)
+    async with asyncio.timeout(20):
+        assert not await net.follower.follow()
