@@ -10,12 +10,14 @@ import pytest
 from pydicom.uid import generate_uid
 from tests.gateway.conftest import Opened, make_instance
 
+from medshard.consortium import LocalConsortium
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive, Rules
 from medshard.gateway.model import Incoming, Outcome, Query
 from medshard.gateway.tags import Level
 from medshard.ledger import LedgerClient
 from medshard_protocol.entries import Entry
+from medshard_protocol.errors import Unavailable
 from medshard_protocol.proofs import Inclusion
 
 
@@ -112,3 +114,30 @@ async def test_a_series_that_is_settled_by_many_at_once_is_stored_once(archive: 
     assert archive.spool.used_bytes == 0
     rows = [row for row in archive.vault.ls() if row.attributes.get("series-uid") == series]
     assert len(rows) == len({row.sha256 for row in rows}) == 12
+
+
+async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_stored_when_they_are_back(
+    opened: Opened, trial: LocalConsortium
+) -> None:
+    study, file = (uid := generate_uid()), make_instance(uid)
+    async with opened(Rules(quiet_s=0.1)) as archive:
+        trial.kill(trial.names[-1])
+        try:
+            assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
+            with pytest.raises(Unavailable):
+                await archive.settle()
+            assert archive.last_failure
+            (instance,) = archive.instances(study)
+            assert await (await archive.open(instance)).read() == file
+            assert await archive.committed([instance.uid]) == {instance.uid: None}
+        finally:
+            trial.restart(trial.names[-1])
+        archive._not_before = 0.0  # it would wait ten seconds
+        watching = asyncio.create_task(archive.watch())
+        try:
+            async with asyncio.timeout(60):
+                while archive.waiting()[0]:
+                    await asyncio.sleep(0.05)
+        finally:
+            watching.cancel()
+        assert archive.receipt(instance.uid).sha256 == sha256(file).digest()
