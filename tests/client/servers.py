@@ -173,7 +173,7 @@ async def serving(made: Any, folder: Path) -> AsyncIterator[Four]:
         yield each
     for server in servers:
         server.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("medshard-")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("medshard-get", "medshard-put"))]
 
 
 def _server_context(made: Any, number: int, folder: Path) -> ssl.SSLContext:

@@ -418,8 +418,9 @@ def test_an_interrupted_put_is_finished_by_the_same_command(
     digest = fresh(here / "file", 2_000_000)
     names = frozen(3)
     with medshard("put", "file") as child:
-        assert b"interrupted" in interrupt(child, 2.0)
-    assert child.returncode == Exit.INTERRUPTED
+        told = interrupt(child, 2.0)
+    # Nodes that were silent a moment ago are not waited for long: the put may have given up by itself before.
+    assert (child.returncode, b"interrupted" in told) in ((Exit.INTERRUPTED, True), (Exit.UNAVAILABLE, False)), told
     for name in names:
         trial.thaw(name)
     assert stored(here / "file", capsys) == digest.hex()

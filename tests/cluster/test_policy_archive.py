@@ -91,8 +91,9 @@ async def test_a_claim_is_handed_over_whole_and_checked_without_its_owner(trial:
         assert [each["version"] for each in record["in_force"]] == [1]
         with pytest.raises(Absent):  # the policy itself was not granted
             await insurer.get(policies.history("VN-2")[0].row.sha256, tmp_path / "no")
-    told = [each for each in await vault.shares.log(rows[1].sha256) if each.what == "read"]
-    assert told
+    async with asyncio.timeout(20):  # mirrors beyond the quorum hear of a read a moment later
+        while not (told := [each for each in await vault.shares.log(rows[1].sha256) if each.what == "read"]):
+            await asyncio.sleep(0.1)
     assert told[-1].institution
 
 

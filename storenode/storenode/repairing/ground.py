@@ -7,6 +7,7 @@ every helper would say.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,6 +85,14 @@ def institutions(facts: Facts) -> Institutions:
 def is_described(manifest: Manifest, known: Standing) -> bool:
     """Whether this is the manifest that was registered."""
     return manifest.sha256 == known.registration.manifest_sha256
+
+
+async def registered(ledger: Ledger, file_id: FileId) -> None:
+    """Wait a little for a file that was registered just now, and whose entry is on its way to this node's mirror."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            while ledger.state.registration(file_id) is None:
+                await ledger.journal.news.wait()
 
 
 async def published(ledger: Ledger, place: int) -> bool:

@@ -148,6 +148,7 @@ async def post_repair(request: web.Request) -> web.Response:
         await request.app[repairs_key].tending.hint(caller(request).node, file_id_from_hex(request.match_info["file"]), wish.shard)
         return web.Response(status=202)
     file_id, repairer = _own(request), request.app[repairs_key].repairer
+    await ground.registered(request.app[node_key].ledger, file_id)
     if wish.dry_run:
         return _json(await repairer.look(file_id, wish.shard))
     task = repairer.begin(file_id, wish.shard, take_over=wish.take_over)
