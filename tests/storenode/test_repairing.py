@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from medshard_protocol.errors import Malformed, Unavailable
+from medshard_protocol.errors import Conflict, Damaged, Malformed, Refused, Unavailable
 from medshard_protocol.facts import Moved
-from medshard_protocol.ids import FileId, NodeId
+from medshard_protocol.ids import FileId, Key, NodeId
 from medshard_protocol.repairorder import pack_drain, pack_grants, unpack_drain, unpack_grants
 from storenode.config import Config, RepairSection
 from storenode.repairing import triage
@@ -19,8 +20,10 @@ from storenode.repairing.lasting import lasting
 from storenode.repairing.leaving import Leaving
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rate import Bucket
+from storenode.repairing.repairer import Repairer
 from storenode.repairing.surveying import Case
 from storenode.repairing.tending import Sick, _urgency
+from storenode.shardstore import ShardStore
 
 k, n = 2, 4
 nodes = [NodeId(bytes([i]) * 16) for i in range(8)]
@@ -75,6 +78,34 @@ def test_the_lowest_margin_comes_first_and_a_file_that_is_lost_last() -> None:
     margins = [2, None, 0, -1, 1]
     queue = [Sick(FileId(bytes(32)), since=float(i), next_at=0.0, margin=margin) for i, margin in enumerate(margins)]
     assert [sick.margin for sick in sorted(queue, key=_urgency)] == [None, 0, 1, 2, -1]
+
+
+async def test_a_row_that_makes_no_sense_is_not_in_the_way_of_its_own_repair(tmp_path: Path) -> None:
+    store, of = ShardStore(tmp_path, capacity=10_000_000), case()
+    node: Any = SimpleNamespace(store=store, id=nodes[1])
+    surveyor = SimpleNamespace(institution=institution, successors=lambda case, shard: [], name=lambda node: node.hex())
+    means: Any = SimpleNamespace(node=node, surveyor=surveyor)
+    repairer, file_id = Repairer(means), of.manifest.file_id
+
+    async def made() -> None:
+        incoming = store.begin(100, 100)
+        incoming.write([bytes(100)])
+        await store.commit(incoming, file_id, 1, Key(bytes(32)))
+        store.abandon(incoming)
+
+    try:
+        await made()
+        assert isinstance(repairer.objection(of, 2), Refused | Conflict), "a node with one shard takes no other"
+        with sqlite3.connect(tmp_path / "store.sqlite") as database:
+            database.execute("UPDATE shards SET digests = x'00'")
+        database.close()
+        with pytest.raises(Damaged):
+            store.shard(file_id)
+        assert repairer.objection(of, 1) is None
+        await made()
+        assert store.bad_cells(store.shard_at(file_id, 1)) == []
+    finally:
+        store.close()
 
 
 async def test_a_bucket_lets_through_what_it_should_and_no_more() -> None:
