@@ -9,17 +9,18 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tests.simulation import disk as _second  # noqa: F401
-from tests.simulation import mutants
+from tests.simulation import mutants, warming
 from tests.simulation import run as runs
 from tests.simulation import world as _first
 
@@ -57,7 +58,7 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
         with os.fdopen(reading) as pipe:
             data = pipe.read()
         _, status, usage = os.wait4(child, 0)
-        shutil.rmtree(scratch / str(seed), ignore_errors=True)
+        subprocess.run(["rm", "-rf", scratch / str(seed)], check=False)  # half the processor time of shutil's
         if os.waitstatus_to_exitcode(status) == unfit:
             raise SystemExit(f"the mutant {mutant} does not fit the code any more")
         told = json.loads(data) if data else {"seed": seed, "broken": f"the process died ({status})", "trace": 0}
@@ -75,7 +76,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", default="0-199", help="FIRST-LAST, or one")
-    parser.add_argument("--mutant", default="", help="planted bugs, or all: each until a seed finds it")
+    parser.add_argument("--mutant", default="", help="planted bugs, or all: each until a seed finds it; NAME@SEED begins with that seed")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell of seeds that hold as well")
     parser.add_argument("--log", action="store_true", help="what the nodes and vaults log, with the world's time")
@@ -87,13 +88,15 @@ def main() -> int:
         logging.disable(logging.CRITICAL)
     first, _, last = arguments.seeds.partition("-")
     seeds = range(int(first), int(last or first) + 1)
-    gc.collect()
-    gc.freeze()
     scratch = Path(tempfile.mkdtemp(prefix="simulation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
+        gc.disable()
+        (scratch / "warm").mkdir()
+        warming.warm(scratch / "warm")
+        gc.freeze()
         if arguments.mutant:
             names = list(mutants.mutants) if arguments.mutant == "all" else arguments.mutant.split(",")
-            caught = [_caught(name, seeds, scratch, arguments.jobs) for name in names]
+            caught = [_caught(*_named(name, seeds), scratch, arguments.jobs) for name in names]
             return 0 if all(caught) else 1
         return _all(seeds, scratch, arguments.jobs, verbose=arguments.verbose)
     finally:
@@ -117,7 +120,14 @@ def _all(seeds: range, scratch: Path, jobs: int, *, verbose: bool) -> int:
     return min(len(found), 1)
 
 
-def _caught(name: str, seeds: range, scratch: Path, jobs: int) -> bool:
+def _named(name: str, seeds: range) -> tuple[str, list[int]]:
+    """A mutant, and the seeds in the order in which they are tried."""
+    name, _, known = name.partition("@")
+    first = [int(known)] if known else []
+    return name, [*first, *(seed for seed in seeds if seed not in first)]
+
+
+def _caught(name: str, seeds: Sequence[int], scratch: Path, jobs: int) -> bool:
     """Run seeds with a planted bug until one finds it."""
     scratch = scratch / name
     scratch.mkdir()
@@ -129,7 +139,7 @@ def _caught(name: str, seeds: range, scratch: Path, jobs: int) -> bool:
     return told["seed"] is not None
 
 
-def _each(seeds: range, mutant: str, scratch: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def _each(seeds: Sequence[int], mutant: str, scratch: Path, jobs: int) -> Iterator[dict[str, Any]]:
     """Each seed's outcome, in the order of the seeds."""
     coming: deque[Callable[[], dict[str, Any]]] = deque()
     for seed in seeds:

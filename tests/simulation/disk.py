@@ -19,7 +19,7 @@ from typing import Any
 from tests.simulation import world as worlds
 from tests.simulation.world import PowerCut, here
 
-real = SimpleNamespace(fsync=os.fsync, fdatasync=os.fdatasync, statvfs=os.statvfs, connect=sqlite3.connect)
+real = SimpleNamespace(replace=os.replace, fsync=os.fsync, fdatasync=os.fdatasync, statvfs=os.statvfs, connect=sqlite3.connect)
 block = 512  # a disk's sector: what is torn is torn there
 
 
@@ -95,7 +95,8 @@ class Disk:
         old, self._cuts = self.folder, self._cuts + 1
         new = self._root / str(self._cuts)
         new.mkdir()
-        for at, _, _ in os.walk(old):
+        for at, folders, _ in os.walk(old):
+            folders.sort()
             now, durable = _names(at), self._names.get(at, {})
             for name in sorted({*now, *durable}):
                 self._survive(Path(at), name, now.get(name), durable.get(name), new / Path(at).relative_to(old))
@@ -215,6 +216,17 @@ def _fsync(descriptor: int) -> None:
         disk.sync(descriptor if isinstance(descriptor, int) else descriptor.fileno())
 
 
+def _replace(source: Any, target: Any) -> None:
+    """Here a folder is durable as soon as it is there; so the 256 that a node makes for its shards are made when a file first needs one."""
+    try:
+        real.replace(source, target)
+    except FileNotFoundError:
+        if _disk() is None or not os.path.exists(source):
+            raise
+        os.mkdir(os.path.dirname(target))
+        real.replace(source, target)
+
+
 def _connect(path: Any, *values: Any, **keywords: Any) -> sqlite3.Connection:
     disk = _disk()
     if disk is None or str(path).startswith("file:"):
@@ -233,5 +245,6 @@ def _statvfs(path: Any) -> Any:
 
 
 os.fsync = os.fdatasync = _fsync
+os.replace = _replace
 os.statvfs = _statvfs  # type: ignore[assignment]
 sqlite3.connect = _connect  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from medshard_protocol.identity import public_key
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.merkle import sha256
-from medshard_protocol.shards import digests, shard_root
+from medshard_protocol.shards import digests, shard_root, split
 from storenode.ledger import wire
 from storenode.ledger.channel import Channel
 from storenode.ledger.wire import Push
@@ -96,6 +96,33 @@ async def partitions(harm: Harm) -> None:
         cluster.net.split({})
 
 
+async def halves(harm: Harm) -> None:
+    """Who leads is in one half and another that may lead in the other for a while, and each half is handed an entry of its own."""
+    rng, cluster = harm.rng, harm.cluster
+    await asyncio.sleep(rng.uniform(0.0, 1.0))
+    may_lead = cluster.nodes[:2]
+    leader = next((host for host in may_lead if host.parts is not None and host.parts.node.ledger.leads), None)
+    if leader is None:
+        return
+    rival = next(host for host in may_lead if host is not leader)
+    rest = rng.sample(cluster.nodes[2:], len(cluster.nodes) // 2 - 1)
+    cluster.net.split(dict.fromkeys((rival, *rest), 1))
+    handing_in = []
+    for number, host in enumerate((leader, rival)):
+        if host.machine is not None and host.parts is not None:
+            handing_in.append(host.run(handed_in(cluster, host, cluster.enrol(f"half {number}"))))
+    await asyncio.sleep(rng.uniform(6.0, 9.0))
+    for task in handing_in:
+        task.cancel()
+    cluster.net.split({})
+
+
+async def handed_in(cluster: Cluster, host: Host, body: Enrol) -> None:
+    """Hand an entry in at this node; whether it is taken is another question."""
+    with contextlib.suppress(MedshardError):
+        await cluster.append(host, "ca 0", body)
+
+
 # -- machines
 
 
@@ -165,6 +192,13 @@ async def bit_rot(harm: Harm) -> None:
         if host is not None and host.machine is not None:
             harm.spoiled.add(host)
             _spoil(host, harm.rng)
+
+
+def loses(host: Host, file_id: FileId) -> None:
+    """Its disk loses the row of this file's shard."""
+    with disk.real.connect(host.disk.folder / "data" / "store.sqlite") as database:
+        database.execute("DELETE FROM shards WHERE file_id = ?", (file_id,))
+    database.close()
 
 
 def _spoil(host: Host, rng: Random) -> None:
@@ -252,6 +286,35 @@ def spoils_manifests(host: Host, rng: Random) -> None:
     store.manifest = wrong
 
 
+def counterfeits(host: Host, rng: Random) -> None:
+    """It gives out other bytes with digests that fit them, under the root that was registered."""
+    store = host.parts.node.store
+    read, shard = store.read, store.shard
+
+    def remade(file_id: FileId) -> Any:
+        known = shard(file_id)
+        if known is None:
+            return None
+        cells = split(_inverted(read(known, 0, known.size)), known.cell_size)
+        data = known.data and _inverted(known.data)
+        return replace(known, data=data, digests=tuple(digests["blake3"](cell) for cell in cells))
+
+    store.shard = remade
+    store.read = lambda known, *span: read(known, *span) if known.data is not None else _inverted(read(known, *span))
+
+
+def forges_manifests(host: Host, rng: Random) -> None:
+    """It answers with manifests that are well formed and name other shards."""
+    store = host.parts.node.store
+    manifest = store.manifest
+
+    def forged(file_id: FileId) -> bytes:
+        known = Manifest.from_bytes(manifest(file_id))
+        return replace(known, shards=tuple(replace(ref, root=_inverted(ref.root)) for ref in known.shards)).to_bytes()
+
+    store.manifest = forged
+
+
 def spoils_sums(host: Host, rng: Random) -> None:
     """As a helper it adds something else."""
     helper = host.app[repairs_key].helper  # type: ignore[attr-defined]
@@ -285,7 +348,10 @@ def withholds(host: Host, rng: Random) -> None:
     ledger.append_here = never
 
 
-lies = (forgets, spoils_reads, spoils_manifests, spoils_sums, cosigns_anything, withholds)
+lies = (
+    *(forgets, spoils_reads, spoils_manifests, spoils_sums, cosigns_anything, withholds),
+    *(counterfeits, forges_manifests) * 2,  # what only a certain file and a certain node's answer bring to light
+)
 
 
 async def byzantine(harm: Harm) -> None:
@@ -294,7 +360,7 @@ async def byzantine(harm: Harm) -> None:
         host = harm.victim()
         if len(harm.byzantine) < harm.cluster.roster.quorum.f and host is not None:
             harm.byzantine.add(host)
-            harm.lies[host] = harm.rng.sample(lies, harm.rng.randint(1, 3))
+            harm.lies[host] = list(dict.fromkeys(harm.rng.sample(lies, harm.rng.randint(1, 3))))
             harm.done += [f"{host} {lie.__name__}" for lie in harm.lies[host]]
     while harm.lies:
         for host, chosen in harm.lies.items():
@@ -371,6 +437,10 @@ async def _told(ledger: Any, node: Any, push: Push) -> str:
         channel.drop()
 
 
+def _inverted(data: Any) -> bytes:
+    return bytes(data).translate(bytes(255 - each for each in range(256)))
+
+
 def _flipped(data: bytes, rng: Random) -> bytes:
     if not data:
         return data
@@ -380,5 +450,5 @@ def _flipped(data: bytes, rng: Random) -> bytes:
 
 kinds = {
     each.__name__: each
-    for each in (bad_network, duplicates, partitions, crashes, restarts, skewed_clocks, full_disks, bit_rot, byzantine, forks)
+    for each in (bad_network, duplicates, partitions, halves, crashes, restarts, skewed_clocks, full_disks, bit_rot, byzantine, forks)
 }

@@ -39,6 +39,7 @@ from storenode.repairing.routes import repairs_key
 patience_s = 120.0  # for what must come about once nothing goes wrong any more
 repair_rounds = 12
 by_itself_s = 15.0
+look_every_s = 0.05
 
 
 @dataclass
@@ -61,14 +62,15 @@ class Result:
 class Run:
     """A seed on its way."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, *, calm: bool = False) -> None:
         self.world = World(seed)
+        self.calm = calm  # nothing goes wrong
         self.rng = self.world.rng
         self.folder = folder
         net = wire.install(self.world)
-        self.size = self.rng.choices((4, 5, 7, 16), (76, 14, 8, 2))[0]
+        self.size = self.rng.choices((4, 5, 7, 16), (84, 10, 5, 1))[0]
         small = self.rng.choice((1 << 16, 1 << 16, 200))
-        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 1 << 22, 2500))  # type: ignore[misc]
+        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 2500))  # type: ignore[misc]
         self.cluster = Cluster(self.world, net, self.size, folder, small_bytes_max=small)
         clusters.install(self.cluster)
         self.witness = Witness(self.cluster)
@@ -118,10 +120,14 @@ class Run:
 
     async def _trouble(self) -> None:
         names = self.rng.sample(sorted(faults.kinds), self.rng.choice((0, 1, 1, 2, 2, 3)))
+        if self.rng.random() < 0.15 and "byzantine" not in names:
+            names.append("byzantine")
+        if self.calm:
+            names = []
         self.result.faults = tuple(names)
         harming = [self.world.loop.create_task(faults.kinds[name](self.harm)) for name in names]
-        until = self.world.loop.time() + self.rng.uniform(8, 20)
-        for number in range(self.rng.choice((1, 1, 2, 3))):
+        until = self.world.loop.time() + self.rng.uniform(3, 10)
+        for number in range(self.rng.choice((1, 1, 1, 2))):
             if self.world.loop.time() < until:
                 await self._session(number, until)
         self.harm.ended = True
@@ -139,7 +145,7 @@ class Run:
         working = owner.run(self._owner_works(number))
         power_fails_at = loop.time() + self.rng.uniform(0.01, 2.0) if self.rng.random() < 0.15 else until
         while not working.done() and loop.time() < min(until, power_fails_at):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(look_every_s)
         if working.done():
             working.result()
             return
@@ -150,7 +156,7 @@ class Run:
         async with self.cluster.vault(self.owner) as vault:
             for path in self.unfinished[:2]:
                 await self._tried("put again", self._put(vault, path))
-            for turn in range(self.rng.randint(1, 3)):
+            for turn in range(self.rng.choice((1, 1, 2, 3))):
                 await asyncio.sleep(self.rng.uniform(0.0, 1.0))
                 what = self.rng.choices(("put", "get", "share"), (6, 3, 1))[0]
                 if what == "put" or not self.stored:
@@ -259,7 +265,22 @@ class Run:
     async def _until_agreed(self, left_out: set[Host]) -> None:
         hosts = [host for host in self.cluster.nodes if host not in left_out]
         self.split_since = self.world.loop.time()
+        handing_in = self.world.loop.create_task(self._hand_in_now_and_then(hosts)) if self.harm.forked else None
         await self._until(lambda: self._all_agree(hosts) or self._stands_still(), "all nodes hold one published log")
+        if handing_in is not None:
+            handing_in.cancel()
+
+    async def _hand_in_now_and_then(self, hosts: list[Host]) -> None:
+        """A leader that forked may keep from some what it published, as long as nobody appends anything: the next append brings it out."""
+        number = 0
+        while True:
+            await asyncio.sleep(5.0)
+            number += 1
+            host = self.rng.choice(hosts)
+            if host.parts is not None:
+                await asyncio.wait(
+                    [host.run(faults.handed_in(self.cluster, host, self.cluster.enrol(f"afterwards {number}")))], timeout=15.0
+                )
 
     def _stands_still(self) -> bool:
         """A sequencer that forks may leave honest mirrors with different last entries, of which none can get a quorum: the log waits for a
@@ -294,7 +315,8 @@ class Run:
         self.witness.check(byzantine)
         if not self.result.stands_still:
             await self._on(self.owner, self._all_come_back)
-            await self._on(self.mallory, self._mallory_reads)
+            if self.rng.random() < 0.6:
+                await self._on(self.mallory, self._mallory_reads)
         await self._reform()
         self.witness.check_stores(self.harm.spoiled | byzantine)
         self.witness.check(byzantine)
@@ -304,7 +326,9 @@ class Run:
                     raise Broken("lost: fewer than k shards of an acknowledged file are left")
             return
         await self._repair_all()
-        await self._on_node(self._node_grabs)
+        await self._repair_beside_a_liar()
+        if self.rng.random() < 0.6:
+            await self._on_node(self._node_grabs)
         honest = [host for host in self.cluster.nodes if host not in byzantine]
         checks.check_traces(max(honest, key=checks.published), [(reader, self.files[sha256]) for reader, sha256 in self.reads])
         self.witness.check(byzantine)
@@ -388,9 +412,26 @@ class Run:
 
     async def _repair_all(self) -> None:
         """Everything returns to n shards: by itself, and what only a look at the disk finds, when each holder is told to look."""
-        deadline = self.world.loop.time() + by_itself_s
-        while self._missing() and self.world.loop.time() < deadline:
-            await asyncio.sleep(0.5)
+        deadline = self.world.loop.time() + self.rng.choice((0.0, 0.0, 0.0, by_itself_s))
+        while self.world.loop.time() < deadline and self._missing():
+            await asyncio.sleep(1.0)
+        await self._repair_those_told()
+
+    async def _repair_beside_a_liar(self) -> None:
+        """A disk loses a shard, and one of those that may help to make it again adds something else: it is made again all the same."""
+        if not self.files or self.rng.random() > 0.35:
+            return
+        lying = [host for host in self.harm.lies if host not in self.harm.reformed]
+        if not lying:
+            lying = [self.rng.choice(self.cluster.nodes)]
+            faults.spoils_sums(lying[0], self.rng)
+        file_id = self.rng.choice(self._file_ids())
+        loser = self.rng.choice([host for host in self.cluster.nodes if host not in lying])
+        faults.loses(loser, file_id)
+        self.result.told.append(f"{loser} loses a shard beside {lying}")
+        await self._repair_those_told()
+
+    async def _repair_those_told(self) -> None:
         why = ""
         for _ in range(repair_rounds):
             left = self._missing()
@@ -402,7 +443,7 @@ class Run:
                     await host.run(self._one_repair(host, file_id))
                 except MedshardError as error:
                     why = f"{host}: {error}"
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(0.5)
         raise Broken(f"not repaired: {len(left)} shards are still missing ({why})")
 
     async def _one_repair(self, host: Host, file_id: FileId) -> None:
