@@ -53,6 +53,7 @@ class Host:
         self.disk = Disk(root / name, random.Random(f"disk {world.seed} {name}"))
         self.certificate = certificate
         self.skew_s = 0.0
+        self.quick = False  # sooner heard than others
         self.silent = False  # without power it does not even say that nobody listens
         self.machine: Machine | None = None
         self.parts: Any = None  # a node's running parts

@@ -107,7 +107,7 @@ class Network:
         wait = self._rng.uniform(*self.slow)
         if self.loss and self._rng.random() < self.loss:
             wait += self._rng.uniform(0.2, 1.2)  # sent again
-        return float(wait)
+        return float(wait) / (10 if one.host.quick or other.host.quick else 1)
 
     def blocked(self, one: Machine, other: Machine) -> bool:
         return self.parts.get(one.host, 0) != self.parts.get(other.host, 0)
