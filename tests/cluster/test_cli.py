@@ -405,6 +405,8 @@ def test_with_fewer_than_k_nodes_get_says_how_many_and_which(here: Path, capsys:
 
 def interrupt(child: subprocess.Popen[bytes], after_s: float) -> bytes:
     """Press Ctrl-C; what was said."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        pytest.skip("started in the background: SIGINT is ignored here and in every child")
     time.sleep(after_s)
     assert child.poll() is None, "it ended before it could be interrupted"
     child.send_signal(signal.SIGINT)
@@ -418,9 +420,8 @@ def test_an_interrupted_put_is_finished_by_the_same_command(
     digest = fresh(here / "file", 2_000_000)
     names = frozen(3)
     with medshard("put", "file") as child:
-        told = interrupt(child, 2.0)
-    # Nodes that were silent a moment ago are not waited for long: the put may have given up by itself before.
-    assert (child.returncode, b"interrupted" in told) in ((Exit.INTERRUPTED, True), (Exit.UNAVAILABLE, False)), told
+        assert b"interrupted" in interrupt(child, 2.0)
+    assert child.returncode == Exit.INTERRUPTED
     for name in names:
         trial.thaw(name)
     assert stored(here / "file", capsys) == digest.hex()

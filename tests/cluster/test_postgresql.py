@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.cluster.test_failover import append, assert_one_history, sequencer, status
@@ -82,7 +83,13 @@ async def test_a_killed_sequencer_on_postgresql_is_replaced_and_comes_back(vault
 
 def test_the_log_of_a_node_on_postgresql_is_exported_beside_it(trial: LocalConsortium, tmp_path: Path) -> None:
     eventually(lambda: published(trial, second) > 60)
-    done = operate(trial.home(second), "log", "export", str(tmp_path / "log"))
+    # The node writes down which checkpoint it has heard of some seconds later.
+    exports: list[dict[str, Any]] = []
+    eventually(
+        lambda: exports.append(operate(trial.home(second), "log", "export", str(tmp_path / f"{len(exports)}"))) or exports[-1]["size"] > 60
+    )
+    done = exports[-1]
+    (tmp_path / f"{len(exports) - 1}").rename(tmp_path / "log")
     report = operate(trial.home(second), "log", "verify", str(tmp_path / "log"))
     assert (report["size"], report["unsigned"], done["size"] > 60) == (done["size"], 0, True)
     assert published(trial, second) >= done["size"]  # the node goes on: reading took nothing over
