@@ -11,13 +11,11 @@ what is in force is what the ledger says. A request gives nobody a right. Nothin
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from medshard.grants import Happened, Shared, purpose_name
@@ -238,9 +236,7 @@ class Consents:
         return Request(sha256, asker, wish, f.uint(most=2**53))
 
     async def _send(self, data: bytes, name: bytes, media_type: str, attributes: dict[str, str], reader: Key) -> bytes:
-        part = Part(
-            Path(os.fsdecode(name)), name, len(data), time.time_ns(), Description(media_type, attributes), opener=lambda: io.BytesIO(data)
-        )
+        part = Part.holding(data, name, Description(media_type, attributes))
         report = await self._vault.store(Plan((Unit(name, (part,), is_pack=False),), ()))
         if not report.stored:
             raise Unavailable("; ".join(problem.message for problem in report.problems) or "it could not be stored")

@@ -30,6 +30,7 @@ from medshard.quorum import waiting_for_the_ledger
 from medshard.restoring import Target
 from medshard.rights import Ledgered, Rights
 from medshard.scratch import scratch_folder
+from medshard.shares import copy_mark, copy_shared
 from medshard.source import Part
 from medshard.transport import Net
 from medshard_protocol import canonical
@@ -285,7 +286,7 @@ class Custody:
                 Part.at(path, member.name, Description(member.media_type, member.attributes))
                 for member, path in zip(homeless, paths, strict=True)
             )
-            unit = Unit(opened.header.name if len(parts) > 1 else parts[0].name, parts, is_pack=len(parts) > 1)
+            unit = Unit(opened.header.name, parts, is_pack=True)  # even of one: a copy that was made to be shared is not taken for it
             putter = Putter(self._net, self._keys, self._index, self._ledger, self._lookup, Code(*self._net.roster.code), alone=True)
             report = await putter.put(Plan((unit,), ()), progress)
         if report.problems:
@@ -293,7 +294,9 @@ class Custody:
         return len(homeless)
 
     def _has_another_home(self, file_id: FileId, sha256: bytes) -> bool:
-        return any(row.file_id != file_id for row in self._index.by_tag(self._keys.tag(sha256)))
+        rows = self._index.by_tag(self._keys.tag(sha256))
+        # A copy that was made to be shared alone is no home: `ls` does not list it.
+        return any(row.file_id != file_id and row.attributes.get(copy_mark) != copy_shared for row in rows)
 
     async def _collected(self, note: Ended, wait_s: float) -> Ended:
         """The note with the receipts that came within that time."""

@@ -16,14 +16,12 @@ pycryptodome's Shamir takes secrets of 16 bytes: the root key is split as two ha
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Final
 
 from Crypto.Protocol.SecretSharing import Shamir
@@ -276,8 +274,7 @@ class Escrow:
 
     async def _send(self, data: bytes, name: bytes, media_type: str, attributes: dict[str, str], *readers: Key) -> bytes:
         """Store a small file that never lies on this disk in the clear, and grant it; its SHA-256."""
-        about = Description(media_type, attributes)
-        part = Part(Path(os.fsdecode(name)), name, len(data), time.time_ns(), about, opener=lambda: io.BytesIO(data))
+        part = Part.holding(data, name, Description(media_type, attributes))
         report = await self._vault.store(Plan((Unit(name, (part,), is_pack=False),), ()))
         if not report.stored:
             raise Unavailable("; ".join(problem.message for problem in report.problems) or "it could not be stored")

@@ -120,6 +120,17 @@ async def test_an_erased_file_is_gone_everywhere_and_its_neighbours_are_not(tria
     assert not [row for row in vault.ls() if row.sha256 == hashes[0]]
 
 
+async def test_a_neighbour_that_was_shared_alone_is_still_listed(trial: LocalConsortium, vault: Vault, tmp_path: Path) -> None:
+    gone, shared, left = await put(vault, tmp_path / "pack", 20_000, 20_000, 20_000)
+    async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
+        await insurer.shares.publish_key()
+        await vault.shares.share([shared], insurer.keys.public)  # which makes a copy that `ls` does not list
+    await vault.custody.end([gone])
+    await vault.custody.end([left])
+    assert [row.sha256 for row in vault.ls() if row.sha256 in (gone, shared, left)] == [shared]
+    assert await read(vault, shared, tmp_path) == (tmp_path / "pack" / "letter-1").read_bytes()
+
+
 async def test_a_node_that_was_down_obeys_when_it_is_back(trial: LocalConsortium, vault: Vault, tmp_path: Path, monkeypatch) -> None:
     (digest,) = await put(vault, tmp_path / "one", 900_000)
     (row,) = [row for row in vault.ls() if row.sha256 == digest]

@@ -11,7 +11,6 @@ that lists them with their hashes and the versions of the policy that were in fo
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -19,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 from medshard.describe import describe
 from medshard.model import Description, OnProgress, Problem, PutReport, Row
 from medshard.packs import Plan, Unit
 from medshard.policies.model import Terms, Version, end_of, versions
 from medshard.query import Query
+from medshard.restoring import Nowhere
 from medshard.source import Part, hash_file
 from medshard.text import fold
 from medshard.vault import Vault
@@ -110,7 +110,7 @@ class Policies:
         record = _record(terms, today, parts, covered)
         about = Description("application/json", terms.attributes)
         beside = parts[0].path.parent / record_name.decode()
-        parts.insert(0, Part(beside, record_name, len(record), time.time_ns(), about, opener=lambda: io.BytesIO(record)))
+        parts.insert(0, Part.holding(record, record_name, about, beside))
         unit = Unit(terms.claim.encode().replace(b"/", b"-"), tuple(parts), is_pack=True)
         report = await self._vault.store(Plan((unit,), tuple(problems)), progress)
         await self.retain([stored.sha256 for stored in report.stored], terms.retain_until)
@@ -139,7 +139,7 @@ class Policies:
             row = by_hash.get(digest)
             if row is None or row.size != each["size"]:
                 raise Damaged(f"{each['name']} is in the record of claim {claim} and not among its documents")
-            await self._vault.get(digest, out=cast(BinaryIO, _Nowhere()))
+            await self._vault.get(digest, out=Nowhere())
         info = await self._vault.info(record_row.sha256)
         return record | {"ledger_index": info.ledger_index, "cosigners": list(info.cosigners), "checked": len(record["documents"])}
 
@@ -183,13 +183,3 @@ def _has_words(text: str, wanted: str | None) -> bool:
         return True
     folded = fold(text)
     return all(word in folded for word in fold(wanted).split())
-
-
-class _Nowhere(io.RawIOBase):
-    """A file that forgets what is written to it: the read itself compares the hash."""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return len(data)

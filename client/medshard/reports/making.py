@@ -6,18 +6,18 @@ what it reads is hashed and forgotten.
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 from cryptography.x509 import load_der_x509_certificate
 
 from medshard.grants import Happened
 from medshard.model import OnProgress, Progress, Row, VerifyReport
 from medshard.reports.model import Bars, Report, Table, moment
+from medshard.restoring import Nowhere
 from medshard.vault import Vault
 from medshard_protocol.errors import MedshardError
 
@@ -123,7 +123,7 @@ class Reports:
         for number, row in enumerate(chosen, 1):
             started = time.monotonic()
             try:
-                await self._vault.get(row.sha256, out=cast(BinaryIO, _Nowhere()))
+                await self._vault.get(row.sha256, out=Nowhere())
                 outcome = "whole"
             except MedshardError as error:
                 outcome, failed = str(error), failed + 1
@@ -229,13 +229,3 @@ def _top(counts: Counter[Any]) -> tuple[tuple[str, float], ...]:
     listed = [(str(name), float(count)) for name, count in counts.most_common(tops)]
     rest = sum(counts.values()) - sum(count for _, count in listed)
     return (*listed, ("others", rest)) if rest else tuple(listed)
-
-
-class _Nowhere(io.RawIOBase):
-    """A file that forgets what is written to it."""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return len(data)
