@@ -24,7 +24,8 @@ from medshard.gateway.dimse import commands
 from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.pdus import Context
 from medshard.gateway.part10 import read_head
-from medshard.gateway.service import Settings, archive_of
+from medshard.gateway.service import Settings, archive_of, spool_key
+from medshard.gateway.spool import Spool
 from medshard_protocol.errors import MedshardError
 
 
@@ -146,4 +147,9 @@ async def test_on_sigterm_the_spool_is_emptied_into_the_store(trial: LocalConsor
         sender.stop()
         process.kill()
         process.wait()
-    assert list((tmp_path / "spool").glob("*.spool")) == []
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        spool = Spool(tmp_path / "spool", spool_key(vault.keys), bytes_max=1 << 30)
+        try:
+            assert spool.recover() == []
+        finally:
+            spool.close()

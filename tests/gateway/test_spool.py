@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from medshard.gateway import spool as spools
-from medshard.gateway.spool import Entry, Spool, chunk_plain
+from medshard.gateway.segments import Entry, chunk_plain
+from medshard.gateway.spool import Spool
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
@@ -82,17 +83,66 @@ def test_wherever_the_last_segment_is_cut_only_what_was_finished_before_comes_ba
             assert [spool.read(entry, 0, entry.size) for entry in found] == files[: len(found)]
 
 
+def changed(folder: Path, entry: Entry) -> None:
+    (path,) = folder.glob("*.spool")
+    data = bytearray(path.read_bytes())
+    data[entry.offset + 50] ^= 1
+    path.write_bytes(data)
+
+
 def test_a_changed_byte_is_found_when_it_is_read(tmp_path: Path) -> None:
     with opened(tmp_path) as spool:
-        entry = stored(spool, os.urandom(5000))
-    (path,) = tmp_path.glob("*.spool")
-    data = bytearray(path.read_bytes())
-    data[entry.offset + 2500] ^= 1
-    path.write_bytes(data)
+        entries = [stored(spool, os.urandom(5000)), stored(spool, b"last")]
+    changed(tmp_path, entries[0])
     with opened(tmp_path) as spool:
-        assert spool.recover() == [entry]
+        assert spool.recover() == entries
         with pytest.raises(Damaged):
-            spool.read(entry, 0, 10)
+            spool.read(entries[0], 0, 10)
+
+
+def test_an_end_that_reached_the_disk_before_its_data_makes_no_instance(tmp_path: Path) -> None:
+    with opened(tmp_path) as spool:
+        first, last = stored(spool, b"answered"), stored(spool, os.urandom(2 * chunk_plain))
+    changed(tmp_path, last)
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [first]
+        assert spool.cut_off == 1
+
+
+def test_segments_are_used_again_and_nothing_of_their_earlier_use_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "segment_bytes", 8 * chunk_plain)
+    with opened(tmp_path) as spool:
+        spool.provide()
+        names = {path.name for path in tmp_path.glob("*.spool")}
+        assert len(names) == spools.spares_max
+        long = [stored(spool, os.urandom(chunk_plain)) for _ in range(6)]
+        assert {path.name for path in tmp_path.glob("*.spool")} == names
+        spool.done(long)
+        assert spool.used_bytes == 0
+        again = [stored(spool, bytes([number]) * chunk_plain) for number in range(3)]  # before what is left of the six
+        with pytest.raises(Absent):
+            spool.read(long[5], 0, 1)
+    assert {path.stat().st_size for path in tmp_path.glob("*.spool")} == {8 * chunk_plain}
+    with opened(tmp_path) as spool:  # the same files, after a restart
+        assert spool.recover() == again
+        assert [spool.read(entry, 0, 3) for entry in again] == [bytes([number]) * 3 for number in range(3)]
+        spool.done(again)
+        last = stored(spool, b"x" * chunk_plain * 3)
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [last]
+        assert len(list(tmp_path.glob("*.spool"))) == spools.spares_max
+
+
+def test_what_is_done_while_another_comes_takes_no_file_from_under_it(tmp_path: Path) -> None:
+    with opened(tmp_path) as spool:
+        first = stored(spool, b"first")
+        coming = spool.begin()
+        coming.write(b"second")
+        spool.done([first])
+        second = coming.finish(about)
+        assert spool.read(second, 0, 10) == b"second"
+    with opened(tmp_path) as spool:
+        assert spool.recover() == [first, second]  # the first is in the store, which the archive finds
 
 
 def test_finish_returns_after_the_disk_has_it_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ from medshard.gateway.model import Incoming, Instance, Outcome, Place, Query, Re
 from medshard.gateway.objects import Objects
 from medshard.gateway.packing import places, plan_of
 from medshard.gateway.receipts import catch_up, receipt_in
-from medshard.gateway.spool import Arrival, Entry, Spool
+from medshard.gateway.segments import Entry
+from medshard.gateway.spool import Arrival, Spool
 from medshard.model import PutReport
 from medshard.vault import Vault
 from medshard_protocol.errors import Absent, Full, Malformed, MedshardError
@@ -258,6 +259,8 @@ class Archive:
             else:
                 self._keep(entry)
         self.spool.done(done)
+        if self.spool.cut_off:
+            self._say("cut-off", instances=self.spool.cut_off)  # nobody was told yes; what was lost with a disk looks the same
 
     def _keep(self, entry: Entry) -> None:
         instance = _instance(entry)

@@ -12,7 +12,8 @@ from typing import BinaryIO, Final, cast
 
 from medshard.gateway import tags
 from medshard.gateway.model import Instance, Place
-from medshard.gateway.spool import Entry, Spool, chunk_plain
+from medshard.gateway.segments import Entry, chunk_plain
+from medshard.gateway.spool import Spool
 from medshard.model import Description, PutReport, Row
 from medshard.packs import Plan, Unit
 from medshard.source import Part

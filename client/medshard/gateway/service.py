@@ -133,6 +133,7 @@ async def serve(vault: Vault, settings: Settings) -> None:
         if dimse is not None:
             dimse.start()
         tasks = [asyncio.create_task(_for_ever(work)) for work in (archive.watch, lambda: _follow(archive))]
+        tasks.append(asyncio.create_task(asyncio.to_thread(archive.spool.provide)))
         where |= {"dimse": f"{settings.dimse.host}:{dimse.port}"} if dimse and settings.dimse else {}
         _say("started", spooled=archive.waiting()[0], **where)
         try:
