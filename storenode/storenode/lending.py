@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
 
 threads: Final = 4
-patience_s: Final = 0.02  # for the next bytes, in a thread; a client that feeds many nodes in turn comes back to each in this time
+patience_s: Final = 0.25  # for the next bytes, in a thread that nobody else wants: to and from the loop costs more than the bytes
 turn_s: Final = 0.2  # a thread's work for one connection while others wait
 sealed_bytes: Final = 128 * 1024  # through OpenSSL's buffers at a time: they grow to this, and stay so with the connection
 block_bytes: Final = 256 * 1024  # taken or given at a time
@@ -144,7 +144,10 @@ class Threads:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="storenode-body")
         self._lock = threading.Lock()
         self._rooms: list[Room] = []
-        self._waiting = 0
+        self._count = count
+        self._waiting = self._busy = 0
+        self._bell, self._ear = socket.socketpair()  # each byte asks one thread that waits for its connection to let go of it
+        self._ear.setblocking(False)
 
     async def carry(self, wire: socket.socket, work: Work, stall_s: float) -> None:
         """Go on until the work is done. ``wire`` is the socket, not blocking, which nobody else uses meanwhile.
@@ -154,7 +157,11 @@ class Threads:
         """
         loop = asyncio.get_running_loop()
         while True:
-            self._waiting += 1
+            with self._lock:
+                self._waiting += 1
+            if self._is_wanted():
+                with contextlib.suppress(BlockingIOError):  # full of rings already
+                    self._bell.send(b"!", socket.MSG_DONTWAIT)
             turn = loop.run_in_executor(self._pool, self._turn, wire, work)
             try:
                 events = await asyncio.shield(turn)
@@ -171,26 +178,47 @@ class Threads:
     def close(self) -> None:
         """When nothing is carried any more."""
         self._pool.shutdown()
+        self._bell.close()
+        self._ear.close()
 
     def _turn(self, wire: socket.socket, work: Work) -> int:
         with self._lock:
             self._waiting -= 1
+            self._busy += 1
             room = self._rooms.pop() if self._rooms else None
         room = room or Room()
         until = time.monotonic() + turn_s
 
         def may_wait(events: int) -> bool:
-            if self._waiting and time.monotonic() > until:
-                return False
-            poll = select.poll()
-            poll.register(wire, events)
-            return bool(poll.poll(0 if self._waiting else patience_s * 1000))
+            return not (self._is_wanted() and time.monotonic() > until) and self._comes(wire, events)
 
         try:
             return work.go_on(wire, room, may_wait)
         finally:
             with self._lock:
+                self._busy -= 1
                 self._rooms.append(room)
+
+    def _is_wanted(self) -> bool:
+        """Whether more wait for a thread than are free."""
+        return self._waiting > self._count - self._busy
+
+    def _comes(self, wire: socket.socket, events: int) -> bool:
+        """Whether the wire is ready soon enough for this thread to wait for it."""
+        poll = select.poll()
+        poll.register(wire, events)
+        poll.register(self._ear, select.POLLIN)
+        until = time.monotonic() + patience_s
+        while True:
+            wait_s = 0.0 if self._is_wanted() else max(0.0, until - time.monotonic())
+            ready = [descriptor for descriptor, _ in poll.poll(wait_s * 1000)]
+            if wire.fileno() in ready:
+                return True
+            if not ready:
+                return False
+            with contextlib.suppress(BlockingIOError):  # another thread was quicker: it lets go
+                if self._ear.recv(1) and self._is_wanted():
+                    return False
 
 
 async def _ready(wire: socket.socket, events: int, stall_s: float) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
+import socket
 import ssl
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,6 +230,35 @@ async def test_slow_connections_hold_no_thread(site: Site) -> None:
             assert await answer(reader) == (200, str(size).encode())
     for _, writer in slow:
         writer.transport.abort()
+
+
+class Listening:
+    """Work that is done when its wire has something to read."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def go_on(self, wire: socket.socket, room: lending.Room, may_wait: Callable[[int], bool]) -> int:
+        self.begun.set()
+        return 0 if may_wait(select.POLLIN) else select.POLLIN
+
+
+async def test_a_thread_that_waits_for_one_connection_lets_go_when_another_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "patience_s", 3600.0)
+    threads = lending.Threads(1)
+    (silent, far), (ready, talker) = socket.socketpair(), socket.socketpair()
+    talker.send(b"!")
+    work = Listening()
+    waiting = asyncio.create_task(threads.carry(silent, work, 3600.0))
+    await asyncio.to_thread(work.begun.wait)
+    carried = asyncio.create_task(threads.carry(ready, Listening(), 3600.0))
+    assert (await asyncio.wait([carried], timeout=20))[0]
+    assert not waiting.done()
+    far.send(b"!")
+    await waiting
+    threads.close()
+    for each in (silent, far, ready, talker):
+        each.close()
 
 
 async def test_a_long_answer_comes_whole_and_another_request_after_it(site: Site) -> None:
