@@ -40,6 +40,17 @@ def end(file: bytes, received: int, attributes: dict[str, str]) -> bytes:
     return packed
 
 
+def owed(root: bytes) -> dict[str, object]:
+    """A commitment request that is not yet reported about."""
+    magic, nonce = b"medshard/commitment/v1\n", drawn("owed nonce", 12)
+    references = [["1.2.3.4", "1.2.840.10008.5.1.4.1.1.2"], ["1.2.3.5", "1.2.840.10008.5.1.4.1.1.4"]]
+    plain = msgpack.packb(["CT01", "1.2.3", 1_700_000_000_003, references], use_bin_type=True)
+    cipher = AES.new(hkdf(root, b"", b"medshard/vault/v1/commitments"), AES.MODE_GCM, nonce=nonce)
+    cipher.update(magic)
+    data = magic + nonce + b"".join(cipher.encrypt_and_digest(plain))
+    return {"data": data.hex(), "peer": "CT01", "transaction": "1.2.3", "since": 1_700_000_000_003, "references": references}
+
+
 def main() -> None:
     root, salt = drawn("spool root", 32), drawn("spool salt", 32)
     spool_key = hkdf(root, b"", b"medshard/vault/v1/spool")
@@ -57,7 +68,7 @@ def main() -> None:
     ]
     segment = b"medshard/spool/v1\n" + salt + b"".join(chunks) + bytes(64)
     found = {
-        "about": "A spool segment, see docs/formats/spool.md. Bytes are hex. Made by tools/make_spool_vectors.py, not with medshard.",
+        "about": "docs/formats/spool.md: a segment, and a commitment request. Hex. Made by tools/make_spool_vectors.py, not with medshard.",
         "root": root.hex(),
         "spool_key": spool_key.hex(),
         "segment_key": key.hex(),
@@ -65,6 +76,7 @@ def main() -> None:
         "instances": [
             {"file": file.hex(), "received": 1_700_000_000_000 + number, "attributes": about[number]} for number, file in enumerate(files)
         ],
+        "owed": owed(root),
     }
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 

@@ -11,9 +11,10 @@ from pydicom.uid import generate_uid
 from tests.gateway.conftest import Opened, make_instance
 
 from medshard.consortium import LocalConsortium
+from medshard.gateway import archive as archives
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive, Rules
-from medshard.gateway.model import Incoming, Outcome, Query
+from medshard.gateway.model import Committed, Incoming, Outcome, Query
 from medshard.gateway.tags import Level
 from medshard.ledger import LedgerClient
 from medshard_protocol.entries import Entry
@@ -117,21 +118,25 @@ async def test_a_series_that_is_settled_by_many_at_once_is_stored_once(archive: 
 
 
 async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_stored_when_they_are_back(
-    opened: Opened, trial: LocalConsortium
+    opened: Opened, trial: LocalConsortium, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, file = (uid := generate_uid()), make_instance(uid)
     async with opened(Rules(quiet_s=0.1)) as archive:
         trial.kill(trial.names[-1])
         try:
             assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
+            asked_for = (await archive.receive(Incoming(make_instance()))).sop_uid
             with pytest.raises(Unavailable):
                 await archive.settle()
             assert archive.last_failure
             (instance,) = archive.instances(study)
             assert await (await archive.open(instance)).read() == file
-            assert await archive.committed([instance.uid]) == {instance.uid: None}
+            assert await archive.committed([asked_for, "1.2.3"]) == Committed({}, frozenset([asked_for]))
+            monkeypatch.setattr(archives, "retry_s", 0.1)
+            patient = asyncio.create_task(archive.committed([asked_for], patience_s=60))
         finally:
             trial.restart(trial.names[-1])
+        assert (await patient).receipts.keys() == {asked_for}
         archive._not_before = 0.0  # it would wait ten seconds
         watching = asyncio.create_task(archive.watch())
         try:

@@ -75,23 +75,10 @@ class Sender:
             association.close()
 
 
-def start(home: Path, folder: Path, port: int) -> subprocess.Popen[bytes]:
-    words = [
-        "--home",
-        str(home),
-        "gateway",
-        "--dir",
-        str(folder),
-        "--dimse",
-        f"127.0.0.1:{port}",
-        "--status",
-        "off",
-        "--http",
-        "off",
-        "--quiet-time",
-        "0.3",
-    ]
-    return subprocess.Popen([sys.executable, "-m", "medshard", *words, "--any-calling"], stderr=subprocess.DEVNULL)
+def start(home: Path, folder: Path, port: int, *more: str) -> subprocess.Popen[bytes]:
+    words = ["--home", str(home), "gateway", "--dir", str(folder), "--dimse", f"127.0.0.1:{port}", "--any-calling", "--quiet-time", "0.3"]
+    off = [word for name in ("--status", "--http") if name not in more for word in (name, "off")]
+    return subprocess.Popen([sys.executable, "-m", "medshard", *words, *off, *more], stderr=subprocess.DEVNULL)
 
 
 async def kills(trial: LocalConsortium, tmp_path: Path, rounds: int) -> None:

@@ -19,13 +19,14 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 from weakref import WeakValueDictionary
 
 from medshard.gateway import model
 from medshard.gateway.catalog import Catalog
 from medshard.gateway.describing import describe
-from medshard.gateway.model import Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
+from medshard.gateway.model import Committed, Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
 from medshard.gateway.objects import Objects
 from medshard.gateway.packing import places, plan_of
 from medshard.gateway.receipts import catch_up, receipt_in
@@ -38,6 +39,7 @@ from medshard_protocol.errors import Absent, Full, Malformed, MedshardError
 quiet_s: Final = 15.0  # a series to which nothing came for so long is taken to be complete
 retry_s: Final = 10.0  # after a put that failed for want of nodes
 puts_at_once: Final = 2
+commitment_patience_s: Final = 3600.0  # of nodes that are out of reach, before a peer is told that it failed
 log = logging.getLogger("medshard.gateway")
 
 Series = tuple[str, str]  # Study Instance UID, Series Instance UID
@@ -101,6 +103,11 @@ class Archive:
         self.prepare: Callable[[str, str], Awaitable[None]] | None = None  # what is made of a series before it leaves the spool
         self.last_failure = ""  # why the last put failed; empty after one that did not
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def folder(self) -> Path:
+        """Where the gateway keeps what is its own."""
+        return self.spool.folder.parent
 
     async def start(self) -> None:
         """Learn what the vault has and what the spool was left with. Raises Damaged or Malformed."""
@@ -185,22 +192,33 @@ class Archive:
                 with contextlib.suppress(MedshardError, OSError):  # it is logged, and tried again
                     await self.settle(complete)
 
-    async def committed(self, uids: Iterable[str]) -> dict[str, Receipt | None]:
-        """What is safe of these SOP instances, after everything that waits of their series was stored. None for what is not here."""
-        wanted = list(dict.fromkeys(uids))
-        series = {(each.study, each.series) for uid in wanted for each in self.catalog.instances(uid) if each.place is None}
-        with contextlib.suppress(MedshardError, OSError):
-            await self.settle(series)
-        found: dict[str, Receipt | None] = {}
-        for uid in wanted:
-            with contextlib.suppress(Absent):
-                found[uid] = self.receipt(uid)
-            found.setdefault(uid, None)
-        return found
+    async def committed(self, uids: Iterable[str], patience_s: float = 0.0) -> Committed:
+        """What is safe of these SOP instances, after everything that waits of their series was stored; tried again for ``patience_s``."""
+        wanted, deadline = list(dict.fromkeys(uids)), time.monotonic() + patience_s
+        while True:
+            here = await asyncio.to_thread(lambda: [each for uid in wanted for each in self.catalog.instances(uid)])
+            waiting = {(each.study, each.series) for each in here if each.place is None}
+            with contextlib.suppress(MedshardError, OSError):
+                await self.settle(waiting)
+            found = await asyncio.to_thread(self._committed, wanted)
+            if not found.waiting or time.monotonic() >= deadline:
+                return found
+            await asyncio.sleep(min(retry_s, max(0.0, deadline - time.monotonic())))
 
-    def commit_soon(self, uids: Iterable[str]) -> Future[dict[str, Receipt | None]]:
-        """``committed`` from another thread."""
-        return asyncio.run_coroutine_threadsafe(self.committed(list(uids)), self.loop)
+    def _committed(self, wanted: Iterable[str]) -> Committed:
+        receipts: dict[str, Receipt] = {}
+        waiting: set[str] = set()
+        for uid in wanted:
+            if any(each.place is None for each in self.catalog.instances(uid)):
+                waiting.add(uid)  # other bytes under the same UID may be safe, but these are those that were sent last
+            else:
+                with contextlib.suppress(Absent):
+                    receipts[uid] = self.receipt(uid)
+        return Committed(receipts, frozenset(waiting))
+
+    def commit_soon(self, uids: Iterable[str]) -> Future[Committed]:
+        """``committed`` from another thread, with patience."""
+        return asyncio.run_coroutine_threadsafe(self.committed(list(uids), commitment_patience_s), self.loop)
 
     # -- out
 

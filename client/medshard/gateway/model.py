@@ -138,3 +138,11 @@ class Receipt:
     file_id: bytes
     ledger_index: int
     flagged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What was found out about SOP instances: receipts of those that are safe, and those that are here and not yet in the store."""
+
+    receipts: Mapping[str, Receipt]
+    waiting: frozenset[str] = frozenset()

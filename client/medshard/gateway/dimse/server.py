@@ -24,10 +24,11 @@ from medshard.gateway.dimse import commands, commitment, finding, identifiers, p
 from medshard.gateway.dimse.association import Association, Released
 from medshard.gateway.dimse.commands import Command
 from medshard.gateway.dimse.commitment import COMMITMENT
+from medshard.gateway.dimse.owed import Owed, Reports
 from medshard.gateway.dimse.pdus import Associate, Context, Role
 from medshard.gateway.dimse.peers import Peer, Peers
-from medshard.gateway.model import Outcome, Receipt
-from medshard_protocol.errors import Malformed, MedshardError, Unavailable
+from medshard.gateway.model import Committed, Outcome
+from medshard_protocol.errors import Full, Malformed, MedshardError, Unavailable
 
 ECHO: Final = "1.2.840.10008.1.1"
 handshake_s: Final = 10.0  # for TLS and the association request
@@ -59,6 +60,7 @@ class DimseServer:
     def __init__(self, archive: Archive, settings: Listening) -> None:
         self.counts: Counter[str] = Counter()
         self.peers = Peers(settings.peers, settings.title, settings.tls_out, settings.timeout_s)
+        self.reports = Reports(archive, self.peers, settings.title, archive.folder / "commitments")
         self._archive = archive
         self._settings = settings
         self._running: set[threading.Thread] = set()
@@ -82,10 +84,12 @@ class DimseServer:
         """Listen. Raises OSError."""
         self._listener = socket.create_server((self._settings.host, self._settings.port), backlog=128)
         threading.Thread(target=self._accept, name="dimse-accept", daemon=True).start()
+        self.reports.start()
 
     def stop(self, wait_s: float) -> None:
         """Take no new associations, let running messages end, break off what lasts longer. Blocking."""
         self._stopping = True
+        self.reports.stop()
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -167,7 +171,9 @@ class _Talk:
         self._server = server
         self._counts = server.counts
         self._series: dict[tuple[str, str], None] = {}
-        self._pending: list[tuple[Context, commitment.Asked, Future[dict[str, Receipt | None]]]] = []
+        self._reports = server.reports
+        self._pending: list[tuple[Context, Owed, Future[Committed]]] = []
+        self._told: dict[int, tuple[Context, Owed, Future[Committed]]] = {}  # reports that the peer has not yet answered, by their number
 
     def run(self) -> None:
         request = self._association.asked()
@@ -250,6 +256,8 @@ class _Talk:
             self._counts["got"] += retrieving.get(self._association, context, command, self._archive)
         elif service == commands.N_ACTION and abstract == COMMITMENT:
             self._commit(context, command)
+        elif service == commands.N_EVENT_REPORT | commands.RESPONSE:
+            self._heard(command)
         elif service != commands.C_CANCEL:  # a cancel that comes after the last response means nothing
             raise Malformed(f"command {service:#06x} in a context of {abstract}")
 
@@ -263,40 +271,46 @@ class _Talk:
 
     def _commit(self, context: Context, command: Command) -> None:
         information = self._association.identifier()
-        status, asked = commands.SUCCESS, None
+        status, owed = commands.SUCCESS, None
         if command.get(commands.ACTION) != commitment.REQUEST:
             status = commands.NO_SUCH_ACTION
         else:
             try:
-                asked = commitment.read_request(information, context.syntaxes[0])
+                owed = self._reports.owe(self._association.calling, commitment.read_request(information, context.syntaxes[0]))
             except Malformed:
-                status = 0x0110
+                status = commands.PROCESSING_FAILURE
+            except Full as error:
+                status = commands.RESOURCE_LIMITATION
+                log.warning(json.dumps({"event": "commitment-refused", "calling": self._association.calling, "why": str(error)}))
         answer = commands.response(command, status)
         if commands.ACTION in command:
             answer[commands.ACTION] = command[commands.ACTION]
-        self._association.send(context.number, answer)
-        if asked is not None:
+        if owed is not None:
             self._counts["commitments"] += 1
-            self._pending.append((context, asked, self._archive.commit_soon(asked.references)))
+            self._pending.append((context, owed, self._reports.begin(owed)))
+        self._association.send(context.number, answer)
 
     def _tell_pending(self) -> None:
-        """Report on this association what has become certain."""
-        for each in [each for each in self._pending if each[2].done()]:
-            context, asked, found = each
-            event, information = commitment.report_of(asked, found.result(), self._settings.title, context.syntaxes[0])
-            commitment.tell(self._association, context, event, information)
+        """Report on this association what has become certain, one at a time: the next one when the peer has answered."""
+        for each in [each for each in self._pending if each[2].done() and not each[2].cancelled()][: 0 if self._told else 1]:
+            context, owed, found = each
+            about = commitment.report_of(owed.asked, found.result(), self._settings.title, context.syntaxes[0])
+            self._told[commitment.send(self._association, context, *about)] = each
             self._pending.remove(each)
+
+    def _heard(self, command: Command) -> None:
+        if command.get(commands.DATA_SET, commands.NO_DATA_SET) != commands.NO_DATA_SET:
+            self._association.identifier()
+        told = self._told.pop(int(command.get(commands.RESPONDING_TO, 0)), None)
+        if told is None:
+            raise Malformed("an answer to something else than our report")
+        commitment.check_answer(self._association.calling, command)
+        self._reports.heard(told[1])
 
     def _tell_later(self) -> None:
         """The association is gone: what it asked for is told on a new one."""
-        title, own, peers = self._association.calling, self._settings.title, self._peers
-        for _, asked, found in self._pending:
-
-            def work(asked: commitment.Asked = asked, found: Future[dict[str, Receipt | None]] = found) -> None:
-                with contextlib.suppress(Unavailable):
-                    commitment.tell_anew(peers, title, asked, found.result(), own)
-
-            threading.Thread(target=work, name="dimse-commitment", daemon=True).start()
+        for _, owed, found in [*self._told.values(), *self._pending]:
+            self._reports.later(owed, found)
 
 
 def loopback(hosts: Collection[str]) -> bool:
