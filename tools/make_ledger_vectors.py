@@ -150,6 +150,13 @@ def roster() -> bytes:
     return pack([2, origin, 0, bytes(32), node_id(0), institutions, members, [2, 4, 4], emergency, auditors])
 
 
+def with_keepers(genesis: bytes) -> bytes:
+    """The next roster, in which Institution 1 has keepers."""
+    _, origin_, _, _, sequencer, institutions, *rest = msgpack.unpackb(genesis)
+    institutions[1] += [sorted([public("vault"), public("reader")])]
+    return pack([2, origin_, 1, sha256(genesis), sequencer, institutions, *rest])
+
+
 def successor(genesis: bytes, note: str, leaves: Sequence[bytes]) -> dict[str, str]:
     """The same consortium under another origin, as if its log had ended with these entries; signed by three of four."""
     _, _, *rest = msgpack.unpackb(genesis)
@@ -180,6 +187,7 @@ def entry(author: str, type_: int, body: list[Any]) -> dict[str, str]:
         "ERASE",
         "TIMESTAMP",
         "FREEZE",
+        "PROPOSE",
     ]
     signed = b"medshard/entry/v1" + len(origin).to_bytes(2, "big") + origin.encode() + bytes([type_]) + pack(body)
     whole = pack([1, type_, body, public(author), sign(author, signed)])
@@ -239,6 +247,7 @@ def other_forms(made: dict[str, bytes]) -> list[dict[str, str]]:
         entry("vault", 10, [file_id, 1_800_000_000, nonce(14)]),
         entry("vault", 11, [file_id, 1_800_000_000, nonce(15)]),
         entry("ca 3", 13, [bytes(32), nonce(16)]),
+        entry("vault", 14, [9, file_id, 1, nonce(17)]),
     ]
 
 
@@ -334,6 +343,7 @@ def pages() -> dict[str, str]:
         "keys": {name: {"seed": seed(name).hex(), "public": public(name).hex()} for name in names},
         "pq_keys": {f"pq {n}": {"seed": seed(f"pq {n}").hex(), "public": pq_public(f"pq {n}").hex()} for n in nodes},
         "roster": {"bytes": genesis.hex(), "sha256": sha256(genesis).hex()},
+        "roster_with_keepers": with_keepers(genesis).hex(),
         "entries": log,
         "forms": others,
         "roots": [tree_head(leaves[:size]).hex() for size in range(6)],

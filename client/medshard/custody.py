@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 
 from medshard import moves
 from medshard.index import Index
+from medshard.keepers import Keepers
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.lookup import Lookup, Opened
@@ -28,17 +29,18 @@ from medshard.packs import Plan, Unit
 from medshard.putting import Code, Putter
 from medshard.quorum import waiting_for_the_ledger
 from medshard.restoring import Target
-from medshard.rights import Ledgered, Rights
+from medshard.rights import Rights
 from medshard.scratch import scratch_folder
 from medshard.shares import copy_mark, copy_shared
 from medshard.source import Part
+from medshard.standing import Standing
 from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
 from medshard_protocol.ending import Receipt, endings_path, receipt_bytes_max
 from medshard_protocol.entries import Entry, Erase, Hold, Release, Retain, Retire, Type, nonce_size
 from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused, Unavailable
-from medshard_protocol.ids import FileId, NodeId, Sha256, file_id_size, node_id_size
+from medshard_protocol.ids import FileId, NodeId, file_id_size, node_id_size
 from medshard_protocol.proofs import Inclusion
 
 receipts_wait_s: Final = 10.0
@@ -62,6 +64,7 @@ class Kept:
     until: int = 0  # retained until then, Unix seconds; 0 for no retention
     holds: tuple[int, ...] = ()  # entries of the holds that stand
     ended: int = 0  # the RETIRE or ERASE entry; 0 while there is none
+    waiting: int = 0  # the entry that proposes a hold or a release and waits for a second person; 0 where none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +97,6 @@ class Ended:
         return cls(file_id, type_, inclusion, documents, receipts, tuple(map(_node_id, f.list(most=holders_max))))
 
 
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """What the ledger says of an object, as of ``time`` by its cosigners."""
-
-    until: int
-    holds: dict[Sha256, tuple[int, bool]]  # by id: the entry, and whether this vault made it
-    end: tuple[int, Entry] | None
-    time: int
-
-
 class Custody:
     """Of one open vault. ``restore`` writes targets to paths; ``share_again`` grants what was granted of an object that is replaced."""
 
@@ -127,6 +120,7 @@ class Custody:
         self._restore = restore
         self._share_again = share_again
         self._rights = Rights(net, keys, ledger)
+        self._keepers = Keepers(net, keys, ledger)
 
     # -- keeping
 
@@ -144,11 +138,16 @@ class Custody:
         return self._note([_kept(each, replace_until(standing[each.manifest.file_id], until)) for each in objects])
 
     async def hold(self, hashes: Sequence[bytes]) -> list[Kept]:
-        """Keep files until this is released. Those on hold by this vault already stay so, by the same entry."""
+        """Keep files until this is released. Those on hold by this vault already stay so, by the same entry.
+
+        Where the institution has keepers this proposes the hold, or approves what another keeper has proposed.
+        """
         objects = await self._objects(hashes)
         standing = await self._all_standing(objects)
         for opened in objects:
             _check_there(opened, standing[opened.manifest.file_id])
+        if await self._keepers.of(self._keys.public):
+            return await self._by_two(Type.HOLD, [each for each in objects if not standing[each.manifest.file_id].holds], objects, standing)
         free = [each for each in objects if not any(mine for _, mine in standing[each.manifest.file_id].holds.values())]
         bodies = [Hold(each.manifest.file_id, _nonce()) for each in free]
         for opened, inclusion in zip(free, await self._append(bodies), strict=True):
@@ -157,14 +156,20 @@ class Custody:
         return self._note([_kept(each, standing[each.manifest.file_id]) for each in objects])
 
     async def release(self, hashes: Sequence[bytes]) -> list[Kept]:
-        """End this vault's holds of files. Raises Absent where there is none, and Refused where only its institution's is left."""
+        """End this vault's holds of files. Raises Absent where there is none, and Refused where only its institution's is left.
+
+        Where the institution has keepers this proposes it for all holds, or approves what another keeper has proposed.
+        """
         objects = await self._objects(hashes)
         standing = await self._all_standing(objects)
+        for opened in objects:
+            if not standing[opened.manifest.file_id].holds:
+                raise Absent(f"{_name(opened)} is not on hold", hint="`medshard kept` lists what is.")
+        if await self._keepers.of(self._keys.public):
+            return await self._by_two(Type.RELEASE, objects, objects, standing)
         bodies = []
         for opened in objects:
             holds = standing[opened.manifest.file_id].holds
-            if not holds:
-                raise Absent(f"{_name(opened)} is not on hold", hint="`medshard kept` lists what is.")
             own = [hold for hold, (_, mine) in holds.items() if mine]
             if not own:
                 raise Refused(f"{_name(opened)} is on hold by your institution", hint="Its office releases that: `storenode release`.")
@@ -175,6 +180,21 @@ class Custody:
             for hold in [hold for hold, (_, mine) in found.holds.items() if mine]:
                 del found.holds[hold]
         return self._note([_kept(each, standing[each.manifest.file_id]) for each in objects])
+
+    async def _by_two(
+        self, what: Type, wanted: Sequence[Opened], objects: Sequence[Opened], standing: dict[FileId, Standing]
+    ) -> list[Kept]:
+        """Propose, or be the second person; what keeps each of the objects then."""
+        propose = []
+        for opened in wanted:
+            file_id, found = opened.manifest.file_id, standing[opened.manifest.file_id].proposed[what]
+            if any(author != self._keys.public for author in found):
+                await self._keepers.say(what, file_id)
+            elif not found:
+                propose.append(file_id)
+        await self._keepers.propose(what, propose)
+        now = await self._all_standing(objects)
+        return self._note([_kept(each, now[each.manifest.file_id]) for each in objects])
 
     def kept(self) -> list[Kept]:
         """What keeps this vault's files, as far as this vault has said it or has asked; the soonest end first."""
@@ -249,7 +269,7 @@ class Custody:
         chosen = [each for each in found if sha256 is None or any(document == sha256 for _, document in each.documents)]
         return sorted(chosen, key=lambda each: each.inclusion.index)
 
-    async def _end(self, opened: Opened, standing: _Standing, hashes: set[bytes], erase: bool, progress: OnProgress | None) -> Ended:
+    async def _end(self, opened: Opened, standing: Standing, hashes: set[bytes], erase: bool, progress: OnProgress | None) -> Ended:
         file_id, moved = opened.manifest.file_id, 0
         if standing.end is None:
             rest = [member for member in opened.header.members if member.sha256 not in hashes]
@@ -341,18 +361,18 @@ class Custody:
                     objects[FileId(row.file_id)] = await self._lookup.file(FileId(row.file_id))
         return list(objects.values())
 
-    async def _all_standing(self, objects: Sequence[Opened]) -> dict[FileId, _Standing]:
+    async def _all_standing(self, objects: Sequence[Opened]) -> dict[FileId, Standing]:
         slots = asyncio.Semaphore(at_once)
 
-        async def one(opened: Opened) -> _Standing:
+        async def one(opened: Opened) -> Standing:
             async with slots:
                 return await self._standing(opened)
 
         found = await asyncio.gather(*map(one, objects))
         return {opened.manifest.file_id: standing for opened, standing in zip(objects, found, strict=True)}
 
-    async def _standing(self, opened: Opened) -> _Standing:
-        return _fold(await self._rights.history(opened.manifest.file_id), self._keys.public)
+    async def _standing(self, opened: Opened) -> Standing:
+        return await self._keepers.standing(opened.manifest.file_id)
 
     async def _append(self, bodies: Sequence[Retain | Hold | Release | Erase | Retire]) -> list[Inclusion]:
         return await waiting_for_the_ledger(self._net, self._ledger.append(bodies)) if bodies else []
@@ -369,35 +389,17 @@ _keeping: Final = 0  # kinds of notes in the index
 _ending: Final = 1
 
 
-def replace_until(standing: _Standing, until: int) -> _Standing:
+def replace_until(standing: Standing, until: int) -> Standing:
     """The standing with a retention until then at least."""
     return replace(standing, until=max(standing.until, until))
 
 
-def _fold(told: Ledgered, own: bytes) -> _Standing:
-    """What the effective entries of a file come to."""
-    until, holds, end = 0, dict[Sha256, tuple[int, bool]](), None
-    for index, entry in sorted(told.entries.items()):
-        if index not in told.told_effective:
-            continue
-        match entry.body:
-            case Retain(until=at):
-                until = max(until, at)
-            case Hold():
-                holds[entry.id] = (index, entry.author == own)
-            case Release(hold=hold):
-                holds.pop(hold, None)
-            case Retire() | Erase():
-                end = (index, entry)
-    return _Standing(until, holds, end, told.time)
-
-
-def _check_there(opened: Opened, standing: _Standing) -> None:
+def _check_there(opened: Opened, standing: Standing) -> None:
     if standing.end is not None:
         raise Refused(f"{_name(opened)} has ended with entry {standing.end[0]}")
 
 
-def _check_free(opened: Opened, standing: _Standing) -> None:
+def _check_free(opened: Opened, standing: Standing) -> None:
     if standing.holds:
         entries = ", ".join(str(index) for index, _ in standing.holds.values())
         raise Refused(f"{_name(opened)} is on hold (entry {entries})", hint="Whoever made the hold releases it: `medshard release`.")
@@ -408,10 +410,12 @@ def _check_free(opened: Opened, standing: _Standing) -> None:
         )
 
 
-def _kept(opened: Opened, standing: _Standing) -> Kept:
+def _kept(opened: Opened, standing: Standing) -> Kept:
     hashes = tuple(sha256 for _, sha256 in opened.header.documents)
     holds = tuple(sorted(index for index, _ in standing.holds.values()))
-    return Kept(opened.manifest.file_id, hashes, opened.header.name, standing.until, holds, standing.end[0] if standing.end else 0)
+    waiting = max((index for found in standing.proposed.values() for index in found.values()), default=0)
+    end = standing.end[0] if standing.end else 0
+    return Kept(opened.manifest.file_id, hashes, opened.header.name, standing.until, holds, end, waiting)
 
 
 def _name(opened: Opened) -> str:

@@ -21,7 +21,9 @@ from medshard_protocol.entries import (
     Grant,
     Hold,
     Move,
+    Propose,
     Register,
+    Release,
     Retain,
     Retire,
     Revoke,
@@ -35,6 +37,7 @@ _plain: Final = {
     Move: "shard moved",
     Retain: "retained",
     Hold: "held",
+    Release: "released",
     Retire: "retired",
     Erase: "erased",
 }
@@ -77,6 +80,7 @@ class Teller:
         self._owners: dict[FileId, Key] = {}
         self._keys: dict[Key, Key] = {}  # one object for each author, however many files are theirs
         self._grants: dict[Sha256, _Standing] = {}
+        self._holds: dict[Sha256, FileId] = {}
         self._by_reader: dict[tuple[FileId, Key], list[Sha256]] = {}
 
     def own(self, file_id: FileId, owner: Key) -> None:
@@ -97,7 +101,18 @@ class Teller:
             case Register():
                 self._owners.setdefault(body.file_id, self._keys.setdefault(author, author))
                 file_ids = (body.file_id,)
-            case Move() | Retain() | Hold() | Retire() | Erase():
+            case Hold():
+                self._holds[entry.id] = body.file_id
+                file_ids = (body.file_id,)
+            case Release():
+                held = self._holds.get(body.hold)
+                if held is None:
+                    return None
+                file_ids = (held,)
+            case Propose():
+                file_ids = (body.file_id,)
+                kind = f"{body.what.name.lower()} proposed" if body.stands else f"proposed {body.what.name.lower()} refused"
+            case Move() | Retain() | Retire() | Erase():
                 file_ids = (body.file_id,)
             case Grant():
                 file_ids = body.file_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from medshard.envelopes import sealing_key
@@ -16,7 +16,7 @@ from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.transport import Net, without_name
 from medshard_protocol.checkpoint import Note, cosigners
-from medshard_protocol.entries import Access, Entry, Erase, Grant, Hold, Move, Register, Release, Retain, Retire, Revoke
+from medshard_protocol.entries import Access, Entry, Erase, Grant, Hold, Move, Propose, Register, Release, Retain, Retire, Revoke
 from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId, Key, Sha256
 from medshard_protocol.roster import Node
@@ -32,6 +32,7 @@ from medshard_protocol.sharing import (
     key_path,
     pack_places,
     places_max,
+    proposals_path,
     shared_path,
     unpack_times,
 )
@@ -146,12 +147,20 @@ class Rights:
 
     async def history(self, file_id: FileId) -> Ledgered:
         """Everything that the log says of a file. Raises Unavailable if so few answer that one could hide something."""
+        told = await self._told(lambda after: history_path(file_id, after), "the file's history")
+        return replace(told, entries=_about(file_id, told.entries))
+
+    async def proposals(self) -> dict[int, Entry]:
+        """Holds and releases that wait for a second person, by their places. That they still wait is the nodes' word."""
+        return (await self._told(proposals_path, "what waits for a second person")).entries
+
+    async def _told(self, path: Callable[[int | None], str], what: str) -> Ledgered:
         quorum = self._net.roster.quorum
         wanted = max(min(2, len(self._net.roster.institutions)), quorum.f + 1)
-        pages = await self._ask_some(lambda node: self._history(node, file_id), wanted)
+        pages = await self._ask_some(lambda node: self._history(node, path), wanted)
         if len(pages) < wanted:
             raise Unavailable(
-                f"{len(pages)} institutions' nodes tell the file's history, and {wanted} are needed to rule out that something is hidden",
+                f"{len(pages)} institutions' nodes tell {what}, and {wanted} are needed to rule out that something is hidden",
                 hint="See `medshard doctor`.",
             )
         entries: dict[int, Entry] = {}
@@ -167,22 +176,22 @@ class Rights:
                     if checkpoint.size > size:
                         size, time = checkpoint.size, self._time(page.checkpoint)
         names = tuple(sorted(self._net.roster.institutions[node.institution].name for node in pages))
-        return Ledgered(_about(file_id, entries), frozenset(effective), size, time, names)
+        return Ledgered(entries, frozenset(effective), size, time, names)
 
-    async def _history(self, node: Node, file_id: FileId) -> list[History]:
+    async def _history(self, node: Node, path: Callable[[int | None], str]) -> list[History]:
         """All that a node tells, proved. Raises Unavailable for a log that is older than what this vault has seen of it."""
         for _ in range(fresh_tries):
-            pages = await self._pages(node, file_id)
+            pages = await self._pages(node, path)
             if pages[-1].checkpoint and self._ledger.published(pages[-1].checkpoint).size >= self._ledger.reached:
                 return pages
             await asyncio.sleep(fresh_pause_s)
         raise Unavailable(f"{node.name}: its log is out of date")
 
-    async def _pages(self, node: Node, file_id: FileId) -> list[History]:
+    async def _pages(self, node: Node, path: Callable[[int | None], str]) -> list[History]:
         pages: list[History] = []
         after: int | None = None
         for _ in range(pages_max):
-            page = History.from_bytes(await self._net.call(node, "GET", history_path(file_id, after), timeout_s=long_timeout_s))
+            page = History.from_bytes(await self._net.call(node, "GET", path(after), timeout_s=long_timeout_s))
             for inclusion in page.inclusions():
                 self._ledger.verified(inclusion)  # a node that lies is passed over, and another asked
             pages.append(page)
@@ -269,7 +278,7 @@ def _about(file_id: FileId, entries: dict[int, Entry]) -> dict[int, Entry]:
         match entry.body:
             case Grant(file_ids=file_ids) | Access(file_ids=file_ids):
                 named = file_id in file_ids
-            case Register() | Move() | Retain() | Hold() | Retire() | Erase():
+            case Register() | Move() | Retain() | Hold() | Propose() | Retire() | Erase():
                 named = entry.body.file_id == file_id
             case Revoke(grant=what) | Release(hold=what):
                 named = what in known

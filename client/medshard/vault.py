@@ -29,6 +29,7 @@ from medshard.custody import Custody
 from medshard.getting import Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
+from medshard.keepers import Keepers
 from medshard.keys import VaultKeys, create_key_file, open_key_file
 from medshard.ledger import LedgerClient
 from medshard.links.desk import Desk
@@ -80,6 +81,7 @@ class Vault:
         self.custody = Custody(
             net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing, self.shares.share_again
         )
+        self.keepers = Keepers(net, keys, self._ledger)
         self.links = Desk(self, index)
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
         self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)

@@ -2,8 +2,7 @@
 
 Law: an entry is canonical bytes of at most 2 KiB; its author signs the log's origin, the type and the body, so an entry of one log means
 nothing in another. Every body ends in a nonce: an author's nonce stands in a log once, so an entry handed in twice is one entry. Only
-opaque identifiers go in: no names, patient ids, UIDs or plaintext hashes. Whether an author had the right to say it is not decided here but
-in ``state``; that the author said it is checked by ``Entry.verify``.
+opaque identifiers go in: no names, patient ids, UIDs or plaintext hashes. Whether an author had the right is decided in ``state``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -50,6 +50,7 @@ class Type(IntEnum):
     ERASE = 11
     TIMESTAMP = 12
     FREEZE = 13
+    PROPOSE = 14
 
 
 class Purpose(IntEnum):
@@ -312,10 +313,26 @@ class Freeze:
         return [self.successor, self.nonce]
 
 
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """One of two persons wants a hold, or all holds released; with ``stands`` False, one of them does not."""
+
+    what: Type  # HOLD or RELEASE
+    file_id: FileId
+    stands: bool
+    nonce: bytes
+    type = Type.PROPOSE
+
+    def to_value(self) -> list[Value]:
+        """The body to encode."""
+        return [int(self.what), self.file_id, int(self.stands), self.nonce]
+
+
 Body: TypeAlias = (
     Genesis | Enrol | Approve | Withdraw | Register | Grant | Revoke | Access | Move | Retain | Hold | Release | Retire | Erase
-    | Timestamp | Freeze
+    | Timestamp | Freeze | Propose
 )  # fmt: skip
+_Dated = TypeVar("_Dated", Retain, Retire, Erase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,11 +429,6 @@ def _move_body(value: list[Any]) -> Move:
     return Move(file_id, shard, NodeId(fields.bytes(exactly=node_id_size)), _nonce(fields))
 
 
-def _retain_body(value: list[Any]) -> Retain:
-    fields = Fields(value, count=3, what="RETAIN entry")
-    return Retain(_file_id(fields), fields.uint(most=time_max), _nonce(fields))
-
-
 def _hold_body(value: list[Any]) -> Hold:
     fields = Fields(value, count=2, what="HOLD entry")
     return Hold(_file_id(fields), _nonce(fields))
@@ -427,14 +439,9 @@ def _release_body(value: list[Any]) -> Release:
     return Release(_sha256(fields), _nonce(fields))
 
 
-def _retire_body(value: list[Any]) -> Retire:
-    fields = Fields(value, count=3, what="RETIRE entry")
-    return Retire(_file_id(fields), fields.uint(most=time_max), _nonce(fields))
-
-
-def _erase_body(value: list[Any]) -> Erase:
-    fields = Fields(value, count=3, what="ERASE entry")
-    return Erase(_file_id(fields), fields.uint(most=time_max), _nonce(fields))
+def _dated_body(of: type[_Dated], value: list[Any]) -> _Dated:
+    fields = Fields(value, count=3, what=f"{of.type.name} entry")
+    return of(_file_id(fields), fields.uint(most=time_max), _nonce(fields))
 
 
 def _timestamp_body(value: list[Any]) -> Timestamp:
@@ -446,6 +453,12 @@ def _timestamp_body(value: list[Any]) -> Timestamp:
 def _freeze_body(value: list[Any]) -> Freeze:
     fields = Fields(value, count=2, what="FREEZE entry")
     return Freeze(_sha256(fields), _nonce(fields))
+
+
+def _propose_body(value: list[Any]) -> Propose:
+    fields = Fields(value, count=4, what="PROPOSE entry")
+    what, file_id = Type(fields.uint(least=Type.HOLD, most=Type.RELEASE)), _file_id(fields)
+    return Propose(what, file_id, bool(fields.uint(most=1)), _nonce(fields))
 
 
 def _file_ids(fields: Fields, what: str) -> tuple[FileId, ...]:
@@ -476,11 +489,12 @@ _bodies: dict[int, Callable[[list[Any]], Body]] = {
     Type.REVOKE: _revoke_body,
     Type.ACCESS: _access_body,
     Type.MOVE: _move_body,
-    Type.RETAIN: _retain_body,
+    Type.RETAIN: partial(_dated_body, Retain),
     Type.HOLD: _hold_body,
     Type.RELEASE: _release_body,
-    Type.RETIRE: _retire_body,
-    Type.ERASE: _erase_body,
+    Type.RETIRE: partial(_dated_body, Retire),
+    Type.ERASE: partial(_dated_body, Erase),
     Type.TIMESTAMP: _timestamp_body,
     Type.FREEZE: _freeze_body,
+    Type.PROPOSE: _propose_body,
 }

@@ -264,6 +264,21 @@ class Facts:
         found = self.tables.scan(Table.HISTORY, file_id + place(start), file_id + end_of_places, most)
         return [(int.from_bytes(key[len(file_id) :], "big"), bool(row[0])) for key, row in found]
 
+    def keepers(self, owner: Key) -> frozenset[Key]:
+        """Of whom two must want it before a file of this owner is held or released. Empty where nobody needs a second."""
+        known = self.identity(owner)
+        institution = known and self.roster.institution_named(known.institution)
+        return frozenset(institution.keepers) if institution else frozenset()
+
+    def proposals(self, what: Type, file_id: FileId) -> dict[Key, int]:
+        """Who proposes a hold of this file, or the release of its holds, and the index of each one's entry."""
+        prefix = bytes([what]) + file_id
+        return {Key(key[len(prefix) :]): row[0] for key, row in self.tables.scan(Table.PROPOSALS, prefix, after(prefix))}
+
+    def proposed(self) -> list[int]:
+        """The entries of all proposals that are open, in the log's order."""
+        return sorted(row[0] for _, row in self.tables.scan(Table.PROPOSALS, b"", b"\xff"))
+
     # -- rights
 
     def grant(self, grant: Sha256) -> Granted | None:

@@ -36,6 +36,7 @@ url_chars_max = 256
 capacity_bytes_max = 2**63 - 1
 shards_max = 255
 former_max = 4  # CA certificates of an institution that are still accepted beside the present one
+keepers_max = 16  # persons of one institution
 emergency_max = 1024  # identities that may read when the ledger is out of reach
 pq_key_size = 1312  # ML-DSA-44
 auditors_key_size = 1216  # HPKE with MLKEM768-X25519
@@ -76,6 +77,12 @@ class Institution:
     ca: bytes  # DER certificate
     key: Key  # the CA's public key
     former: tuple[bytes, ...] = ()  # DER; earlier CA certificates, whose nodes and vaults may still connect
+    keepers: tuple[Key, ...] = ()  # of whom two must want each hold and each release of its vaults' files; empty: nobody needs a second
+
+    def to_value(self) -> Value:
+        """The form to put into a canonical message. Without keepers it has four items, as it had before there were any."""
+        keepers: list[Value] = [list(self.keepers)] if self.keepers else []
+        return [self.name, self.ca, self.key, list(self.former), *keepers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +143,7 @@ class Roster:
         """Encode canonically. Raises ValueError if the roster breaks a rule that ``from_bytes`` checks."""
         if complaint := _complaint(self):
             raise ValueError(complaint)
-        institutions: list[Value] = [[i.name, i.ca, i.key, list(i.former)] for i in self.institutions]
+        institutions: list[Value] = [i.to_value() for i in self.institutions]
         nodes: list[Value] = [
             [n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key, n.log_key, n.pq_key] for n in self.nodes
         ]
@@ -231,12 +238,18 @@ class Roster:
 
 
 def _institution(value: object) -> Institution:
-    fields = Fields(value, count=4, what="roster institution")
+    kept = isinstance(value, list) and len(value) == 5
+    fields = Fields(value, count=5 if kept else 4, what="roster institution")
     name, ca = fields.text(most=name_chars_max), fields.bytes(most=certificate_bytes_max)
     key, former = Key(fields.bytes(exactly=key_size)), tuple(fields.list(most=former_max))
     if not all(isinstance(each, bytes) and len(each) <= certificate_bytes_max for each in former):
         raise Malformed("roster institution: a former CA is a certificate")
-    return Institution(name, ca, key, former)
+    keepers = tuple(fields.list(most=keepers_max)) if kept else ()
+    if not all(isinstance(each, bytes) for each in keepers):
+        raise Malformed("roster institution: a keeper is a key")
+    if kept and not keepers:
+        raise Malformed("roster institution: one without keepers has four items")
+    return Institution(name, ca, key, former, keepers)
 
 
 def _node(value: object) -> Node:
@@ -280,6 +293,19 @@ def _institutions_complaint(roster: Roster) -> str | None:
             return f"{institution.name} has more than {former_max} former CA certificates, or one that is none"
         if not any(node.institution == number for node in roster.nodes):
             return f"{institution.name} has no node, so it could never cosign"
+        if complaint := _keepers_complaint(institution):
+            return complaint
+    return None
+
+
+def _keepers_complaint(institution: Institution) -> str | None:
+    keepers = institution.keepers
+    if len(keepers) == 1 or len(keepers) > keepers_max:
+        return f"{institution.name} has 2 to {keepers_max} keepers, or none"
+    if list(keepers) != sorted(set(keepers)) or any(len(each) != key_size for each in keepers):
+        return f"the keepers of {institution.name} are keys of {key_size} bytes, sorted and distinct"
+    if institution.key in keepers:
+        return f"the CA key of {institution.name} is no person's, so it is no keeper"
     return None
 
 

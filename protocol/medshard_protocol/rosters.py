@@ -210,6 +210,7 @@ def _institution_differences(old: Roster, new: Roster) -> list[Difference]:
         before = old.institution_named(each.name)
         if before is None:
             found.append(Difference("institution", f"add {each.name}, CA key {each.key.hex()}"))
+            found += [Difference("keepers", f"{each.name}: add {key.hex()}") for key in each.keepers]
             continue
         if each.ca != before.ca:
             kind = "new CA key" if each.key != before.key else "new CA certificate for the same key"
@@ -217,6 +218,11 @@ def _institution_differences(old: Roster, new: Roster) -> list[Difference]:
         for ca in each.former:
             if ca not in before.former:
                 found.append(Difference("institution", f"{each.name}: what CA {certificate_key(ca).hex()[:16]} issued stays good"))
+        found += [Difference("keepers", f"{each.name}: add {key.hex()}") for key in each.keepers if key not in before.keepers]
+        found += [Difference("keepers", f"{each.name}: remove {key.hex()}") for key in before.keepers if key not in each.keepers]
+        if bool(each.keepers) != bool(before.keepers):
+            needed = "two keepers must want each hold and release" if each.keepers else "a hold or release needs no second person any more"
+            found.append(Difference("keepers", f"{each.name}: {needed}"))
         for ca in (before.ca, *before.former):
             if ca not in (each.ca, *each.former):
                 found.append(Difference("institution", f"{each.name}: what CA {certificate_key(ca).hex()[:16]} issued is refused"))

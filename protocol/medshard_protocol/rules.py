@@ -20,6 +20,8 @@
     HOLD            the owner, or the institution that            not retired or erased                       kept until this is released
                     vouches for the owner
     RELEASE         the hold's author, or that institution        not released yet                            the hold ends
+    PROPOSE         a keeper (****)                               a hold: not retired or erased; a release:   another keeper may hold
+                                                                  on hold; not proposed by them before        or release the file
     RETIRE, ERASE   the owner                                     no hold, `at` not before the retention      shards may go; with ERASE
                                                                   ends, not done before                       nobody reads it any more
     TIMESTAMP       the TLS key of a node                         size <= index                               kept; readers check it
@@ -29,6 +31,10 @@
 (*) the present CA key, in the roster that the entry is judged under. (**) by an institution that is in that roster, and not withdrawn; an
 owner or a reader acts only while enrolled so. (***) by this institution, under this roster: the voices of a quorum are distinct
 institutions of one roster, and a new roster starts the count anew.
+
+(****) Where the roster lists keepers for the institution that vouches for the owner, HOLD and RELEASE are theirs alone, and each needs two
+of them: one proposes, another says it. Both must be listed, and vouched for by that institution, when the second speaks. A proposal is good
+for one hold, or for the release of all holds that stand; a hold that comes between takes it off the table.
 """
 
 from __future__ import annotations
@@ -48,6 +54,7 @@ from medshard_protocol.entries import (
     Grant,
     Hold,
     Move,
+    Propose,
     Register,
     Release,
     Retain,
@@ -185,7 +192,9 @@ def _hold(facts: Facts, body: Hold, author: Key) -> MedshardError | None:
     known = facts.registration(body.file_id)
     if known is None:
         return Absent("this file is not registered")
-    return _not_keeper(facts, known.owner, author) or _gone(known)
+    if facts.keepers(known.owner):
+        return _not_second(facts, known.owner, author, Type.HOLD, body.file_id) or _gone(known)
+    return _not_holder(facts, known.owner, author) or _gone(known)
 
 
 def _release(facts: Facts, body: Release, author: Key) -> MedshardError | None:
@@ -194,7 +203,10 @@ def _release(facts: Facts, body: Release, author: Key) -> MedshardError | None:
         return Absent("there is no such hold")
     owner = facts.owner(known.file_id)
     assert owner is not None, "checked when the hold was made"
-    if author == owner:
+    if facts.keepers(owner):
+        if objection := _not_second(facts, owner, author, Type.RELEASE, known.file_id):
+            return objection
+    elif author == owner:
         if known.author != owner:
             return Refused("this hold is not the owner's to release")
         if objection := _stranger(facts, author):
@@ -202,6 +214,22 @@ def _release(facts: Facts, body: Release, author: Key) -> MedshardError | None:
     elif not facts.vouches(author, owner):
         return Refused("a hold is released by whoever made it, or by the institution that vouches for the owner")
     return Conflict("this hold was released before") if known.released is not None else None
+
+
+def _propose(facts: Facts, body: Propose, author: Key) -> MedshardError | None:
+    known = facts.registration(body.file_id)
+    if known is None:
+        return Absent("this file is not registered")
+    if objection := _not_keeper(facts, known.owner, author):
+        return objection
+    before = facts.proposals(body.what, body.file_id)
+    if not body.stands:
+        return None if before else Conflict("nobody proposes this")
+    if author in before:
+        return Conflict("this keeper proposes this already", hint="another keeper approves it: medshard proposals approve")
+    if body.what is Type.HOLD:
+        return _gone(known)
+    return None if facts.holds(body.file_id) else Conflict("this file is not on hold")
 
 
 def _end(facts: Facts, body: Retire | Erase, author: Key) -> MedshardError | None:
@@ -256,6 +284,28 @@ def _owned(facts: Facts, file_id: FileId, author: Key) -> Registration | Medshar
 
 
 def _not_keeper(facts: Facts, owner: Key, author: Key) -> MedshardError | None:
+    keepers, known = facts.keepers(owner), facts.identity(owner)
+    if not keepers:
+        return Refused("the institution that vouches for the owner has no keepers: nobody needs to propose anything")
+    assert known is not None, "or there were no keepers"
+    if author not in keepers:
+        return Refused(f"two keepers of {known.institution} hold and release its files", hint="storenode roster show lists them")
+    own = facts.identity(author)
+    if own is None or own.withdrawn is not None or own.institution != known.institution:
+        return Refused(f"{known.institution} does not vouch for this keeper's key")
+    return None
+
+
+def _not_second(facts: Facts, owner: Key, author: Key, what: Type, file_id: FileId) -> MedshardError | None:
+    """Why this author is not the second of two persons who want something."""
+    if objection := _not_keeper(facts, owner, author):
+        return objection
+    if any(each != author and _not_keeper(facts, owner, each) is None for each in facts.proposals(what, file_id)):
+        return None
+    return Refused("this needs two keepers, and no other has proposed it", hint="propose it, and let another approve: medshard proposals")
+
+
+def _not_holder(facts: Facts, owner: Key, author: Key) -> MedshardError | None:
     if author == owner:
         return _stranger(facts, author)
     return (
@@ -286,4 +336,5 @@ _rules: dict[type[Body], Callable[[Facts, Any, Key], MedshardError | None]] = {
     Erase: _end,
     Timestamp: _timestamp,
     Freeze: _freeze,
+    Propose: _propose,
 }

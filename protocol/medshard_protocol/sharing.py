@@ -76,6 +76,11 @@ def history_path(file_id: FileId, after: int | None = None) -> str:
     return f"/v1/ledger/history/{file_id.hex()}" + ("" if after is None else f"?after={after}")
 
 
+def proposals_path(after: int | None = None) -> str:
+    """Where open proposals of holds and releases are told, as a history is, after a place in the log."""
+    return "/v1/ledger/proposals" + ("" if after is None else f"?after={after}")
+
+
 def shared_path(after: int | None = None) -> str:
     """Where a caller learns what was granted to it, after a place in the log."""
     return "/v1/grants" + ("" if after is None else f"?after={after}")

@@ -24,6 +24,7 @@ from medshard_protocol.entries import (
     Grant,
     Hold,
     Move,
+    Propose,
     Register,
     Release,
     Retain,
@@ -42,7 +43,7 @@ from medshard_protocol.tables import MemoryTables, Row, Table, Tables, Undoable,
 
 _T = TypeVar("_T")
 
-meaning_version = 3  # of these rules and rows: tables of another version are cleared and made anew
+meaning_version = 4  # of these rules and rows: tables of another version are cleared and made anew
 
 
 class State(Facts):
@@ -143,6 +144,8 @@ class State(Facts):
                 self._put(Table.MOVES, body.file_id + bytes([body.shard]), (body.node, index))
             case Hold() | Release():
                 self._take_hold(entry, body)
+            case Propose():
+                self._take_proposal(body, author)
             case Retain():
                 self._put(Table.FILES, body.file_id, row_of(replace(_known(self.registration(body.file_id)), retained_until=body.until)))
             case Retire():
@@ -185,14 +188,28 @@ class State(Facts):
         for file_id in body.file_ids:
             self._put(Table.GRANTS_BY_FILE, file_id + body.reader + place(index), (id_,))
 
+    def _take_proposal(self, body: Propose, author: Key) -> None:
+        if body.stands:
+            self._put(Table.PROPOSALS, bytes([body.what]) + body.file_id + author, (self._size,))
+        else:
+            self._drop_proposals(body.what, body.file_id)
+
+    def _drop_proposals(self, what: Type, file_id: FileId) -> None:
+        for author in self.proposals(what, file_id):
+            self._put(Table.PROPOSALS, bytes([what]) + file_id + author, None)
+
     def _take_hold(self, entry: Entry, body: Hold | Release) -> None:
         if isinstance(body, Hold):
+            self._drop_proposals(Type.HOLD, body.file_id)
+            self._drop_proposals(Type.RELEASE, body.file_id)  # they were of the holds before
             self._put(Table.HOLDS, entry.id, row_of(Held(self._size, body.file_id, entry.author)))
             self._put(Table.HOLDS_BY_FILE, body.file_id + entry.id, ())
             return
         known = _known(self.hold(body.hold))
         self._put(Table.HOLDS, body.hold, row_of(replace(known, released=self._size)))
         self._put(Table.HOLDS_BY_FILE, known.file_id + body.hold, None)
+        if not self.holds(known.file_id):
+            self._drop_proposals(Type.RELEASE, known.file_id)
 
     # -- parts
 
@@ -207,7 +224,7 @@ class State(Facts):
             case Release(hold=hold):
                 held = self.hold(hold)
                 return (held.file_id,) if held else ()
-            case Register() | Move() | Retain() | Hold() | Retire() | Erase():
+            case Register() | Move() | Retain() | Hold() | Propose() | Retire() | Erase():
                 return (entry.body.file_id,)
             case _:
                 return ()

@@ -32,6 +32,7 @@ class Table(IntEnum):
     ENDED = 14  # index; type, grant id or file id. Revocations and erasures, for whoever must destroy what is sealed
     COUNTS = 15  # name of a type; how many entries had an effect. "void" for the others
     UNDO = 16  # index, number; table, key, row before
+    PROPOSALS = 17  # type, file id, author; index. Open ones, for the second person
 
 
 class Tables(Protocol):

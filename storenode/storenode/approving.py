@@ -19,10 +19,10 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from medshard_protocol.entries import Approve, Entry, Freeze, Withdraw, nonce_size, sign_entry
+from medshard_protocol.entries import Approve, Entry, Freeze, Hold, Release, Withdraw, nonce_size, sign_entry
 from medshard_protocol.errors import Refused
 from medshard_protocol.identity import public_key
-from medshard_protocol.ids import Key, Sha256
+from medshard_protocol.ids import FileId, Key, Sha256
 from medshard_protocol.roster import Institution, Roster
 from medshard_protocol.rosters import check_successor, institution_signing
 from medshard_protocol.succession import Successor
@@ -70,6 +70,16 @@ class Seal:
         self.institution(roster)
         return self._sign(roster.origin, Withdraw(key, os.urandom(nonce_size)))
 
+    def hold(self, roster: Roster, file_id: FileId) -> Entry:
+        """Keep a file of a vault that this institution vouches for. Raises Refused."""
+        self.institution(roster)
+        return self._sign(roster.origin, Hold(file_id, os.urandom(nonce_size)))
+
+    def release(self, roster: Roster, hold: Sha256) -> Entry:
+        """End a hold of such a file, whoever of the two made it. Raises Refused."""
+        self.institution(roster)
+        return self._sign(roster.origin, Release(hold, os.urandom(nonce_size)))
+
     def signed(self, old: Roster) -> Sha256 | None:
         """Which successor of a roster this institution has signed for, if any."""
         path = self._notes / f"roster-{old.number + 1}-{old.sha256.hex()}"
@@ -95,7 +105,7 @@ class Seal:
         finally:
             part.unlink()
 
-    def _sign(self, origin: str, body: Approve | Freeze | Withdraw) -> Entry:
+    def _sign(self, origin: str, body: Approve | Freeze | Withdraw | Hold | Release) -> Entry:
         return sign_entry(origin, body, self.public, self._key.sign)
 
 

@@ -132,6 +132,11 @@ def drop_former(name: str) -> Change:
     return lambda roster: _with_institution(roster, replace(_institution(roster, name), former=()))
 
 
+def set_keepers(name: str, keepers: Iterable[Key]) -> Change:
+    """Two of these must want each hold and each release of an institution's files; none: nobody needs a second person any more."""
+    return lambda roster: _with_institution(roster, replace(_institution(roster, name), keepers=tuple(sorted(set(keepers)))))
+
+
 def add_emergency(key: Key) -> Change:
     """This identity may read while the ledger is out of reach."""
     return lambda roster: replace(roster, emergency=tuple(sorted({*roster.emergency, key})))

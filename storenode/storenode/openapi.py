@@ -90,6 +90,7 @@ operations: Final = (
     Operation("PUT", "/v1/grants/{file}", "Keep the sealed key of a grant", "access", body_type, good=(*_kept, 204)),
     Operation("DELETE", "/v1/grants/{file}/{grant}", "Destroy the sealed key of a grant", "access", good=(200, 204)),
     Operation("GET", "/v1/grants", "What is granted to the caller", "access", query=("after",)),
+    Operation("GET", "/v1/ledger/proposals", "Holds and releases that wait for a second person", "access", query=("after",)),
     Operation("GET", "/v1/endings/{file}", "A receipt for what was destroyed of a file", "ending"),
     # repair
     Operation("GET", "/v1/moves/{file}", "Which shards have moved, and to whom", "repair"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -62,6 +62,7 @@ def routes() -> list[web.RouteDef]:
         web.delete("/v1/grants/{file}/{grant}", delete_grant),
         web.get("/v1/grants", get_grants, allow_head=False),
         web.get("/v1/ledger/history/{file}", get_history, allow_head=False),
+        web.get("/v1/ledger/proposals", get_proposals, allow_head=False),
         web.get("/v1/ledger/identities/{key}", get_identity, allow_head=False),
         web.get("/v1/endings/{file}", get_ending, allow_head=False),
     ]
@@ -205,11 +206,21 @@ def _shared_file(
 
 async def get_history(request: web.Request) -> web.Response:
     """Every published entry that names a file."""
-    ledger, file_id, start = request.app[node_key].ledger, file_id_from_hex(request.match_info["file"]), _after(request)
+    ledger, file_id = request.app[node_key].ledger, file_id_from_hex(request.match_info["file"])
+    return _told(ledger, ledger.state.history(file_id, _after(request), history_entries_max + 1))
+
+
+async def get_proposals(request: web.Request) -> web.Response:
+    """Every published proposal of a hold or a release that waits for its second person."""
+    ledger, start = request.app[node_key].ledger, _after(request)
+    return _told(ledger, [(place, True) for place in ledger.state.proposed() if place >= start])
+
+
+def _told(ledger: Ledger, places: Sequence[tuple[int, bool]]) -> web.Response:
+    """Those of these entries that are published, with proofs, as many as one answer carries."""
     published = ledger.published
     if published is None:
         return _answer(History(b"", (), more=False).to_bytes())
-    places = ledger.state.history(file_id, start, history_entries_max + 1)
     told = []
     for place, effective in places[:history_entries_max]:
         if place >= published.checkpoint.size:

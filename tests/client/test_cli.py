@@ -361,7 +361,7 @@ def test_the_command_tree_is_whole() -> None:
         "requests",
         "consents",
     }
-    custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "keys", "recover"}
+    custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "keys", "recover", "proposals"}
     departments = {"report", "policy", "claim", "gateway", "receipt", "import"}
     assert set(command.commands) == keeping | sharing | custody | departments
 

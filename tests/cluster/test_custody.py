@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,12 @@ from medshard import Vault, certificate
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
-from medshard_protocol.entries import Erase, Type
+from medshard_protocol.entries import Erase, Hold, Release, Type
 from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
+from medshard_protocol.ids import FileId
 from medshard_protocol.roster import Roster
+from storenode.cli.main import main as storenode
+from storenode.office import Office
 
 passphrase = "three words suffice"
 
@@ -207,3 +211,153 @@ def test_the_commands_say_what_they_did(trial: LocalConsortium, tmp_path: Path, 
     capsys.readouterr()
     assert main(["certificate", "--all", "--json"]) == Exit.OK
     assert digest in [document["sha256"] for each in json.loads(capsys.readouterr().out)["ended"] for document in each["documents"]]
+
+
+# -- the institution, and two persons
+
+
+def operate(trial: LocalConsortium, name: str, *words: str, code: int = 0) -> None:
+    assert storenode(["--home", str(trial.home(name)), "--json", *words]) == code
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return answer
+
+
+def test_what_an_institution_holds_its_vault_cannot_release(
+    trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDSHARD_HOME", str(trial.vault_home))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scan").write_bytes(os.urandom(20_000))
+    assert main(["put", "scan"]) == Exit.OK
+    digest = capsys.readouterr().out.split()[0]
+    assert main(["kept", digest, "--json"]) == Exit.OK
+    file_id = told(capsys)["kept"][0]["file_id"]
+    operate(trial, "hospital-03", "hold", file_id, "--yes", code=4)
+    assert "the institution that vouches for the owner" in capsys.readouterr().err
+    operate(trial, "hospital-01", "hold", file_id, "--yes")
+    entry = told(capsys)["held"][0]["hold"]
+    assert main(["kept", digest]) == Exit.OK
+    assert f"hold {entry}" in capsys.readouterr().out
+    assert main(["erase", digest, "--yes"]) == Exit.REFUSED
+    assert main(["release", digest]) == Exit.REFUSED
+    assert "storenode release" in capsys.readouterr().err
+    operate(trial, "hospital-01", "release", file_id, "--yes")
+    assert told(capsys)["released"][0]["hold"] == entry
+    operate(trial, "hospital-01", "release", file_id, "--yes", code=3)
+    assert main(["erase", digest, "--yes"]) == Exit.OK
+    assert main(["log", digest, "--json"]) == Exit.ABSENT
+    operate(trial, "hospital-01", "hold", "00" * 32, "--yes", code=3)  # a file that nobody knows
+    assert "not registered" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_keepers(trial: LocalConsortium, capsys: pytest.CaptureFixture[str]) -> tuple[Path, Path]:
+    """Homes of two keepers of what the insurer's vaults own, as a quorum of institutions has signed."""
+    homes = trial.folder / "alice", trial.folder / "bob"
+    for home in homes:
+        asyncio.run(Vault.join(home, trial.invite("insurer-02"), passphrase, fast_kdf=True))
+    keys = ",".join(asyncio.run(key_of(home)).hex() for home in homes)
+    capsys.readouterr()
+    operate(trial, "insurer-02", "roster", "propose", "--keepers", f"insurer-02={keys}", "--yes")
+    change = told(capsys)
+    assert any("two keepers must want each hold and release" in text for text in change["changes"])
+    for name in ("hospital-01", "hospital-03", "insurer-04"):
+        operate(trial, name, "roster", "sign", change["sha256"], "--yes")
+    assert told(capsys)["in_effect"]
+    links = [trial.home(name) / "data" / "rosters" / f"{1:08}.link" for name in trial.names]
+    deadline = time.monotonic() + 60
+    while not all(link.exists() for link in links):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return homes
+
+
+async def key_of(home: Path) -> bytes:
+    async with Vault.open(home, passphrase) as vault:
+        return vault.keys.public
+
+
+async def by_hand(trial: LocalConsortium, body: Hold | Release) -> None:
+    """The institution's CA key says this to the ledger, past its own command's refusal."""
+    office = await asyncio.to_thread(Office.open, trial.home("insurer-02"))
+    seal = office.seal(None)
+    entry = seal.hold(office.roster, body.file_id) if isinstance(body, Hold) else seal.release(office.roster, body.hold)
+    await asyncio.to_thread(office.append, entry)
+
+
+def test_with_keepers_one_person_alone_holds_and_releases_nothing(
+    trial: LocalConsortium,
+    two_keepers: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MEDSHARD_PASSPHRASE", passphrase)
+    alice, bob = map(str, two_keepers)
+    nonce = os.urandom(16)
+
+    async def prepare() -> FileId:
+        async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
+            (digest,) = await put(insurer, tmp_path / "policy", 30_000)
+            with pytest.raises(Refused, match="two keepers of insurer-02"):
+                await insurer.custody.hold([digest])
+            return (await insurer.custody.standing([digest]))[0].file_id
+
+    async def alone(home: str, body: Hold | Release) -> None:
+        async with Vault.open(Path(home), passphrase) as keeper:
+            with pytest.raises(Refused, match="two keepers"):
+                await keeper._ledger.append([body])
+        with pytest.raises(Refused):
+            await by_hand(trial, body)
+
+    def settled(*, proposed: list[int], held: int) -> list[bytes]:
+        """Wait until nodes that heard it later tell so too; the holds."""
+
+        async def look() -> list[bytes]:
+            async with Vault.open(Path(alice), passphrase) as keeper:
+                for _ in range(300):
+                    found = [each.index for each in await keeper.keepers.open() if each.file_id == file_id]
+                    holds = list((await keeper.keepers.standing(file_id)).holds)
+                    if (found, len(holds)) == (proposed, held):
+                        return holds
+                    await asyncio.sleep(0.1)
+            raise AssertionError(f"{found}, {holds}")
+
+        return asyncio.run(look())
+
+    def proposal(home: str, what: str) -> int:
+        assert main(["--home", home, "proposals", what, file_id.hex(), "--json"]) == Exit.OK
+        return int(told(capsys)["proposed"][0]["entry"])
+
+    file_id = asyncio.run(prepare())
+    entry = proposal(alice, "hold")
+    asyncio.run(alone(alice, Hold(file_id, nonce)))
+    assert settled(proposed=[entry], held=0) == []
+    assert main(["--home", alice, "proposals", "approve", str(entry)]) == Exit.REFUSED
+    assert main(["--home", bob, "proposals", "ls"]) == Exit.OK
+    assert f"entry {entry}  hold  by {asyncio.run(key_of(two_keepers[0])).hex()[:16]}…" in capsys.readouterr().out
+    assert main(["--home", bob, "proposals", "approve", str(entry)]) == Exit.OK
+    (hold,) = settled(proposed=[], held=1)
+    operate(trial, "insurer-02", "release", file_id.hex(), "--yes", code=4)
+    assert "medshard proposals" in capsys.readouterr().err
+
+    async def destroy() -> None:
+        async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
+            await insurer.custody.end([sha256((tmp_path / "policy" / "letter-0").read_bytes()).digest()])
+
+    with pytest.raises(Refused, match="on hold"):
+        asyncio.run(destroy())
+    entry = proposal(bob, "release")
+    asyncio.run(alone(bob, Release(hold, nonce)))
+    settled(proposed=[entry], held=1)
+    assert main(["--home", alice, "proposals", "refuse", str(entry)]) == Exit.OK
+    settled(proposed=[], held=1)
+    assert main(["--home", alice, "proposals", "approve", str(entry)]) == Exit.ABSENT
+    entries = [proposal(home, "release") for home in (alice, bob)]
+    settled(proposed=entries, held=1)
+    assert main(["--home", bob, "proposals", "approve", str(entries[0])]) == Exit.OK
+    settled(proposed=[], held=0)
+    asyncio.run(destroy())

@@ -19,6 +19,7 @@ from medshard_protocol.entries import (
     Grant,
     Hold,
     Move,
+    Propose,
     Purpose,
     Register,
     Release,
@@ -52,6 +53,7 @@ bodies = {
     "erase": Erase(b"\x05" * 32, 2_000_000_000, nonce),
     "timestamp": Timestamp(7, b"\x0d" * 32, b"t" * 1700, nonce),
     "freeze": Freeze(bytes(32), nonce),
+    "propose": Propose(Type.RELEASE, b"\x0c" * 32, True, nonce),
 }
 
 
@@ -99,7 +101,9 @@ malformed = {
     "too few items": encode([1, 2, [id32, id32, nonce], author]),
     "too many items": encode([1, 2, [id32, id32, nonce], author, signature, 0]),
     "type 0": encode([1, 0, [id32, id32, nonce], author, signature]),
-    "type 14": encode([1, 14, [id32, id32, nonce], author, signature]),
+    "type 15": encode([1, 15, [id32, id32, nonce], author, signature]),
+    "proposal of a RETIRE": encode([1, 14, [10, id32, 1, nonce], author, signature]),
+    "proposal that half stands": encode([1, 14, [8, id32, 2, nonce], author, signature]),
     "grant to nobody": encode([1, 3, [[id32], b"", 0, 0, nonce], author, signature]),
     "reason too long": encode([1, 5, [[id32], 0, bytes(1601), nonce], author, signature]),
     "move of shard 255": encode([1, 6, [id32, 255, bytes(16), nonce], author, signature]),
@@ -139,9 +143,9 @@ def test_48_files_fit_into_one_access(consortium):
 
 
 def test_the_numbers_of_the_types_are_fixed():
-    names = "ROSTER REGISTER GRANT REVOKE ACCESS MOVE RETAIN HOLD RELEASE RETIRE ERASE TIMESTAMP FREEZE"
+    names = "ROSTER REGISTER GRANT REVOKE ACCESS MOVE RETAIN HOLD RELEASE RETIRE ERASE TIMESTAMP FREEZE PROPOSE"
     assert " ".join(kind.name for kind in Type) == names
-    assert [int(kind) for kind in Type] == list(range(1, 14))
+    assert [int(kind) for kind in Type] == list(range(1, 15))
 
 
 @settings(max_examples=200, deadline=None)

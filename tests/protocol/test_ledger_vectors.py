@@ -52,6 +52,15 @@ def test_the_roster_has_these_bytes():
     assert roster.sha256.hex() == vectors["roster"]["sha256"] == hashlib.sha256(roster.to_bytes()).hexdigest()
 
 
+def test_the_roster_with_keepers_has_these_bytes():
+    data = bytes.fromhex(vectors["roster_with_keepers"])
+    new = Roster.from_bytes(data)
+    keepers = tuple(sorted(private(name).public_key().public_bytes_raw() for name in ("vault", "reader")))
+    assert new.to_bytes() == data
+    assert [each.keepers for each in new.institutions] == [(), keepers, (), ()]
+    assert replace(new, number=0, previous=bytes(32), institutions=roster.institutions) == roster
+
+
 def test_ml_dsa_keys_follow_from_their_names():
     for name, key in vectors["pq_keys"].items():
         assert key["seed"] == hashlib.sha256(name.encode()).hexdigest()

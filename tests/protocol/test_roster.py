@@ -92,6 +92,12 @@ broken = {
     "institution with a control character": change_institution(1, name="a\u009fb"),
     "institution with a newline": change_institution(1, name="a\n"),
     "CA of another key": lambda r: change_institution(1, ca=r.institutions[0].ca)(r),
+    "a single keeper": change_institution(1, keepers=(b"a" * 32,)),
+    "too many keepers": change_institution(1, keepers=tuple(bytes([n]) * 32 for n in range(17))),
+    "keepers out of order": change_institution(1, keepers=(b"b" * 32, b"a" * 32)),
+    "a keeper twice": change_institution(1, keepers=(b"a" * 32, b"a" * 32)),
+    "a short keeper": change_institution(1, keepers=(b"a" * 31, b"b" * 32)),
+    "a keeper that is the CA": lambda r: change_institution(1, keepers=tuple(sorted([r.institutions[1].key, b"a" * 32])))(r),
     "CA that is no certificate": change_institution(1, ca=b"0"),
     "institution without a node": lambda r: replace(r, nodes=r.nodes[:-1], code=(1, 2, 1)),
     "node of no institution": change_node(1, institution=4),
@@ -119,7 +125,7 @@ def test_a_roster_that_breaks_a_rule_is_refused_both_ways(consortium, name):
     roster = broken[name](consortium(4).roster)
     with pytest.raises(ValueError, match=r".+"):
         roster.to_bytes()
-    institutions = [[i.name, i.ca, i.key, list(i.former)] for i in roster.institutions]
+    institutions = [i.to_value() for i in roster.institutions]
     nodes = [[n.id, n.name, n.institution, n.url, n.capacity, n.tls_key, n.cosigner_key, n.log_key, n.pq_key] for n in roster.nodes]
     head = [2, roster.origin, roster.number, roster.previous, roster.sequencer]
     data = encode([*head, institutions, nodes, list(roster.code), list(roster.emergency), roster.auditors])
@@ -129,7 +135,8 @@ def test_a_roster_that_breaks_a_rule_is_refused_both_ways(consortium, name):
 
 def test_another_version_or_shape_is_malformed(consortium):
     value = decode(consortium(4).roster.to_bytes(), bytes_max=1 << 20, what="roster")
-    for bad in ([1, *value[1:]], value[:-1], [*value, 0], [*value[:-3], [1, 2], *value[-2:]], [1], {}, b""):
+    with_none = [*value[:5], [[*each, []] for each in value[5]], *value[6:]]
+    for bad in (with_none, [1, *value[1:]], value[:-1], [*value, 0], [*value[:-3], [1, 2], *value[-2:]], [1], {}, b""):
         with pytest.raises(Malformed):
             Roster.from_bytes(encode(bad) if not isinstance(bad, dict) else b"\x80")
 

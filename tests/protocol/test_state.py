@@ -18,6 +18,7 @@ from medshard_protocol.entries import (
     Grant,
     Hold,
     Move,
+    Propose,
     Register,
     Release,
     Retain,
@@ -35,7 +36,7 @@ from medshard_protocol.state import State
 from medshard_protocol.tables import MemoryTables, Table
 
 nonce = bytes(16)
-one, two, three, gone, old, held, kept, free = (bytes([n]) * 32 for n in range(8))
+one, two, three, gone, old, held, kept, free, guarded, abandoned = (bytes([n]) * 32 for n in range(10))
 manifest, other_manifest = b"m" * 32, b"o" * 32
 
 
@@ -176,14 +177,54 @@ rules = {
     "a vault does not approve": ("owner", Approve(manifest, nonce), Refused),
     "an institution wants the end": ("ca 3", Freeze(manifest, nonce), None),
     "a vault does not end a log": ("owner", Freeze(manifest, nonce), Refused),
+    "a keeper proposes a hold": ("second", Propose(Type.HOLD, three, True, nonce), None),
+    "a keeper proposes a release": ("keeper", Propose(Type.RELEASE, guarded, True, nonce), None),
+    "nobody proposes what a keeper has proposed": ("keeper", Propose(Type.HOLD, guarded, True, nonce), Conflict),
+    "a keeper takes a proposal back": ("keeper", Propose(Type.HOLD, guarded, False, nonce), None),
+    "another keeper does": ("second", Propose(Type.HOLD, guarded, False, nonce), None),
+    "what nobody proposed is not taken back": ("second", Propose(Type.HOLD, three, False, nonce), Conflict),
+    "an owner that is no keeper proposes nothing": ("other", Propose(Type.HOLD, three, True, nonce), Refused),
+    "nor does the institution's own key": ("ca 2", Propose(Type.HOLD, three, True, nonce), Refused),
+    "nor a keeper whose key was withdrawn": ("lost", Propose(Type.HOLD, three, True, nonce), Refused),
+    "nor a keeper of another institution": ("reader", Propose(Type.HOLD, three, True, nonce), Refused),
+    "where nobody needs a second nothing is proposed": ("second", Propose(Type.HOLD, one, True, nonce), Refused),
+    "what is not on hold is not proposed for release": ("second", Propose(Type.RELEASE, three, True, nonce), Conflict),
+    "a file that is not there is not proposed for a hold": ("second", Propose(Type.HOLD, free, True, nonce), Absent),
+    "a second keeper holds": ("second", Hold(guarded, nonce), None),
+    "the first keeper alone does not hold": ("keeper", Hold(guarded, nonce), Refused),
+    "without a proposal nobody holds": ("second", Hold(three, nonce), Refused),
+    "the owner does not hold": ("other", Hold(guarded, nonce), Refused),
+    "nor the institution": ("ca 2", Hold(guarded, nonce), Refused),
+    "one keeper alone releases nothing": ("second", lambda c, log: Release(log.kept_hold, nonce), Refused),
+    "not even the owner's own hold": ("other", lambda c, log: Release(log.kept_hold, nonce), Refused),
+    "nor does the institution, where it has keepers": ("ca 2", lambda c, log: Release(log.kept_hold, nonce), Refused),
+    "nor two of whom one was withdrawn since": ("second", Hold(abandoned, nonce), Refused),
 }
+
+
+def guarding(c):
+    """As ``begun``; institution 2, which vouches for ``other``, has keepers since roster 1. One of them was withdrawn after he proposed."""
+    institution = replace(c.roster.institutions[2], keepers=tuple(sorted(map(public, ("keeper", "second", "lost")))))
+    new = successor(c, institutions=(*c.roster.institutions[:2], institution, c.roster.institutions[3]))
+    log = begun(c, documents={new.sha256: new}.get)
+    for who in ("keeper", "lost"):
+        log.must("ca 2", Enrol(public(who), 0, nonce))
+    for file_id in (guarded, abandoned):
+        log.must("other", Register(file_id, manifest, nonce))
+    log.kept_hold = log.must("other", Hold(guarded, bytes([7]) * 16))
+    for number in (0, 1, 3):
+        log.must(f"ca {number}", Approve(new.sha256, nonce))
+    log.must("keeper", Propose(Type.HOLD, guarded, True, nonce))
+    log.must("lost", Propose(Type.HOLD, abandoned, True, nonce))
+    log.must("ca 2", Withdraw(public("lost"), nonce))
+    return log
 
 
 @pytest.mark.parametrize("rule", rules)
 def test_who_may_say_what(consortium, rule):
     author, body, error = rules[rule]
     c = consortium(4)
-    log, before = begun(c), begun(c)
+    log, before = guarding(c), guarding(c)
     entry = c.entry(author, body(c, log) if callable(body) else body)
     objection = log.state.objection(entry)
     assert objection is None if error is None else type(objection) is error
@@ -197,14 +238,14 @@ def test_who_may_say_what(consortium, rule):
 
 def test_every_type_of_entry_stands_in_the_table_with_and_without_the_right(consortium):
     c = consortium(4)
-    log = begun(c)
-    seen = {}
+    log, seen = guarding(c), {}
     for author, body, error in rules.values():
         made = body(c, log) if callable(body) else body
         seen.setdefault(type(made), set()).add(error is None)
-        assert author in ("log", "owner", "reader", "former", "other", "stranger") or author[:3] in ("ca ", "tls")
+        people = ("log", "owner", "reader", "former", "other", "stranger", "keeper", "second", "lost")
+        assert author in people or author[:3] in ("ca ", "tls")
     assert seen.pop(Genesis) == {False}  # with the right: below
-    assert len(seen) == 15
+    assert len(seen) == 16
     assert all(found == {True, False} for found in seen.values())
 
 
@@ -323,6 +364,43 @@ def test_moves_and_holds_are_found(consortium):
     assert not log.effective
     log.must("owner", Release(log.hold, nonce))
     log.must("owner", Erase(held, 9, nonce))
+
+
+def test_with_keepers_a_hold_stands_and_ends_by_two_persons_and_never_by_one(consortium):
+    log = guarding(consortium(4))
+    state = log.state
+    assert (state.holds(guarded), len(state.proposed())) == ([log.kept_hold], 2)
+    hold = log.must("second", Hold(guarded, nonce))
+    assert state.holds(guarded) == sorted([log.kept_hold, hold])
+    assert len(state.proposed()) == 1  # a proposal is good for one hold
+    log.say("second", Hold(guarded, bytes([2]) * 16))
+    assert not log.effective
+    log.must("second", Propose(Type.RELEASE, guarded, True, nonce))
+    log.say("second", Release(hold, nonce))
+    assert not log.effective
+    assert state.holds(guarded) == sorted([log.kept_hold, hold])
+    log.must("keeper", Release(hold, nonce))
+    assert state.holds(guarded) == [log.kept_hold]
+    log.say("other", Erase(guarded, 5, nonce))
+    assert not log.effective
+    log.must("keeper", Propose(Type.RELEASE, guarded, False, nonce))  # enough, says one of them
+    log.say("keeper", Release(log.kept_hold, nonce))
+    assert not log.effective
+    assert state.history(guarded)[-1] == (state.size - 1, False)
+
+
+def test_a_hold_that_comes_between_takes_a_proposed_release_off_the_table(consortium):
+    log = guarding(consortium(4))
+    log.must("keeper", Propose(Type.RELEASE, guarded, True, nonce))
+    log.must("second", Hold(guarded, nonce))
+    assert log.state.proposals(Type.RELEASE, guarded) == {}
+    for hold in log.state.holds(guarded):
+        log.say("second", Release(hold, nonce))
+        assert not log.effective
+    log.must("keeper", Propose(Type.RELEASE, guarded, True, nonce))
+    for hold in log.state.holds(guarded):
+        log.must("second", Release(hold, nonce))
+    assert (log.state.holds(guarded), log.state.proposals(Type.RELEASE, guarded)) == ([], {})
 
 
 # -- the quorum

@@ -55,6 +55,7 @@ def hold(session: Session, hashes: tuple[bytes, ...]) -> int:
     """Keep files until `medshard release`: a legal hold.
 
     It stands in the ledger, without a reason or a name. While it stands no honest node destroys the files, whatever their retention says.
+    Where your institution has keepers this only proposes it, or approves what another keeper has proposed: see `medshard proposals`.
     """
 
     async def work() -> list[Kept]:
@@ -68,7 +69,10 @@ def hold(session: Session, hashes: tuple[bytes, ...]) -> int:
 @_hashes
 @shared
 def release(session: Session, hashes: tuple[bytes, ...]) -> int:
-    """End this vault's holds of files. What is retained stays retained."""
+    """End this vault's holds of files. What is retained stays retained.
+
+    Where your institution has keepers this only proposes it, or approves what another keeper has proposed: see `medshard proposals`.
+    """
 
     async def work() -> list[Kept]:
         async with session.vault() as vault:
@@ -292,6 +296,7 @@ def _tell(session: Session, found: list[Kept]) -> int:
         return Exit.OK
     for each in found:
         columns = [f"until {output.day(each.until)}" if each.until else "no retention", *(f"hold {entry}" for entry in each.holds)]
+        columns += [f"entry {each.waiting} waits for a second keeper"] if each.waiting else []
         for digest in each.hashes:
             output.hashed(digest, each.name, *columns)
     return Exit.OK

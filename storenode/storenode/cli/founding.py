@@ -237,6 +237,7 @@ def document_of(roster: Roster) -> dict[str, object]:
         "code": {"k": k, "n": n, "w": w},
         "quorum": {"institutions": len(roster.institutions), "faulty": roster.quorum.f, "needed": roster.quorum.q},
         "sequencer": roster.node(roster.sequencer).name,
+        "keepers": {each.name: [key.hex() for key in each.keepers] for each in roster.institutions if each.keepers},
         "nodes": [
             {
                 "name": node.name,

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, MedshardError, Refused, TooLarge, Unavailable
-from storenode.cli import auditing, ending, founding, log, modelling, operating, repairing, roster, successor, trial, watch
+from storenode.cli import auditing, ending, founding, keeping, log, modelling, operating, repairing, roster, successor, trial, watch
 from storenode.cli.options import Session, home_default
 
 
@@ -90,6 +90,8 @@ for _part in (
     ending.rotate,
     ending.withdraw,
     ending.freeze,
+    keeping.hold,
+    keeping.release,
     successor.successor,
     auditing.audit,
     repairing.repair,

@@ -45,6 +45,9 @@ def roster() -> None:
 @click.option("--rotate-keys", multiple=True, type=path_type, metavar="CARD", help="New keys of a node: the card of `storenode rotate`.")
 @click.option("--rotate-ca", type=path_type, metavar="CRT", help="New CA of this institution: the ca.crt of `storenode rotate --ca`.")
 @click.option("--drop-former", multiple=True, metavar="NAME", help="Refuse what this institution's former CAs issued.")
+@click.option(
+    "--keepers", multiple=True, metavar="NAME=KEY,KEY…", help="Two of these must want each hold or release of its files; NAME=none: none."
+)
 @click.option("--emergency-add", multiple=True, metavar="KEY", help="This identity may read while the ledger is out of reach.")
 @click.option("--emergency-remove", multiple=True, metavar="KEY", help="This identity may no longer.")
 @click.option("--auditors", metavar="FILE|KEY", help='Key for sealed reasons: 2432 hex digits or a file with them; "none" for none.')
@@ -62,6 +65,7 @@ def propose(session: Session, output: Path | None, dry_run: bool, ca_key: Path |
     \b
     Examples:
       storenode roster propose --add-node hospital-05.card --code 2/5/4
+      storenode roster propose --keepers "Insurer 02=5c1e…,77a0…,9b3d…"
       storenode roster propose --remove-institution "Insurer 02" --code 2/3/3
       storenode roster propose --set-url hospital-01=https://new.hospital-01.example:9700
       storenode rotate && storenode roster propose --rotate-keys hospital-01.card
@@ -173,6 +177,9 @@ def _changes(home: Path, asked: dict[str, Any]) -> list[Change]:
         assert bytes_ is not None, "only None becomes None"
         many.append(d.set_capacity(name, bytes_))
     many += [d.drop_former(name) for name in asked["drop_former"]]
+    for text in asked["keepers"]:
+        name, keys = _pair(text, "--keepers")
+        many.append(d.set_keepers(name, [] if keys == "none" else [key_of(key, "--keepers") for key in keys.split(",")]))
     many += [d.add_emergency(key_of(text, "--emergency-add")) for text in asked["emergency_add"]]
     many += [d.remove_emergency(key_of(text, "--emergency-remove")) for text in asked["emergency_remove"]]
     if asked["auditors"]:
@@ -202,7 +209,7 @@ def _rotated_ca(office: Office, path: Path) -> Change:
 def _pair(text: str, option: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise click.BadParameter(f"expected NODE=VALUE, got {text!r}", param_hint=option)
+        raise click.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint=option)
     return name, value
 
 
