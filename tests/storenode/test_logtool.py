@@ -192,6 +192,30 @@ def test_a_change_of_the_roster_needs_its_document(tmp_path: Path, consortium: C
         audit(tmp_path, genesis, {})
 
 
+def test_a_head_that_a_change_of_the_roster_ends_with_may_be_published_by_the_next_quorum(
+    tmp_path: Path, consortium: Callable[..., Any]
+) -> None:
+    """As happens while nothing follows the change. The former quorum's voices are too few there: it had more members."""
+    from dataclasses import replace
+
+    from medshard_protocol.rosters import Link
+
+    c = consortium(7, pq=True)
+    left = {"institutions": c.roster.institutions[:5], "nodes": c.roster.nodes[:5], "code": (2, 5, 4)}
+    new = replace(c.roster, number=1, previous=c.roster.sha256, **left)
+    votes = [c.entry(f"ca {n}", Approve(new.sha256, bytes(16))).to_bytes() for n in range(5)]
+    for more in ([], [b"noise"]):
+        source = InMemory(c, [*few_signed(c, 5), *votes, *more])
+        source.cosigners = (range(4), range(4))  # a quorum of the five that stay, and not of the seven
+        folder = tmp_path / str(len(more))
+        export(source, folder, c.roster, [Link(new.to_bytes(), tuple(votes))])
+        assert audit(folder, c.roster, {new.sha256: new}).pq_quorum
+    source = InMemory(c, [*few_signed(c, 5), *votes[:4]])
+    source.cosigners = (range(4), range(4))
+    with pytest.raises(Refused, match="fewer than 5"):
+        export(source, tmp_path / "before", c.roster, ())
+
+
 # -- going on, and from elsewhere
 
 

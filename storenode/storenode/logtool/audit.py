@@ -186,9 +186,22 @@ def _parsed(data: bytes) -> Entry | None:
         return None
 
 
+def _publisher(note: bytes, state: State) -> Roster:
+    """Whose quorum published the head. One that a change of the roster ends with, and no entry follows yet, the next quorum publishes
+    once more. Raises Malformed or Refused."""
+    due = state.roster_at(state.size - 1)
+    try:
+        open_published(note, due)
+    except Refused:
+        if state.roster == due:
+            raise
+        open_published(note, state.roster)
+        return state.roster
+    return due
+
+
 def _report(note: bytes, claimed: Checkpoint, state: State, tables: AuditTables) -> Report:
-    roster = state.roster_at(claimed.size - 1)
-    open_published(note, roster)
+    roster = _publisher(note, state)
     try:
         open_published(note, roster, pq=True)
         pq_quorum = True
