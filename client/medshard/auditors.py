@@ -30,7 +30,14 @@ def load(path: Path, passphrase: str) -> PrivateKey:
         data = path.read_bytes()
     except FileNotFoundError:
         raise Absent(f"{path} does not exist", hint="`medshard auditor-key create FILE` makes an auditors' key.") from None
-    seed, named = open_sealed(magic, data, passphrase)
+    try:
+        seed, named = open_sealed(magic, data, passphrase)
+    except Malformed as error:
+        hint = "it is what `medshard auditor-key create FILE` wrote there, not the public key that it printed"
+        raise Malformed(f"{path} is no auditors' key file ({error})", hint=hint) from None
+    except Refused:
+        hint = "check MEDSHARD_AUDITORS_PASSPHRASE, or type it again; in a trial made by `medshard up` it is the vault's"
+        raise Refused(f"the passphrase does not open {path}", hint=hint) from None
     key = PrivateKey(seed)
     if sha256(key.public).digest() != named:
         raise Malformed("key file: its public key is not the one its seed gives")

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Final
 
 from medshard.home import Home
-from medshard.transport import Net
+from medshard.transport import Net, hung_up
 from medshard_protocol.errors import Absent, MedshardError, Refused
 from medshard_protocol.ids import Sha256
 from medshard_protocol.roster import Node, Roster
@@ -41,8 +41,9 @@ class Follower:
         self._contexts = contexts
         self._running: asyncio.Task[bool] | None = None
         self._asked_at = -again_after_s
-        self._answered = False
-        self._anonymous = False  # while nobody answers us under our certificate
+        self._answered = 0
+        self._strange = False  # whether somebody hung up on us, as who knows nobody that vouches for us does
+        self._anonymous = False  # while we ask without our certificate
 
     async def follow(self) -> bool:
         """Ask what follows our newest roster; say whether something did. Raises nothing: who cannot be asked tells nothing."""
@@ -73,7 +74,8 @@ class Follower:
         grown = False
         while await self._step():
             grown = True
-        if not grown and not self._answered:  # our institution may be gone, and with it the nodes' trust in our certificate
+        known = self._answered > (self._net.roster.quorum.f if self._strange else 0)
+        if not grown and not known:  # our institution may be gone, and with it the nodes' trust in our certificate
             self._anonymous = True
             while await self._step():
                 grown = True
@@ -85,6 +87,7 @@ class Follower:
         """Ask f + 1 institutions, or whoever answers of the rest, and take the longest chain that holds."""
         roster = self._net.roster
         nodes, needed, answered = list(self._candidates(roster)), roster.quorum.f + 1, 0
+        self._strange = False
         links: Sequence[Link] = ()
         while nodes and answered < needed:
             batch, nodes = nodes[: needed - answered], nodes[needed - answered :]
@@ -92,7 +95,7 @@ class Follower:
                 if chain is not None:
                     answered += 1
                     links = max(links, chain, key=len)
-        self._answered = answered > 0
+        self._answered = answered
         if self._net.roster is not roster:
             return False
         if not links:
@@ -138,7 +141,8 @@ class Follower:
             path = f"/v1/rosters?after={roster.number}&of={genesis.hex()}"
             data = await self._net.call(node, "GET", path, timeout_s=ask_timeout_s, ok=(200,), anonymous=self._anonymous)
             links = unpack_links(data)
-        except MedshardError:
+        except MedshardError as error:
+            self._strange |= hung_up(error)
             return None
         good: list[Link] = []
         try:

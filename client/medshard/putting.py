@@ -163,6 +163,7 @@ class Putter:
             if good >= self._code.w:
                 ready.append(triple)
             else:
+                self._net.check_inside()
                 short = too_few(good, self._code.w, sent.failures)
         if ready:
             proofs = await self._ledger.register([item.manifest for _, item, _ in ready])
@@ -260,6 +261,7 @@ class Putter:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         if institutions(self._net, manifest, good) < self._code.w:
+            self._net.check_inside()
             raise too_few(institutions(self._net, manifest, good), self._code.w, failures)
 
     # -- an interrupted put

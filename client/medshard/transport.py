@@ -118,7 +118,7 @@ class Net:
 
     def place(self, node: Node) -> Place:
         """Where a line to this node leads. Raises Unavailable for a node that has left, and Refused where no node knows this vault."""
-        self._check_inside()
+        self.check_inside()
         node = self._present(node)
         return Place(node, self._contexts[node.institution])
 
@@ -141,7 +141,7 @@ class Net:
             raise Unavailable(f"{node.name}: no longer in the roster")
         return known
 
-    def _check_inside(self) -> None:
+    def check_inside(self) -> None:
         """Raise Refused where the institution that certified this vault is not in the roster."""
         if self._outside is not None:
             raise Refused(
@@ -167,7 +167,7 @@ class Net:
         if self._session is None:
             raise RuntimeError("use Net as an async context manager")
         if not anonymous:
-            self._check_inside()
+            self.check_inside()
         node = self._present(node)
         try:
             async with (
@@ -191,9 +191,9 @@ class Net:
             raise Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             self.health.suspect(node.id)
-            if not anonymous and _hung_up(error):  # perhaps because of a change that we have not heard of
+            if not anonymous and hung_up(error):  # perhaps because of a change that we have not heard of
                 await self.follow()
-                self._check_inside()
+                self.check_inside()
             raise Unavailable(f"{node.name}: {explain(error)}") from None
         self.health.well(node.id)
 
@@ -207,7 +207,7 @@ def _outside(roster: Roster, certificate: bytes) -> str | None:
     return f"the institution that took this vault in is no longer in the consortium ({which}), or has another key: no node answers it"
 
 
-def _hung_up(error: BaseException | None) -> bool:
+def hung_up(error: BaseException | None) -> bool:
     """Whether a node ended the connection without an answer, as it does where it knows nobody who vouches for our certificate: under
     TLS 1.3 that comes to light after the handshake."""
     while error is not None and not isinstance(error, ssl.SSLError | aiohttp.ServerDisconnectedError | ConnectionResetError):

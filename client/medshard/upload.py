@@ -195,6 +195,7 @@ class Upload:
     def _require(self) -> None:
         self._notice_failures()
         if len(self._reachable()) < self._w:
+            self._net.check_inside()
             raise too_few(len(self._reachable()), self._w, self.failures())
 
 

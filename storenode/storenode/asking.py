@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import ssl
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
 from storenode.config import Config
-from storenode.identity import NodeKeys, client_ssl_context
+from storenode.identity import NodeKeys, client_ssl_context, outside_ssl_context
 from storenode.running import running
 
 answer_bytes_max: Final = 6 << 20
@@ -63,10 +64,10 @@ def ask(config: Config, keys: NodeKeys, path: str, method: str = "GET", body: by
     return answer
 
 
-def connect(node: Node, roster: Roster, keys: NodeKeys, *, timeout_s: float = wait_s) -> http.client.HTTPConnection:
-    """A connection to one node of a roster, for many requests."""
-    address, owner = urlsplit(node.url), roster.institutions[node.institution]
-    tls = client_ssl_context(owner.ca, keys, owner.former)
+def connect(node: Node, roster: Roster, files: tuple[Path, Path] | None, *, timeout_s: float = wait_s) -> http.client.HTTPConnection:
+    """A connection to one node of a roster, for many requests: with this certificate and key (PEM), or as nobody. Raises Malformed."""
+    address = urlsplit(node.url)
+    tls = outside_ssl_context(roster.institutions[node.institution], files)
     return _Connection(address.hostname or "", address.port or 443, node.id, tls, timeout_s)
 
 

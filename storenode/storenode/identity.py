@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from medshard_protocol import identity
 from medshard_protocol.errors import Absent, Conflict, Malformed, Refused
 from medshard_protocol.ids import Key, NodeId, node_id_of
+from medshard_protocol.roster import Institution as Member
 from medshard_protocol.roster import Roster
 from storenode import durable
 
@@ -183,6 +184,21 @@ def client_ssl_context(ca: bytes, keys: NodeKeys, former: Iterable[bytes] = ()) 
     context.hostname_checks_common_name = False
     context.load_verify_locations(cadata="".join(map(identity.to_pem, (ca, *former))))
     return _finished(context, keys)
+
+
+def outside_ssl_context(institution: Member, files: tuple[Path, Path] | None) -> ssl.SSLContext:
+    """Speak to the nodes of one institution with a certificate and key from these files (PEM), or as nobody. Raises Malformed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.hostname_checks_common_name = False
+    context.load_verify_locations(cadata="".join(map(identity.to_pem, (institution.ca, *institution.former))))
+    if files is not None:
+        try:
+            context.load_cert_chain(*files)
+        except (OSError, ssl.SSLError) as error:
+            raise Malformed(f"{files[0]} and {files[1]} cannot be used: {error}") from None
+    return context
 
 
 def _finished(context: ssl.SSLContext, keys: NodeKeys) -> ssl.SSLContext:

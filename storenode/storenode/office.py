@@ -76,6 +76,9 @@ class Office:
         if len(text) < 64:
             found = [each["sha256"] for each in self.votes()["proposals"] if each["sha256"].startswith(text)]
             if len(found) != 1:
+                decided = [each for each in self.rosters if each.sha256.hex().startswith(text.lower())]
+                if not found and len(decided) == 1:
+                    return decided[0]
                 raise Absent(f"{len(found)} open proposals begin with {text}", hint="see them: storenode roster show")
             text = found[0]
         sha256 = sha256_from_hex(text)

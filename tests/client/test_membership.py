@@ -48,6 +48,7 @@ class Told(Net):
         self.answers = dict(zip((node.id for node in roster.nodes), answers, strict=True))
         self.asked: list[NodeId] = []
         self.strangers = False  # whether nobody knows this vault's certificate
+        self.behind: NodeId | None = None  # but for this one, which has not heard of any change
 
     async def call(  # type: ignore[override]
         self, node: Node, method: str, path: str, body: bytes = b"", *, anonymous: bool = False, **_: object
@@ -57,8 +58,10 @@ class Told(Net):
         assert (method, path.split("=")[0]) == ("GET", "/v1/rosters?after")
         self.asked.append(node.id)
         await asyncio.sleep(0)
-        answer = self.answers[node.id]
-        if answer is None or (self.strangers and not anonymous):
+        answer = [] if node.id == self.behind else self.answers[node.id]
+        if self.strangers and not anonymous and node.id != self.behind:
+            raise Unavailable("hung up") from ConnectionResetError()
+        if answer is None:
             raise Unavailable("no answer")
         return answer if isinstance(answer, bytes) else pack_links(answer[int(path.split("=")[1].removesuffix("&of")) :])
 
@@ -87,6 +90,19 @@ async def test_a_vault_that_no_node_knows_any_more_follows_all_the_same(home, fo
     net.strangers = True
     assert await follower(net).follow()
     assert net.roster == two == home.roster()
+
+
+async def test_a_vault_whose_own_institutions_node_was_left_behind_with_it_follows_all_the_same(home, follower):
+    net = Told([chain] * 4)
+    net.strangers, net.behind = True, four.roster.nodes[3].id
+    assert await follower(net).follow()
+    assert net.roster == two == home.roster()
+
+
+async def test_nobody_is_asked_twice_while_nodes_are_only_away(home, follower):
+    net = Told([[], None, None, None])
+    assert not await follower(net).follow()
+    assert len(net.asked) == 4
 
 
 def test_a_vault_is_told_that_its_institution_has_left() -> None:

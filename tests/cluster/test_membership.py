@@ -170,6 +170,7 @@ async def test_too_few_approvals_change_nothing(trial: LocalConsortium) -> None:
     assert third["in_effect"]
     everywhere(trial, 1)
     assert operate(trial.home(one), "roster", "show")["history"][0]["approved_by"] == [one, two, three]
+    assert operate(trial.home(two), "roster", "sign", proposed["sha256"][:8], "--yes")["in_effect"]  # who comes late is told so
     assert [number_of(trial, name) for name in trial.names] == [1, 1, 1, 1]
 
 
@@ -284,6 +285,8 @@ async def test_an_institution_leaves_and_its_node_takes_nothing_any_more(trial: 
     digest, data = await stored(vault, tmp_path)
     name, before = "hospital-03", present(trial)
     assert name in members(trial)
+    behind = trial.folder / "behind"
+    await Vault.join(behind, await asyncio.to_thread(trial.invite, name), trial.passphrase, fast_kdf=True)
     async with traffic(vault, tmp_path):
         await asyncio.to_thread(changed, trial, members(trial)[0], "--remove-institution", name, "--code", "2/4/3", signers=4)
     assert name not in members(trial)
@@ -296,6 +299,9 @@ async def test_an_institution_leaves_and_its_node_takes_nothing_any_more(trial: 
     error = operate(trial.home(name), "roster", "propose", "--set-capacity", f"{members(trial)[0]}=2GB", "--yes", refused=True)
     assert "of no institution in roster" in error["message"]
     await assert_comes_back(vault, digest, data, tmp_path)
+    async with Vault.open(behind, trial.passphrase) as left:  # its own institution's node is up, and trusts it still
+        with pytest.raises(Refused, match="no longer in the consortium"):
+            await stored(left, tmp_path)
     trial.kill(name)
     await assert_comes_back(vault, digest, data, tmp_path)
 

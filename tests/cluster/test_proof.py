@@ -158,6 +158,14 @@ def test_the_log_can_be_exported_and_audited_by_any_member(trial: LocalConsortiu
         report = storenode("log", "verify", folder, "--genesis", outsider.genesis)
         assert (report["genesis_pinned"], report["without_effect"]) == (True, 0)
         assert c2sp.check_log(folder, c2sp.Policy((folder / "policy").read_text())) if report["both_kinds"] else True
+    nowhere, keys = ("--home", tmp_path / "nowhere"), homes[2] / "keys"
+    identity = ("--certificate", keys / "node.crt", "--key", keys / "node.key")
+    asked = storenode(*nowhere, "log", "verify", f"{url}/log", "--genesis", outsider.genesis, *identity)
+    assert (asked["size"] >= over["size"], asked["genesis_pinned"]) == (True, True)
+    for words, code, hint in (([], 5, "--genesis FILE"), (["--genesis", outsider.genesis], 4, "--certificate and --key")):
+        command = [sys.executable, "-m", "storenode", *map(str, (*nowhere, "log", "verify", f"{url}/log", *words))]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (refused.returncode, hint in refused.stderr) == (code, True), refused.stderr
 
 
 def test_a_proof_crosses_changes_of_the_roster(trial: LocalConsortium, outsider: Outsider, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from medshard.grants import Happened
 from medshard.rights import Rights
 from medshard_protocol.checkpoint import open_published
 from medshard_protocol.entries import Access, Grant, Purpose
-from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Absent, Damaged, Malformed, Refused, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import pack_small_reads, shard_path, unpack_shards
@@ -571,8 +571,12 @@ def test_an_auditors_key_is_made_once_and_opens_with_its_passphrase(
     public = bytes.fromhex(capsys.readouterr().out.strip())
     assert auditors.load(path, passphrase).public == public
     assert main(["auditor-key", "create", str(path)]) == Exit.REFUSED
-    with pytest.raises(MedshardError):
+    with pytest.raises(Refused, match=str(path)) as refused:
         auditors.load(path, "another")
+    assert "MEDSHARD_AUDITORS_PASSPHRASE" in (refused.value.hint or "")
+    path.with_name("auditors.pub").write_text(public.hex())
+    with pytest.raises(Malformed, match=r"auditors\.pub is no auditors' key file"):
+        auditors.load(path.with_name("auditors.pub"), passphrase)
 
 
 # De-identified copies

@@ -95,7 +95,7 @@ def _tell(each: Happened, *, files: bool) -> None:
         parts.append(f"{way} {each.reader_name or f'{each.reader.hex()[:16]}…'}")
     if each.until:
         parts.append(time.strftime("until %Y-%m-%d %H:%M", time.localtime(each.until)))
-    if each.purpose:
+    if each.purpose and each.purpose != "unspecified":
         parts.append(f"for {each.purpose}")
     if each.grant_index >= 0 and each.what not in ("granted", "void grant"):
         parts.append(f"under grant {each.grant_index}" if each.what.startswith("read") else f"grant {each.grant_index}")

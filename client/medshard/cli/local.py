@@ -62,6 +62,7 @@ def up(session: Session, folder: Path, institutions: int | None, code: tuple[int
     Stays in the foreground; Ctrl-C stops all of it. Each institution's node is a process of its own, with its data in
     DIR/nodes/NAME and its process id in DIR/nodes/NAME/pid. The client's home is DIR/vault. An existing DIR is used again, with
     all its files. This is for trials: one machine is one point of failure, and the passphrase lies beside the key.
+    It opens DIR/auditors.key too.
     """
     from medshard.consortium import LocalConsortium, serve
 

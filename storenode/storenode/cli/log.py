@@ -14,17 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medshard_protocol.errors import Absent, Malformed, Refused
+from medshard_protocol.errors import Absent, Malformed
 from storenode.cli.options import Session, shared
 
 if TYPE_CHECKING:
-    from medshard_protocol.roster import Roster
+    from medshard_protocol.roster import Node, Roster
     from medshard_protocol.rosters import Link
     from medshard_protocol.succession import Successor
     from storenode.logtool.source import Source
 
+    Files = tuple[Path, Path]
+
 folder = click.Path(file_okay=False, path_type=Path)
 document = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def identity(command: Callable[..., object]) -> Callable[..., object]:
+    """Options that say as whom a node is asked."""
+    key = click.option("--key", type=document, help="Its private key (PEM).")
+    certificate = click.option(
+        "--certificate", type=document, help="Certificate (PEM) of an identity that an institution vouches for [this home's node's]."
+    )
+    return certificate(key(command))
 
 
 @click.group()
@@ -35,57 +46,66 @@ def log() -> None:
 @log.command("export")
 @click.argument("target", metavar="DIR", type=folder)
 @click.option("--from", "url", metavar="URL", help="Take it from there, such as https://node:9700/log, instead of this home's node.")
+@click.option("--genesis", "genesis_file", type=document, help="With --from: the genesis file to trust; else that of this home.")
+@identity
 @shared
-def export_command(session: Session, target: Path, url: str | None) -> None:
+def export_command(
+    session: Session, target: Path, url: str | None, genesis_file: Path | None, certificate: Path | None, key: Path | None
+) -> None:
     """Write the published log to DIR: checkpoint, hash tiles and entries at their C2SP paths, for any web server.
 
     Run it again to bring DIR up to date: what is there already is not written twice. Without --from it reads the database of this
-    home's node, SQLite or PostgreSQL, beside the node whether it runs or not.
+    home's node, SQLite or PostgreSQL, beside the node whether it runs or not. With --from and --genesis it needs no node here.
 
     \b
     Examples:
       storenode log export /srv/www/log
       storenode log export /srv/www/log --from https://node.hospital-02.example:9700/log
+      storenode log export copy --from https://node.hospital-02.example:9700/log --genesis genesis.medshard \\
+          --certificate auditor.crt --key auditor.key
     """
-    from storenode.config import Config
-    from storenode.genesis import load_genesis
-    from storenode.ledger.engine import open_reader
     from storenode.logtool.export import export
     from storenode.logtool.source import Database
-    from storenode.membership import Membership, log_folder
 
-    genesis = load_genesis(session.home)
-    config = Config.load(session.home)
-    membership = Membership(config.data, genesis, sync=False)
-    before = [document for _, document in membership.successions]
+    if genesis_file is not None and url is None:
+        raise click.UsageError("--genesis goes with --from: this home's node has its own genesis file")
+    files = _files(session, certificate, key)
     with ExitStack() as stack:
         if url is None:
-            at = log_folder(config.data, genesis)
-            reader = stack.enter_context(closing(open_reader(config.ledger_engine, at, len(genesis.before))))
-            source: Source = Database(reader, at)
+            source, genesis, links, before = _beside(session, stack)
         else:
-            source = _web(url, session, membership.roster)
-        done = export(source, target, genesis, membership.links(0), _progress(session, "copied"), before=before)
-    document = {"size": done.size, "files": done.files_new, "both_kinds": done.full, "folder": str(target)}
+            genesis, links, _ = _trusted_from(session, url, genesis_file, files)
+            source, before = _web(url, genesis, files), _before_from(session, url, genesis, files)
+        done = export(source, target, genesis, links, _progress(session, "copied"), before=before)
+    more = source.later if isinstance(source, Database) else 0
+    told = {"size": done.size, "files": done.files_new, "both_kinds": done.full, "folder": str(target), "later": more}
     kinds = "both kinds of cosignature" if done.full else "Ed25519 cosignatures only; ask again when all nodes answer"
-    session.tell(document, f"{done.size} entries in {target}, {done.files_new} files new; the checkpoint carries {kinds}")
+    lines = [f"{done.size} entries in {target}, {done.files_new} files new; the checkpoint carries {kinds}"]
+    if more:
+        lines.append(f"{more} newer entries have one kind of cosignature so far: run this again in a minute")
+    session.tell(told, *lines)
 
 
 @log.command("verify")
 @click.argument("place", metavar="DIR|URL")
 @click.option("--genesis", "genesis_file", type=document, help="The genesis file to trust; else that of this home.")
 @click.option("--processes", type=click.IntRange(1, 256), help="How many processes check signatures; one for each core if not given.")
+@identity
 @shared
-def verify_command(session: Session, place: str, genesis_file: Path | None, processes: int | None) -> None:
+def verify_command(
+    session: Session, place: str, genesis_file: Path | None, processes: int | None, certificate: Path | None, key: Path | None
+) -> None:
     """Check a whole log: every entry, every hash of every tile, every author's signature, and the quorum under its root.
 
     Needs no node. A log at a URL is fetched into a temporary folder first. Without a genesis file of your own it says which one it
-    went by: compare that SHA-256 with what an institution tells you.
+    went by: compare that SHA-256 with what an institution tells you. A node is asked with the certificate that is named, or this home's
+    node's; one that shows its log to everybody (`[ledger] public`) needs none.
 
     \b
     Examples:
       storenode log verify /srv/www/log --genesis genesis.medshard
       storenode log verify https://log.hospital-02.example/ --genesis genesis.medshard --json
+      storenode log verify https://node.hospital-02.example:9700/log --genesis genesis.medshard --certificate auditor.crt --key auditor.key
     """
     from medshard_protocol.roster import Roster
     from storenode.logtool.audit import audit
@@ -95,9 +115,10 @@ def verify_command(session: Session, place: str, genesis_file: Path | None, proc
     with ExitStack() as stack:
         if "://" in place:
             where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="medshard-log-")))
-            genesis, links, pinned = _trusted_from(session, place, genesis_file)
-            before = _before_from(session, place, genesis)
-            export(_web(place, session, genesis), where, genesis, links, _progress(session, "fetched"), before=before)
+            files = _files(session, certificate, key)
+            genesis, links, pinned = _trusted_from(session, place, genesis_file, files)
+            before = _before_from(session, place, genesis, files)
+            export(_web(place, genesis, files), where, genesis, links, _progress(session, "fetched"), before=before)
         else:
             where = Path(place)
             genesis, links = read_rosters(where)
@@ -169,50 +190,96 @@ def _own_links(session: Session, genesis: Roster | None) -> Sequence[Link]:
     return Membership(config.data, own, sync=False).links(0) if genesis is None or genesis == own else ()
 
 
-def _trusted_from(session: Session, url: str, genesis_file: Path | None) -> tuple[Roster, Sequence[Link], bool]:
-    """Genesis file and chain for a log on the web: the user's own file, with what lies beside the log there."""
+def _beside(session: Session, stack: ExitStack) -> tuple[Source, Roster, Sequence[Link], Sequence[Successor]]:
+    """The log in the database of this home's node, its genesis file and what followed and preceded it."""
+    from storenode.config import Config
+    from storenode.genesis import load_genesis
+    from storenode.ledger.engine import open_reader
+    from storenode.logtool.source import Database
+    from storenode.membership import Membership, log_folder
+
+    genesis, config = load_genesis(session.home), Config.load(session.home)
+    membership, at = Membership(config.data, genesis, sync=False), log_folder(config.data, genesis)
+    reader = stack.enter_context(closing(open_reader(config.ledger_engine, at, len(genesis.before))))
+    return Database(reader, at), genesis, membership.links(0), [document for _, document in membership.successions]
+
+
+def _files(session: Session, certificate: Path | None, key: Path | None) -> Files | None:
+    """As whom a node is asked: as the user says, as this home's node, or as nobody."""
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--certificate and --key go together")
+    if certificate is not None and key is not None:
+        return certificate, key
+    own = session.home / "keys"
+    return (own / "node.crt", own / "node.key") if (own / "node.key").exists() else None
+
+
+def _trusted_from(session: Session, url: str, genesis_file: Path | None, files: Files | None) -> tuple[Roster, Sequence[Link], bool]:
+    """Genesis file and chain for a log on the web: the user's own file, with what lies beside the log there or its node tells."""
     from medshard_protocol.roster import Roster
     from medshard_protocol.rosters import unpack_links
     from storenode.logtool.export import genesis_name, rosters_name
 
-    source, trusted = _web(url, session, _trusted(session, None)), _trusted(session, genesis_file)
+    trusted = _trusted(session, genesis_file)
+    source = _web(url, trusted, files)
     try:
         links: Sequence[Link] = unpack_links(source.read(rosters_name))
-    except Absent:
-        links = _own_links(session, trusted)  # a node's /log has the C2SP files and no others
+    except Absent:  # a node's /log has the C2SP files and no others
+        links = _own_links(session, trusted) or _told_links(url, trusted, files)
     if trusted is not None:
         return trusted, links, True
     return Roster.from_bytes(source.read(genesis_name)), links, False
 
 
-def _before_from(session: Session, url: str, genesis: Roster) -> Sequence[Successor]:
-    """How it came from the logs before: of this home, or from beside the log."""
+def _told_links(url: str, genesis: Roster | None, files: Files | None) -> Sequence[Link]:
+    """The changes of the roster as the node at this URL tells them."""
+    from medshard_protocol.rosters import unpack_links
+
+    links: list[Link] = []
+    node = _node_at(url, genesis)
+    while node is not None and genesis is not None:
+        path = f"v1/rosters?after={len(links)}&of={genesis.sha256.hex()}"
+        more = unpack_links(_web(node.url + "/", genesis, files).read(path))
+        links += more
+        if not more:
+            break
+    return links
+
+
+def _before_from(session: Session, url: str, genesis: Roster, files: Files | None) -> Sequence[Successor]:
+    """How it came from the logs before: of this home, from beside the log, or as its node tells."""
+    from medshard_protocol.succession import Successor, successor_path
     from storenode.config import Config
     from storenode.logtool.export import read_before
     from storenode.membership import read_successions
 
+    if not genesis.before:
+        return ()
     try:
         return [document for _, document in read_successions(Config.load(session.home).data, genesis)]
     except (Absent, Malformed):
-        return read_before(_web(url, session, genesis), genesis)
+        node = _node_at(url, genesis)
+    if node is None:
+        return read_before(_web(url, genesis, files), genesis)
+    web = _web(node.url + "/", genesis, files)
+    return [Successor.from_bytes(web.read(f"{successor_path[1:]}?of={each.genesis.hex()}")) for each in genesis.before]
 
 
-def _web(url: str, session: Session, roster: Roster | None) -> Source:
-    """A log on the web. A node of the roster is asked as this home's node, over the consortium's own TLS."""
+def _node_at(url: str, roster: Roster | None) -> Node | None:
+    return next((each for each in roster.nodes if url.startswith(each.url + "/")), None) if roster else None
+
+
+def _web(url: str, roster: Roster | None, files: Files | None) -> Source:
+    """A log on the web. A node of the roster is asked over the consortium's own TLS."""
     from storenode.asking import connect
-    from storenode.identity import NodeKeys
     from storenode.logtool.source import Web
 
-    node = next((each for each in roster.nodes if url.startswith(each.url + "/")), None) if roster else None
+    node = _node_at(url, roster)
     if node is None or roster is None:
         return Web(url)
-    try:
-        keys = NodeKeys.load(session.home)
-    except Absent:
-        raise Refused(f"{node.name} answers only members", hint="run this with a node's --home, or export the log there first") from None
 
     def open_connection(host: str, port: int) -> http.client.HTTPConnection:
-        return connect(node, roster, keys)
+        return connect(node, roster, files)
 
     return Web(url, open_connection, node=True)
 

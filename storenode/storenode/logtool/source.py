@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, note_bytes_max
 from medshard_protocol.entries import entry_bytes_max
-from medshard_protocol.errors import Absent, Malformed, Unavailable
+from medshard_protocol.errors import Absent, Malformed, Refused, Unavailable
 from medshard_protocol.merkle import sha256
 from medshard_protocol.rosters import chain_bytes_max
 from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_bytes, tile_width
@@ -35,7 +35,7 @@ class Source(Protocol):
     """Something that has a log's files."""
 
     def read(self, path: str) -> bytes:
-        """The file at this path. Raises Absent, Unavailable, or Malformed for one that is too large."""
+        """The file at this path. Raises Absent, Refused, Unavailable, or Malformed for one that is too large."""
 
 
 class Folder:
@@ -91,9 +91,15 @@ class Web:
                 data = response.read(file_bytes_max + 1)
                 if response.status == 404:
                     raise Absent(f"{self._host} has no {path}")
+                if response.status == 403:
+                    hint = "name an identity that an institution vouches for: --certificate and --key; or ask for an export"
+                    raise Refused(f"{self._host} shows its log to members of the consortium only", hint=hint)
                 if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
                     raise Unavailable(f"{self._host} answers {response.status} for {path}")
                 return _limited(data, path)
+            except ssl.SSLCertVerificationError as error:
+                hint = "a node is recognised by the consortium's genesis file: --genesis FILE"
+                raise Unavailable(f"{self._host} is nobody that this machine knows ({error.verify_message})", hint=hint) from None
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 why = error
@@ -110,7 +116,9 @@ class Database:
         self._folder = folder
         self._reader = reader
         self._checkpoint = self._newest()
-        size = Checkpoint.from_text(Note.from_bytes(self._checkpoint).text).size
+        size = _size_of(self._checkpoint)
+        newest = _size_of(reader.memory().published or self._checkpoint)
+        self.later = newest - size  # entries whose head has one kind of cosignature yet
         last = reader.entries(size - size % tile_width, size)
         self._tree = Tree.load(size, [merkle.leaf_hash(entry, sha256) for entry in last], reader.tile)
 
@@ -139,6 +147,10 @@ class Database:
 def size_of(name: TileName) -> int | None:
     """How many bytes a hash tile has; None for a bundle, whose entries differ."""
     return None if name.level is None else name.width * tile_bytes // tile_width
+
+
+def _size_of(note: bytes) -> int:
+    return Checkpoint.from_text(Note.from_bytes(note).text).size
 
 
 def _time_of(note: bytes) -> int:

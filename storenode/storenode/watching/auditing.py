@@ -15,11 +15,11 @@ from typing import Final
 
 import aiohttp
 
-from medshard_protocol.errors import Malformed, MedshardError
-from medshard_protocol.identity import to_pem
+from medshard_protocol.errors import MedshardError
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, follow, pack_links, unpack_links
 from storenode.evidence import Evidence, folder_name
+from storenode.identity import outside_ssl_context
 from storenode.peers import Peers
 from storenode.watching.memory import memory_name
 from storenode.watching.sources import Ask, Folder, Mirror, Site, Source, answer_wait_s
@@ -83,19 +83,7 @@ class _Contexts:
 
     def of(self, roster: Roster) -> dict[int, ssl.SSLContext]:
         """How to speak to the nodes of each institution."""
-        return {number: self._context([each.ca, *each.former]) for number, each in enumerate(roster.institutions)}
-
-    def _context(self, cas: Sequence[bytes]) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_flags |= ssl.VERIFY_X509_STRICT
-        context.hostname_checks_common_name = False
-        context.load_verify_locations(cadata="".join(map(to_pem, cas)))
-        try:
-            context.load_cert_chain(*self._files)
-        except (OSError, ssl.SSLError) as error:
-            raise Malformed(f"{self._files[0]} and {self._files[1]} cannot be used: {error}") from None
-        return context
+        return {number: outside_ssl_context(each, self._files) for number, each in enumerate(roster.institutions)}
 
 
 @asynccontextmanager
