@@ -18,15 +18,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from medshard.grants import Happened, Shared, purpose_name
-from medshard.model import Description, Row
+from medshard.grants import Shared, purpose_name
+from medshard.model import Description, OnProgress, Row
 from medshard.packs import Plan, Unit
 from medshard.query import Query
 from medshard.source import Part
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
 from medshard_protocol.entries import Purpose
-from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Refused, Unavailable
 from medshard_protocol.ids import Key, key_size, sha256_size
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ own_types: Final = frozenset({request_type, answer_type})
 message_bytes_max: Final = 8192
 text_chars_max: Final = 500
 hashes_max: Final = 10_000
+_copy_tag: Final = "deidentified"  # as medshard.dicom.copies writes it, which is imported late: most vaults have no DICOM library
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Wish:
     purpose: int = Purpose.UNSPECIFIED
     until: int = 0  # Unix seconds; 0 for good
     message: str = ""
+    deidentified: bool = False  # copies without names, dates and identifiers are wanted, and nothing else is given
 
     @property
     def query(self) -> Query:
@@ -60,14 +62,18 @@ class Wish:
 
     def to_value(self) -> list[canonical.Value]:
         """The array to encode."""
-        return [self.patient, self.study_date, self.modality, self.policy_number, int(self.purpose), self.until, self.message]
+        plain: list[canonical.Value] = [self.patient, self.study_date, self.modality, self.policy_number, int(self.purpose), self.until]
+        return [*plain, self.message, *([1] if self.deidentified else [])]
 
     @classmethod
     def from_value(cls, value: object) -> Wish:
         """Parse. Raises Malformed."""
-        f = Fields(value, count=7, what="access request")
+        clean = isinstance(value, list) and len(value) == 8
+        f = Fields(value, count=8 if clean else 7, what="access request")
         patient, day, modality, number = (f.text(most=text_chars_max) for _ in range(4))
-        wish = cls(patient, day, modality, number, f.uint(most=255), f.uint(most=2**53), f.text(most=text_chars_max))
+        wish = cls(patient, day, modality, number, f.uint(most=255), f.uint(most=2**53), f.text(most=text_chars_max), clean)
+        if clean:
+            f.uint(least=1, most=1)
         try:
             _ = wish.query
         except ValueError as error:
@@ -89,6 +95,20 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """One ACCESS entry of somebody else about files of this vault: what an account is made of, and can be checked against the ledger."""
+
+    entry: int
+    time: int  # Unix seconds, as the nodes remember it
+    reader: bytes
+    reader_name: str
+    institution: str
+    purpose: str
+    grant: int  # the entry of the grant under which it was read; -1 where there was none
+    file_ids: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Used:
     """How often one reader read under one purpose in one month."""
 
@@ -99,6 +119,8 @@ class Used:
     purpose: str
     reads: int
     files: int
+    first: int  # entry that is counted
+    last: int
 
 
 class Consents:
@@ -119,15 +141,16 @@ class Consents:
     async def requests(self) -> list[Request]:
         """What others have asked of this vault and what it has asked of others, with answers; the oldest first."""
         await self._vault.shares.sync()
-        answers = await self._answers()
-        found = []
+        answers, own, found = await self._answers(), self._vault.keys.public, []
         for row in [*self._rows(request_type, received=True), *self._rows(request_type, received=False)]:
             try:
                 request = self._parse(row.sha256, await self._read(row))
             except (Malformed, Damaged):
                 continue
-            if request.asker == (Key(row.owner) if row.owner else self._vault.keys.public):
-                answer, why, files = answers.get(row.sha256, ("", "", 0))
+            if request.asker == (Key(row.owner) if row.owner else own):
+                # Who was asked answers, and nobody else: this vault where others ask, and where it asks, whom it let read the request.
+                answerers = [own] if request.asker != own else self._vault.shares.readers(row.file_id)
+                answer, why, files = next((answers[row.sha256, each] for each in answerers if (row.sha256, each) in answers), ("", "", 0))
                 found.append(Request(request.sha256, request.asker, request.wish, request.at, answer, why, files))
         return sorted(found, key=lambda request: (request.at, request.sha256))
 
@@ -135,12 +158,16 @@ class Consents:
 
     def meeting(self, request: Request) -> list[Row]:
         """This vault's files that a request is about."""
-        return [row for row in self._vault.find(request.wish.query, shared=False) if row.media_type not in own_types]
+        found = [row for row in self._vault.find(request.wish.query, shared=False) if row.media_type not in own_types]
+        return [row for row in found if _may_be_cleaned(row)] if request.wish.deidentified else found
 
-    async def approve(self, sha256: bytes, hashes: Sequence[bytes] | None = None, *, until: int | None = None) -> list[Shared]:
+    async def approve(
+        self, sha256: bytes, hashes: Sequence[bytes] | None = None, *, until: int | None = None, progress: OnProgress | None = None
+    ) -> list[Shared]:
         """Grant what a request is about, or only the files that are named, and answer it. The request's own end holds if none is given.
 
-        Raises Absent for a request that was not made of this vault, or where nothing meets it; Conflict for one that was answered.
+        Where de-identified data is asked for, copies are made of the chosen instances and granted, and the originals are not. Raises
+        Absent for a request that was not made of this vault, or where nothing meets it; Conflict for one that was answered.
         """
         request = await self._open_request(sha256)
         chosen = [row.sha256 for row in self.meeting(request)] if hashes is None else list(hashes)
@@ -149,7 +176,10 @@ class Consents:
         if len(chosen) > hashes_max:
             raise Malformed(f"{len(chosen)} files meet the request, more than {hashes_max} at a time", hint="Name those that you mean.")
         end = request.wish.until if until is None else until
-        shared = await self._vault.shares.share(chosen, request.asker, until=end, purpose=request.wish.purpose)
+        if request.wish.deidentified:
+            shared = await self._share_copies(chosen, request, end, progress)
+        else:
+            shared = await self._vault.shares.share(chosen, request.asker, until=end, purpose=request.wish.purpose, progress=progress)
         await self._answer(request, approved=True, why="", files=len(shared))
         return shared
 
@@ -167,29 +197,23 @@ class Consents:
         shared = await self._vault.shares.all()
         return [each for each in shared if each.given and not each.ended and not 0 < each.until < now and not self._is_message(each)]
 
-    async def usage(self, purpose: int | None = None) -> list[Used]:
-        """Reads of this vault's files by others, by month, reader and purpose. From the whole ledger, so no node can leave any out."""
+    async def reads(self, purpose: int | None = None) -> list[Read]:
+        """Each read of this vault's files by others, one for each ACCESS entry. From the whole ledger, so no node can leave any out."""
         own = self._vault.file_ids()
-        messages = {row.file_id for kind in own_types for row in self._rows(kind, received=False)}
-        counts: dict[tuple[str, bytes, str], list[Happened]] = defaultdict(list)
+        own -= {row.file_id for kind in own_types for row in self._rows(kind, received=False)}
+        found = []
         for each in await self._vault.shares.audit(None):
-            mine = (own - messages).intersection(each.file_ids)
+            mine = own.intersection(each.file_ids)
             if each.what != "read" or each.author == self._vault.keys.public or not mine:
                 continue
             if purpose is None or each.purpose == purpose_name(purpose):
-                counts[time.strftime("%Y-%m", time.gmtime(each.time)), each.author, each.purpose].append(each)
-        return [
-            Used(
-                month,
-                reader,
-                told[0].author_name,
-                told[0].institution,
-                kind,
-                len(told),
-                len({id_ for each in told for id_ in each.file_ids} & own),
-            )
-            for (month, reader, kind), told in sorted(counts.items())
-        ]
+                who = (each.author, each.author_name, each.institution)
+                found.append(Read(each.index, each.time, *who, each.purpose, each.grant_index, tuple(sorted(mine))))
+        return found
+
+    async def usage(self, purpose: int | None = None) -> list[Used]:
+        """The same, counted by month, reader and purpose."""
+        return counted(await self.reads(purpose))
 
     # -- parts
 
@@ -201,19 +225,37 @@ class Consents:
             raise Conflict(f"this request was {request.answer} already")
         return request
 
+    async def _share_copies(self, chosen: Sequence[bytes], request: Request, until: int, progress: OnProgress | None) -> list[Shared]:
+        """Copies of these instances, study by study. Raises Refused where an instance is no DICOM original or none can be made clean."""
+        from medshard.dicom.copies import Copier
+        from medshard.dicom.deidentify import Profile
+
+        studies: dict[str, set[bytes]] = defaultdict(set)
+        for sha256 in chosen:
+            row = self._vault.row(sha256)
+            if row is None or not _may_be_cleaned(row):
+                raise Refused(f"{sha256.hex()[:16]}… is no DICOM original, and de-identified data was asked for", hint="Leave it out.")
+            studies[row.attributes["study-uid"]].add(sha256)
+        copier, shared = Copier(self._vault, request.asker, Profile.BASIC), list[Shared]()
+        for study, only in sorted(studies.items()):
+            copied = await copier.copy(study, only=only, until=until, purpose=request.wish.purpose, progress=progress)
+            shared += copied.shared
+        return shared
+
     async def _answer(self, request: Request, *, approved: bool, why: str, files: int) -> None:
         data = canonical.encode([1, request.sha256, int(approved), why[:text_chars_max], files])
         await self._send(data, b"answers/" + request.sha256.hex()[:16].encode(), answer_type, {}, request.asker)
 
-    async def _answers(self) -> dict[bytes, tuple[str, str, int]]:
-        """By request: the answer, why, and how many files were granted. For people: an answer gives no right, the grant does."""
-        found: dict[bytes, tuple[str, str, int]] = {}
+    async def _answers(self) -> dict[tuple[bytes, Key], tuple[str, str, int]]:
+        """By request and who answers: what, why, and how many files were granted. For people: an answer gives no right, the grant does."""
+        found: dict[tuple[bytes, Key], tuple[str, str, int]] = {}
         for row in [*self._rows(answer_type, received=True), *self._rows(answer_type, received=False)]:
             try:
                 f = Fields(canonical.decode(await self._read(row), bytes_max=message_bytes_max, what="answer"), count=5, what="answer")
                 f.uint(least=1, most=1)
                 request, approved = f.bytes(exactly=sha256_size), f.uint(most=1)
-                found[request] = ("approved" if approved else "refused", f.text(most=text_chars_max), f.uint(most=2**32))
+                answerer, word = Key(row.owner) if row.owner else self._vault.keys.public, "approved" if approved else "refused"
+                found[request, answerer] = (word, f.text(most=text_chars_max), f.uint(most=2**32))
             except (Malformed, Damaged):
                 continue
         return found
@@ -232,7 +274,7 @@ class Consents:
     def _parse(sha256: bytes, data: bytes) -> Request:
         f = Fields(canonical.decode(data, bytes_max=message_bytes_max, what="access request"), count=5, what="access request")
         f.uint(least=1, most=1)
-        asker, wish = Key(f.bytes(exactly=key_size)), Wish.from_value(f.list(most=7))
+        asker, wish = Key(f.bytes(exactly=key_size)), Wish.from_value(f.list(most=8))
         return Request(sha256, asker, wish, f.uint(most=2**53))
 
     async def _send(self, data: bytes, name: bytes, media_type: str, attributes: dict[str, str], reader: Key) -> bytes:
@@ -242,3 +284,21 @@ class Consents:
             raise Unavailable("; ".join(problem.message for problem in report.problems) or "it could not be stored")
         await self._vault.shares.share([report.stored[0].sha256], reader, purpose=Purpose.OPERATIONS)
         return report.stored[0].sha256
+
+
+def _may_be_cleaned(row: Row) -> bool:
+    """A DICOM instance that is not itself a copy."""
+    return row.media_type == "application/dicom" and bool(row.attributes.get("study-uid")) and f"tag:{_copy_tag}" not in row.attributes
+
+
+def counted(reads: Sequence[Read]) -> list[Used]:
+    """How often each reader read in each month under each purpose."""
+    groups: dict[tuple[str, bytes, str], list[Read]] = defaultdict(list)
+    for each in reads:
+        groups[time.strftime("%Y-%m", time.gmtime(each.time)), each.reader, each.purpose].append(each)
+    used = []
+    for (month, reader, purpose), told in sorted(groups.items()):
+        files, places = {id_ for each in told for id_ in each.file_ids}, [each.entry for each in told]
+        who = (reader, told[0].reader_name, told[0].institution)
+        used.append(Used(month, *who, purpose, len(told), len(files), min(places), max(places)))
+    return used

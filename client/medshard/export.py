@@ -30,6 +30,7 @@ _alert: Final = (_dicom, "110113", "Security Alert")
 _rights: Final = (_dicom, "110137", "User security Attributes Changed")
 _access: Final = (_lifecycle, "access", "Access/View Record Lifecycle Event")
 _hold: Final = (_lifecycle, "hold", "Add Legal Hold Record Lifecycle Event")
+_unhold: Final = (_lifecycle, "unhold", "Remove Legal Hold Record Lifecycle Event")
 
 # what happened: type, subtype, action, outcome
 _kinds: Final = {
@@ -43,6 +44,11 @@ _kinds: Final = {
     "void revocation": (_alert, _rights, "U", "8"),
     "held": (_object, _hold, "U", "0"),
     "retained": (_object, _hold, "U", "0"),
+    "released": (_object, _unhold, "U", "0"),
+    "hold proposed": (_alert, _rights, "U", "0"),
+    "release proposed": (_alert, _rights, "U", "0"),
+    "proposed hold refused": (_alert, _rights, "U", "0"),
+    "proposed release refused": (_alert, _rights, "U", "0"),
     "erased": (_object, (_lifecycle, "destroy", "Destroy/Delete Record Lifecycle Event"), "D", "0"),
     "retired": (_object, (_lifecycle, "deprecate", "Deprecate Record Lifecycle Event"), "U", "0"),
     "shard moved": (_object, (_lifecycle, "archive", "Archive Record Lifecycle Event"), "U", "0"),

@@ -126,6 +126,10 @@ class Shares:
         ended = await self._sharing.revoke(list(by_file), reader, grant)
         return [self._told(by_file[known.file_id], known, "") for known in ended]
 
+    def readers(self, file_id: bytes) -> list[Key]:
+        """Whom this vault has let read an object, whether they still may or not, as far as its index knows."""
+        return [known.peer for known in self._index.grants(file_id) if known.given]
+
     async def all(self, progress: OnProgress | None = None) -> list[Shared]:
         """What is shared with this vault, and by it, with what has ended; asked of the nodes and proved by the ledger."""
         with contextlib.suppress(Unavailable):

@@ -8,9 +8,14 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import pydicom
 import pytest
+from pydicom.data import get_testdata_file
+from pydicom.uid import generate_uid
 
 from medshard import Vault
 from medshard.cli.exits import Exit
@@ -18,7 +23,7 @@ from medshard.cli.main import main
 from medshard.consent import Consents, Wish
 from medshard.consortium import LocalConsortium
 from medshard_protocol.entries import Purpose
-from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError
+from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError, Refused
 
 passphrase = "three words suffice"
 
@@ -87,6 +92,57 @@ async def test_a_refusal_is_told_and_nothing_is_granted(vaults: tuple[Vault, Vau
     empty = await Consents(asker).ask(owner.keys.public, Wish(patient="nobody of that name"))
     with pytest.raises(Absent, match="no file"):
         await Consents(owner).approve(empty)
+
+
+async def test_nobody_answers_for_whom_was_asked(trial: LocalConsortium, vaults: tuple[Vault, Vault], tmp_path: Path) -> None:
+    owner, asker = vaults
+    await put(owner, tmp_path / "a", "S-1")
+    sent = await Consents(asker).ask(owner.keys.public, Wish(policy_number="S-1"))
+    (request,) = [each for each in await Consents(owner).requests() if each.sha256 == sent]
+    await Vault.join(trial.folder / "stranger", trial.invite("hospital-03"), passphrase, fast_kdf=True)
+    async with Vault.open(trial.folder / "stranger", passphrase) as stranger:
+        for deceived in (owner, asker):
+            to = replace(request, asker=deceived.keys.public)
+            await Consents(stranger)._answer(to, approved=False, why="go away", files=0)
+    for vault in (owner, asker):
+        assert [each.answer for each in await Consents(vault).requests() if each.sha256 == sent] == [""]
+    assert len(await Consents(owner).approve(sent)) == 1
+    assert [each.answer for each in await Consents(asker).requests() if each.sha256 == sent] == ["approved"]
+
+
+async def test_research_gets_copies_that_say_nothing_of_whom_and_the_owner_an_account_of_their_use(
+    vaults: tuple[Vault, Vault], tmp_path: Path
+) -> None:
+    owner, asker = vaults
+    folder = tmp_path / "study"
+    folder.mkdir()
+    scans = {name: folder / f"{name}.dcm" for name in ("CT", "MR")}
+    for name, path in scans.items():
+        scan = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+        scan.Modality, scan.PatientName = name, "Doe^Jane"
+        scan.SOPInstanceUID = scan.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        scan.StudyInstanceUID = "1.2.3.4.5"
+        scan.SeriesInstanceUID = generate_uid()
+        scan.save_as(path)
+    await owner.put([folder])
+    await put(owner, tmp_path / "letter", "R-9")
+    wish = Wish(modality="CT", purpose=Purpose.RESEARCH, deidentified=True)
+    sent = await Consents(asker).ask(owner.keys.public, wish)
+    (request,) = [each for each in await Consents(owner).requests() if each.sha256 == sent]
+    assert (request.wish, len(Consents(owner).meeting(request))) == (wish, 1)
+    with pytest.raises(Refused, match="no DICOM original"):
+        await Consents(owner).approve(sent, [sha256((tmp_path / "letter").read_bytes()).digest()])
+    (granted,) = await Consents(owner).approve(sent)
+    await asker.get(granted.sha256, tmp_path / "copy.dcm", purpose=Purpose.RESEARCH)
+    copy = pydicom.dcmread(tmp_path / "copy.dcm")
+    assert (copy.Modality, copy.PatientIdentityRemoved) == ("CT", "YES")
+    assert b"Doe" not in (tmp_path / "copy.dcm").read_bytes()
+    for path in scans.values():
+        with pytest.raises(MedshardError):
+            await asker.get(sha256(path.read_bytes()).digest(), tmp_path / "no")
+    (read,) = [each for each in await Consents(owner).reads(Purpose.RESEARCH) if each.grant == granted.grant_index]
+    assert (read.reader, read.file_ids) == (asker.keys.public, (granted.file_id,))
+    assert any(each.first <= read.entry <= each.last for each in await Consents(owner).usage(Purpose.RESEARCH))
 
 
 async def test_a_wish_that_makes_no_sense_is_malformed(vaults: tuple[Vault, Vault]) -> None:

@@ -16,43 +16,51 @@ from medshard.cli.options import Session, examples, purpose, run, sha256, shared
 from medshard.cli.sharing import short, until
 
 if TYPE_CHECKING:
-    from medshard.consent import Request, Used
+    from collections.abc import Sequence
+
+    from medshard.consent import Read, Request, Used
     from medshard.grants import Shared
 
 
 @click.command(
     epilog=examples(
         "medshard request --from Clinic --patient 'doe jane' --modality CT --purpose treatment --message 'second opinion'",
-        "medshard request --from 5c1e… --study-date 2024 --purpose research --until 90d",
+        "medshard request --from Clinic --from Hospital --modality CT --deidentified --purpose research --until 90d",
     )
 )
-@click.option("--from", "owner", required=True, metavar="KEY|NAME", help="Whom to ask: a key, or a contact.")
+@click.option("--from", "owners", multiple=True, required=True, metavar="KEY|NAME", help="Whom to ask: keys, or contacts; repeatable.")
 @click.option("--patient", default="", metavar="TEXT", help="Words of the name, or the patient id.")
 @click.option("--study-date", default="", metavar="DATE", help="2024-01-31, 2024-01, 2024, or a range.")
 @click.option("--modality", default="", metavar="TEXT", help="CT, MR, …")
 @click.option("--policy-number", default="", metavar="TEXT", help="The number, or a pattern.")
 @click.option("--message", default="", metavar="TEXT", help="Why, in your words.")
 @click.option("--until", "end", type=until, default=None, metavar="WHEN", help="How long you want to read: 90d, 2026-12-31 [for good].")
+@click.option("--deidentified", is_flag=True, help="Ask for copies of scans without names, dates and identifiers, and for nothing else.")
 @purpose("What for.")
 @shared
-def request(session: Session, owner: str, end: int | None, purpose: int, **parts: str) -> int:
-    """Ask another vault to let this one read files. It sees your wish, approves or refuses; nothing is granted by asking."""
+def request(session: Session, owners: tuple[str, ...], end: int | None, purpose: int, **parts: Any) -> int:
+    """Ask other vaults to let this one read files. Each sees your wish, approves or refuses; nothing is granted by asking.
+
+    Prints the number by which each request is known, in the order in which you named whom to ask.
+    """
     from medshard_protocol.errors import Malformed
 
-    async def work() -> bytes:
+    async def work() -> list[bytes]:
         from medshard.consent import Consents, Wish
 
         async with session.vault() as vault:
-            return await Consents(vault).ask(vault.contacts.key(owner), Wish(**parts, purpose=purpose, until=end or 0))
+            keys = [vault.contacts.key(owner) for owner in owners]
+            return [await Consents(vault).ask(key, Wish(**parts, purpose=purpose, until=end or 0)) for key in keys]
 
     try:
         made = run(work())
     except Malformed as error:
         raise click.UsageError(str(error)) from None
     if session.json:
-        output.document({"request": made.hex()})
+        output.document({"requests": [each.hex() for each in made]})
     else:
-        output.line(made.hex())
+        for each in made:
+            output.line(each.hex())
     return Exit.OK
 
 
@@ -93,7 +101,10 @@ def list_requests(session: Session) -> int:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask first.")
 @shared
 def approve(session: Session, request: bytes, hashes: tuple[bytes, ...], end: int | None, yes: bool) -> int:
-    """Let whoever asked read the files that their request is about, or only those that you name."""
+    """Let whoever asked read the files that their request is about, or only those that you name.
+
+    Where de-identified data was asked for, copies are made (see `medshard deidentify`) and granted, one grant on the ledger for each.
+    """
 
     async def look() -> int:
         from medshard.consent import Consents
@@ -107,7 +118,8 @@ def approve(session: Session, request: bytes, hashes: tuple[bytes, ...], end: in
         from medshard.consent import Consents
 
         async with session.vault() as vault:
-            return await Consents(vault).approve(request, hashes or None, until=end)
+            with output.meter(wanted=not (session.quiet or session.json)) as progress:
+                return await Consents(vault).approve(request, hashes or None, until=end, progress=progress)
 
     if not yes:
         if not sys.stdin.isatty() or session.json:
@@ -179,20 +191,27 @@ def list_consents(session: Session, patient: str | None) -> int:
 
 @consents.command("usage", epilog=examples("medshard consents usage", "medshard consents usage --purpose research --csv settlement.csv"))
 @click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Write a table too.")
+@click.option("--entries", is_flag=True, help="List each read, with its entry and its grant, instead of counts by month.")
 @purpose("Only reads for this purpose.")
 @shared
-def usage(session: Session, table: Path | None, purpose: int) -> int:
-    """Count reads of this vault's files by others: by month, reader and purpose, from the whole ledger."""
+def usage(session: Session, table: Path | None, entries: bool, purpose: int) -> int:
+    """Count reads of this vault's files by others: by month, reader and purpose, from the whole ledger.
 
-    async def work() -> list[Used]:
+    For settlement: whoever is sent the table can check each row against the ledger, by the entries that it names.
+    """
+
+    async def work() -> list[Read]:
         from medshard.consent import Consents
 
         async with session.vault() as vault:
-            return await Consents(vault).usage(purpose or None)
+            return await Consents(vault).reads(purpose or None)
 
-    found = run(work())
-    columns = ("month", "reader", "reader_name", "institution", "purpose", "reads", "files")
-    rows: list[list[Any]] = [[each.reader.hex() if name == "reader" else getattr(each, name) for name in columns] for each in found]
+    from medshard.consent import counted
+
+    reads = run(work())
+    found: Sequence[Read | Used] = reads if entries else counted(reads)
+    columns = _read_columns if entries else _used_columns
+    rows: list[list[Any]] = [[_cell(getattr(each, name)) for name in columns] for each in found]
     if table is not None:
         with open(table, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
@@ -200,11 +219,23 @@ def usage(session: Session, table: Path | None, purpose: int) -> int:
             writer.writerows(rows)
     if session.json:
         output.document({"usage": [dict(zip(columns, row, strict=True)) for row in rows]})
-    else:
-        for each in found:
-            who = each.reader_name or f"{each.reader.hex()[:16]}…"
-            output.line(f"{each.month}  {who}  {each.institution}  {each.purpose}  {each.reads} reads of {output.files(each.files)}")
+        return Exit.OK
+    for each, row in zip(found, rows, strict=True):
+        who = each.reader_name or f"{each.reader.hex()[:16]}…"
+        when, what = (row[0], f"{row[5]} reads of {output.files(row[6])}") if not entries else (f"entry {row[0]}", f"grant {row[6]}")
+        output.line(f"{when}  {who}  {each.institution}  {each.purpose}  {what}")
     return Exit.OK
+
+
+_used_columns = ("month", "reader", "reader_name", "institution", "purpose", "reads", "files", "first", "last")
+_read_columns = ("entry", "time", "reader", "reader_name", "institution", "purpose", "grant", "file_ids")
+
+
+def _cell(value: Any) -> Any:
+    """A value as a table holds it."""
+    if isinstance(value, tuple):
+        return " ".join(each.hex() for each in value)
+    return value.hex() if isinstance(value, bytes) else value
 
 
 def _columns(each: Request, own: bool, count: int) -> list[str]:
@@ -212,6 +243,7 @@ def _columns(each: Request, own: bool, count: int) -> list[str]:
 
     wish = each.wish
     about = " ".join(filter(None, (wish.patient, wish.modality, wish.study_date, wish.policy_number))) or "everything"
+    about += ", de-identified" if wish.deidentified else ""
     who = "this vault" if own else short(each.asker)
     answer = (
         each.answer + (f" ({each.why})" if each.why else "")

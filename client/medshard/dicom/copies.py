@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -61,9 +61,22 @@ class Copier:
         # Bound to the receiver: two of them cannot tell that they have copies of one patient.
         self._secret = hkdf(vault.keys.root, reader, b"medshard/vault/v1/pseudonyms")
 
-    async def copy(self, study: str, *, until: int = 0, purpose: int = Purpose.UNSPECIFIED, progress: OnProgress | None = None) -> Copied:
-        """Raises Absent for a study that is not this vault's, Refused where none of it can be made clean, and what put and share do."""
-        rows = self._rows(study)
+    async def copy(
+        self,
+        study: str,
+        *,
+        only: Collection[bytes] | None = None,
+        until: int = 0,
+        purpose: int = Purpose.UNSPECIFIED,
+        progress: OnProgress | None = None,
+    ) -> Copied:
+        """Of ``only`` those of its instances that have these hashes, if some are given.
+
+        Raises Absent for a study that is not this vault's, Refused where none of it can be made clean, and what put and share do.
+        """
+        rows = [row for row in self._rows(study) if only is None or row.sha256 in only]
+        if not rows:
+            raise Absent(f"none of these files is an instance of study {study}")
         with tempfile.TemporaryDirectory(prefix=".copies-", dir=self._vault.home.folder) as place:
             folder = Path(place, copy_tag)
             folder.mkdir()
