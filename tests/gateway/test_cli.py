@@ -19,7 +19,7 @@ def test_what_was_imported_has_a_receipt_and_a_damaged_index_is_made_again(
 ) -> None:
     monkeypatch.setenv("MEDSHARD_HOME", str(trial.vault_home))
     uids = [generate_uid() for _ in range(3)]
-    files = [make_instance("1.2.3", "1.2.3.4", uid) for uid in uids]
+    files = [make_instance("1.2.3.7", "1.2.3.7.4", uid) for uid in uids]
     for number, file in enumerate(files):
         (tmp_path / f"{number}.dcm").write_bytes(file)
     (tmp_path / "notes.txt").write_text("no image")

@@ -10,7 +10,7 @@ import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit, exit_of
-from medshard.cli.options import Session, examples, run, sha256, shared
+from medshard.cli.options import Session, dicom_index, examples, run, sha256, shared
 from medshard.model import Audited, Finding, Progress, VerifyReport
 from medshard_protocol.errors import Damaged, MedshardError
 
@@ -143,16 +143,17 @@ def _tell_finding(finding: Finding) -> None:
             output.line(f"    {label}: {text}")
 
 
-@click.command(epilog=examples("medshard reindex"))
+@click.command(epilog=examples("medshard reindex", "medshard reindex --index 'postgresql://gateway@db.example/medshard?sslmode=verify-full'"))
+@dicom_index
 @shared
-def reindex(session: Session) -> int:
+def reindex(session: Session, index: str) -> int:
     """Rebuild the local index.
 
     From the ledger, any nodes that live, and the keys. Nothing is lost with the index: it is a cache, and this makes it again;
     a gateway's index of DICOM instances too.
     A damaged index is set aside as index.sqlite.damaged.
     """
-    count = run(_reindex(session))
+    count = run(_reindex(session, index))
     if session.json:
         output.document({"files": count})
     elif not session.quiet:
@@ -160,9 +161,9 @@ def reindex(session: Session) -> int:
     return Exit.OK
 
 
-async def _reindex(session: Session) -> int:
+async def _reindex(session: Session, address: str) -> int:
     try:
-        return await _reindex_once(session)
+        return await _reindex_once(session, address)
     except Damaged:
         # The index itself, most likely. Were it anything else, trying with a new index shows it.
         from medshard.home import Home
@@ -173,17 +174,17 @@ async def _reindex(session: Session) -> int:
         path.replace(path.with_name(path.name + ".damaged"))
         for end in ("-wal", "-shm"):
             path.with_name(path.name + end).unlink(missing_ok=True)
-    return await _reindex_once(session)
+    return await _reindex_once(session, address)
 
 
-async def _reindex_once(session: Session) -> int:
+async def _reindex_once(session: Session, address: str) -> int:
     async with session.vault() as vault:
         with output.meter(wanted=not (session.quiet or session.json)) as progress:
             rows = await vault.reindex(progress)
-        if (session.home / "dicom.sqlite").exists():  # a gateway has worked here
+        if address or (session.home / "dicom.sqlite").exists():  # a gateway has worked here
             import asyncio
 
-            from medshard.gateway.receipts import rebuild
+            from medshard.gateway.indexing import rebuild
 
-            await asyncio.to_thread(rebuild, vault)
+            await asyncio.to_thread(rebuild, vault, address)
         return rows

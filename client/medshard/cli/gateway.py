@@ -12,7 +12,7 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.gatewaytoken import token
-from medshard.cli.options import Session, examples, run, shared
+from medshard.cli.options import Session, dicom_index, examples, run, shared
 
 if TYPE_CHECKING:
     from medshard.gateway.importing import Imported
@@ -42,6 +42,7 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
         "echoscu -aec MEDSHARD 127.0.0.1 11112 && storescu -aec MEDSHARD 127.0.0.1 11112 +sd study/",
         "curl http://127.0.0.1:8042/dicom-web/studies?PatientName=doe*",
         "medshard gateway --viewer ohif/dist                          # then open http://127.0.0.1:8042/",
+        "medshard gateway --index 'postgresql://gateway@db.example/medshard?sslmode=verify-full&sslrootcert=ca.pem'  # several gateways",
         "medshard gateway token add viewer                            # from now on DICOMweb wants a token",
         "curl http://127.0.0.1:8043/status",
         "medshard receipt 1.2.840.113…                                # SHA-256, file id and ledger index",
@@ -84,6 +85,7 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
 )
 @click.option("--base-url", default="", metavar="URL", help="How clients call /dicom-web, where a proxy stands in front.")
 @click.option("--cache-size", default="10GiB", show_default=True, metavar="SIZE", help="For what was read lately, encrypted, in DIR.")
+@dicom_index
 @click.option("--status", metavar="HOST:PORT", default="127.0.0.1:8043", show_default=True, help="Status and metrics; 'off' for none.")
 @shared
 def gateway(session: Session, **flags: Any) -> int:
@@ -149,6 +151,7 @@ def _settings(session: Session, **flags: Any) -> Settings:
         dimse=dimse,
         web=None if flags["http"] == "off" else _web(session, **flags),
         cache_bytes_max=settings.size(flags["cache_size"]),
+        index=flags["index"],
         status=None if flags["status"] == "off" else check_status(settings.address(flags["status"])),
     )
 
@@ -176,8 +179,9 @@ gateway.add_command(token)
 
 @click.command(epilog=examples("medshard receipt 1.2.840.113619.2.5.1762583153…", "medshard receipt --json 1.2.840…"))
 @click.argument("sop_uid", metavar="SOP_UID")
+@dicom_index
 @shared
-def receipt(session: Session, sop_uid: str) -> int:
+def receipt(session: Session, sop_uid: str, index: str) -> int:
     """Show what proves that a DICOM instance is stored.
 
     Its SHA-256, the file that it lies in, and that file's place in the ledger. The SHA-256 is that of the file as it was imported or
@@ -189,7 +193,7 @@ def receipt(session: Session, sop_uid: str) -> int:
         from medshard.gateway.receipts import look_up
 
         async with session.vault() as vault:
-            return await look_up(vault, sop_uid)
+            return await look_up(vault, sop_uid, index)
 
     found = run(work())
     if session.json:
@@ -215,8 +219,9 @@ def receipt(session: Session, sop_uid: str) -> int:
 @click.option("--delete", is_flag=True, help="With --watch: remove a file once it is in the store.")
 @click.option("--same-uid", type=click.Choice(("keep-both", "refuse")), default="keep-both", show_default=True,
               help="What to do with other bytes under a SOP Instance UID that is stored.")  # fmt: skip
+@dicom_index
 @shared
-def import_files(session: Session, paths: tuple[Path, ...], watch: bool, delete: bool, same_uid: str) -> int:
+def import_files(session: Session, paths: tuple[Path, ...], watch: bool, delete: bool, same_uid: str, index: str) -> int:
     """Import DICOM files from folders, ZIP archives and media with a DICOMDIR; print SHA256 PATH.
 
     A series becomes one sealed object. Files are kept bit for bit. A line is printed when a file is safe, as with `medshard put`, or
@@ -236,9 +241,9 @@ def import_files(session: Session, paths: tuple[Path, ...], watch: bool, delete:
             _tell_imported(session, each)
 
     async def work() -> None:
-        from medshard.gateway.receipts import catalog_of
+        from medshard.gateway.indexing import catalog_of
 
-        async with session.vault() as vault, catalog_of(vault) as catalog:
+        async with session.vault() as vault, catalog_of(vault, index) as catalog:
             from medshard.gateway.importing import Importer
 
             importer = Importer(vault, catalog, keep_both=same_uid == "keep-both")

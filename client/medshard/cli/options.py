@@ -64,6 +64,14 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_session
 
 
+def dicom_index(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the option that says where the gateways' index is."""
+    return click.option(
+        "--index", default="", envvar="MEDSHARD_DICOM_INDEX", metavar="URL",
+        help="The DICOM index that several gateways share: postgresql://USER@HOST/DATABASE [env MEDSHARD_DICOM_INDEX, else in HOME].",
+    )(command)  # fmt: skip
+
+
 def run(task: Coroutine[Any, Any, Result]) -> Result:
     """Run one coroutine to its end. Ctrl-C cancels it, which cleans up, and comes out as KeyboardInterrupt."""
     import asyncio  # late, as everything that --help does not need

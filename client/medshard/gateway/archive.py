@@ -26,20 +26,22 @@ from weakref import WeakValueDictionary
 from medshard.gateway import model
 from medshard.gateway.catalog import Catalog
 from medshard.gateway.describing import describe
+from medshard.gateway.indexing import catch_up
 from medshard.gateway.model import Committed, Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
 from medshard.gateway.objects import Objects
 from medshard.gateway.packing import places, plan_of
-from medshard.gateway.receipts import catch_up, receipt_in
+from medshard.gateway.receipts import receipt_in
 from medshard.gateway.segments import Entry
 from medshard.gateway.spool import Arrival, Spool
 from medshard.model import PutReport
 from medshard.vault import Vault
-from medshard_protocol.errors import Absent, Full, Malformed, MedshardError
+from medshard_protocol.errors import Absent, Full, Malformed, MedshardError, Unavailable
 
 quiet_s: Final = 15.0  # a series to which nothing came for so long is taken to be complete
 retry_s: Final = 10.0  # after a put that failed for want of nodes
 puts_at_once: Final = 2
 commitment_patience_s: Final = 3600.0  # of nodes that are out of reach, before a peer is told that it failed
+elsewhere_s: Final = 1.0  # until it is looked again for what lies in another gateway's spool
 log = logging.getLogger("medshard.gateway")
 
 Series = tuple[str, str]  # Study Instance UID, Series Instance UID
@@ -78,7 +80,7 @@ class Stored:
         if (entry := self._archive.entry(self.instance)) is not None:
             with contextlib.suppress(Absent):
                 return await asyncio.to_thread(self._archive.spool.read, entry, start, stop)
-        place, objects = self._archive.place(self.instance), self._archive.objects
+        place, objects = await self._archive.place_of(self.instance), self._archive.objects
         offset, _ = await objects.span(place.file_id, place.member)
         return await objects.read(place.file_id, offset + start, offset + stop)
 
@@ -103,6 +105,8 @@ class Archive:
         self.prepare: Callable[[str, str], Awaitable[None]] | None = None  # what is made of a series before it leaves the spool
         self.last_failure = ""  # why the last put failed; empty after one that did not
         self._tasks: set[asyncio.Task[None]] = set()
+        self._behind = True  # whether the vault may have what the catalog has not
+        self._made = catalog.made
 
     @property
     def folder(self) -> Path:
@@ -132,10 +136,15 @@ class Archive:
         if (sop_uid and sop_uid != said.uid) or (sop_class and sop_class != said.sop_class):
             arrival.drop()
             return self._counted(_refused(about, model.MISMATCH, "the data set is of another SOP instance or class than its sender says"))
-        known = self.catalog.instances(said.uid)
-        if any(each.sha256 == about.sha256 for each in known):
+        try:
+            known = self.catalog.instances(said.uid)
+        except Unavailable as error:
+            arrival.drop()
+            return self._counted(_refused(about, model.OUT_OF_RESOURCES, str(error)))
+        if any(each.sha256 == about.sha256 and self.is_safe(each) for each in known):
             arrival.drop()
             return self._counted(replace(about, outcome=Outcome.ALREADY))
+        known = [each for each in known if each.sha256 != about.sha256]  # the same bytes wait in another gateway's spool: here as well
         if known and not self.rules.keep_both:
             arrival.drop()
             return self._counted(_refused(about, model.DUPLICATE, "other bytes are stored under this SOP Instance UID"))
@@ -195,15 +204,19 @@ class Archive:
     async def committed(self, uids: Iterable[str], patience_s: float = 0.0) -> Committed:
         """What is safe of these SOP instances, after everything that waits of their series was stored; tried again for ``patience_s``."""
         wanted, deadline = list(dict.fromkeys(uids)), time.monotonic() + patience_s
+        pause_s = elsewhere_s if self.catalog.shared else retry_s
         while True:
-            here = await asyncio.to_thread(lambda: [each for uid in wanted for each in self.catalog.instances(uid)])
-            waiting = {(each.study, each.series) for each in here if each.place is None}
-            with contextlib.suppress(MedshardError, OSError):
-                await self.settle(waiting)
-            found = await asyncio.to_thread(self._committed, wanted)
+            try:
+                here = await asyncio.to_thread(lambda: [each for uid in wanted for each in self.catalog.instances(uid)])
+                waiting = {(each.study, each.series) for each in here if each.place is None}
+                with contextlib.suppress(MedshardError, OSError):
+                    await self.settle(waiting)
+                found = await asyncio.to_thread(self._committed, wanted)
+            except Unavailable:  # the index is away: nothing can be said for certain
+                found = Committed({}, frozenset(wanted))
             if not found.waiting or time.monotonic() >= deadline:
                 return found
-            await asyncio.sleep(min(retry_s, max(0.0, deadline - time.monotonic())))
+            await asyncio.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
 
     def _committed(self, wanted: Iterable[str]) -> Committed:
         receipts: dict[str, Receipt] = {}
@@ -233,9 +246,13 @@ class Archive:
     async def open(self, instance: Instance) -> Stored:
         """Make an instance readable. Reading it from the store is announced with its whole study. Raises Refused or Unavailable."""
         if self.entry(instance) is None:
-            files = self.catalog.files_of(instance.study) | {self.place(instance).file_id}
+            files = await asyncio.to_thread(lambda: self.catalog.files_of(instance.study) | {self.place(instance).file_id})
             await self.objects.announce(sorted(files))
         return Stored(instance, self)
+
+    def is_safe(self, instance: Instance) -> bool:
+        """Whether an instance is in the store or in this gateway's spool, and not in another one's alone."""
+        return instance.place is not None or self.entry(instance) is not None
 
     def entry(self, instance: Instance) -> Entry | None:
         """Where an instance lies in the spool; None once it is in the store."""
@@ -243,13 +260,21 @@ class Archive:
             return self._spooled.get((instance.uid, instance.sha256))
 
     def place(self, instance: Instance) -> Place:
-        """Where an instance lies in the store. Raises Absent."""
+        """Where an instance lies in the store. Raises Absent, or Unavailable as long as it waits in another gateway's spool. May block."""
         if instance.place is not None:
             return instance.place
         for each in self.catalog.instances(instance.uid):
             if each.sha256 == instance.sha256 and each.place is not None:
                 return each.place
+            if each.sha256 == instance.sha256:
+                raise Unavailable(
+                    "another gateway has received it and not yet stored it", hint="ask again in some seconds, or ask that one"
+                )
         raise Absent(f"instance {instance.uid} is here no more")
+
+    async def place_of(self, instance: Instance) -> Place:
+        """``place``, in the event loop."""
+        return instance.place if instance.place is not None else await asyncio.to_thread(self.place, instance)
 
     def receipt(self, sop_uid: str) -> Receipt:
         """What proves that an instance is stored. Raises Absent."""
@@ -263,22 +288,32 @@ class Archive:
     # -- inside
 
     async def catch_up(self) -> None:
-        """Take in what others have put into the vault, or taken out of it, since the catalog last looked."""
-        if not (self.vault.index_changed() or self.catalog.refresh()):
-            return
-        await asyncio.to_thread(catch_up, self.vault, self.catalog)
+        """Take in what others have put into the vault or the catalog, or taken out of it, since we last looked. Raises Unavailable."""
+        self._behind |= self.vault.index_changed()
+        await asyncio.to_thread(self.catalog.refresh)
+        if self._made != self.catalog.made:  # somebody has made it anew, and knows nothing of our spool
+            with self._lock:
+                waiting = [_instance(entry) for entry in self._spooled.values()]
+            self.catalog.put(waiting)
+            await asyncio.to_thread(self.catalog.flush)
+            self._made = self.catalog.made
+        if self._behind:
+            await asyncio.to_thread(catch_up, self.vault, self.catalog)
+            self._behind = False
 
     def _recover(self) -> None:
-        done = []
+        done, left = [], []
         for entry in self.spool.recover():
             stored = [each.place for each in self.catalog.instances(entry.attributes["sop-uid"]) if each.sha256 == entry.sha256]
             if any(stored):
                 done.append(entry)
             else:
                 self._keep(entry)
+                left.append((entry.attributes["sop-uid"], entry.sha256))
         self.spool.done(done)
         if self.spool.cut_off:
             self._say("cut-off", instances=self.spool.cut_off)  # nobody was told yes; what was lost with a disk looks the same
+        self.catalog.forget_waiting(left)
 
     def _keep(self, entry: Entry) -> None:
         instance = _instance(entry)

@@ -71,6 +71,12 @@ class Shelf:
         if files := {each.place.file_id for each in study.instances if each.place is not None}:
             await self.archive.objects.announce(sorted(files))
 
+    async def check(self, instances: Sequence[Instance]) -> None:
+        """Raise Unavailable where one of these waits in another gateway's spool, while there is still a status to say it with."""
+        for each in instances:
+            if not self.archive.is_safe(each):
+                await self.archive.place_of(each)
+
     async def read(self, instance: Instance, start: int, stop: int) -> bytes:
         """Bytes of an instance whose study is announced."""
         return await Stored(instance, self.archive).read(start, stop)
@@ -100,7 +106,7 @@ class Shelf:
         run: list[_Piece] = []
         size = 0
         for instance in instances:
-            place = None if self.archive.entry(instance) else self.archive.place(instance)
+            place = None if self.archive.entry(instance) else await self.archive.place_of(instance)
             offset = 0 if place is None else (await self.archive.objects.span(place.file_id, place.member))[0]
             for start in range(0, instance.size, run_bytes):
                 stop = min(start + run_bytes, instance.size)

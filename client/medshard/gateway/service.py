@@ -23,15 +23,15 @@ from aiohttp import web
 from medshard.gateway.archive import Archive, Rules
 from medshard.gateway.blocks import CachedBlocks
 from medshard.gateway.cache import BlockCache
-from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
 from medshard.gateway.dimse.server import DimseServer, Listening, loopback
+from medshard.gateway.indexing import gateway_id, open_catalog
 from medshard.gateway.objects import StoreObjects
 from medshard.gateway.spool import Spool
 from medshard.gateway.web import WebRules, serving
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
 from medshard.vault import Vault
-from medshard_protocol.errors import Malformed, MedshardError
+from medshard_protocol.errors import Malformed, MedshardError, Unavailable
 
 associations_end_s: Final = 10.0
 last_puts_s: Final = 60.0
@@ -51,6 +51,7 @@ class Settings:
     status: tuple[str, int] | None
     web: WebRules | None = None
     cache_bytes_max: int = cache_bytes_least
+    index: str = ""  # where the DICOM index is, unless in the vault's home
 
 
 def cache_key(keys: VaultKeys) -> bytes:
@@ -70,7 +71,7 @@ async def archive_of(vault: Vault, settings: Settings) -> AsyncIterator[Archive]
     with contextlib.ExitStack() as stack:
         spool = Spool(settings.folder / "spool", spool_key(vault.keys), bytes_max=settings.spool_bytes_max)
         stack.callback(spool.close)
-        catalog = await asyncio.to_thread(Catalog, catalog_path(vault.home.folder), catalog_key(vault.keys))
+        catalog = await asyncio.to_thread(open_catalog, vault, settings.index, gateway_id(settings.folder))
         stack.callback(catalog.close)
         archive = Archive(vault, spool, catalog, StoreObjects(vault), settings.rules)
         await archive.start()
@@ -87,16 +88,18 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """Numbers, and no word of any patient."""
-        studies, series, instances = self.archive.catalog.counts()
         waiting, open_series = self.archive.waiting()
         spool = self.archive.spool
         found: dict[str, Any] = {
             "up_seconds": round(time.time() - self._since),
-            "archive": {"studies": studies, "series": series, "instances": instances},
             "spool": {"instances": waiting, "series": open_series, "bytes": spool.used_bytes, "bytes_max": spool.bytes_max},
             "received": dict(self.archive.counts),
             "last_failure": self.archive.last_failure,
         }
+        try:
+            found["archive"] = dict(zip(("studies", "series", "instances"), self.archive.catalog.counts(), strict=True))
+        except Unavailable as error:
+            found["last_failure"] = str(error)
         if self.dimse is not None:
             found["dimse"] = {"associations": self.dimse.associations, **self.dimse.counts}
         return found

@@ -32,6 +32,7 @@ from medshard_protocol.errors import (
 log = logging.getLogger("medshard.gateway")
 base_key: Final = web.AppKey("base_url", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+retry_after_s: Final = 5
 status_of: Final[dict[type[MedshardError], int]] = {
     Absent: 404,
     Malformed: 400,
@@ -50,7 +51,8 @@ class NotAcceptable(Exception):
 
 def answer(status: int, message: str, hint: str = "") -> web.Response:
     """An error for people and programs."""
-    return web.json_response({"status": status, "message": message, "hint": hint}, status=status)
+    headers = {"Retry-After": str(retry_after_s)} if status == 503 else None
+    return web.json_response({"status": status, "message": message, "hint": hint}, status=status, headers=headers)
 
 
 @web.middleware

@@ -64,6 +64,7 @@ class Wado:
 
     async def send_instances(self, request: web.Request, instances: Sequence[Instance], choice: Choice) -> web.StreamResponse:
         """Send instances of a study that is announced."""
+        await self._shelf.check(instances)
         if choice.as_stored:
             return await self._send_stored(request, instances, choice)
         return await self._send_decoded(request, instances, choice)

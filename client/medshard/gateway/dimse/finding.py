@@ -5,7 +5,7 @@ Law: every key of the request comes back, filled where the archive knows it. Key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from medshard.gateway import tags
@@ -14,9 +14,9 @@ from medshard.gateway.dimse import commands, identifiers
 from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.commands import Command
 from medshard.gateway.dimse.pdus import Context
-from medshard.gateway.model import Query, Row
+from medshard.gateway.model import OUT_OF_RESOURCES, Query, Row
 from medshard.gateway.tags import Level
-from medshard_protocol.errors import Malformed
+from medshard_protocol.errors import Malformed, Unavailable
 
 FIND: Final = frozenset(f"1.2.840.10008.5.1.4.1.2.{root}.1" for root in (1, 2, 3))
 UNABLE: Final = 0xC000
@@ -36,14 +36,26 @@ def find(association: Association, context: Context, command: Command, archive: 
         return 0
     sent, status = 0, commands.SUCCESS
     pending = {**commands.response(command, commands.PENDING), commands.DATA_SET: commands.WITH_DATA_SET}
-    for row in archive.find(query):
+    comment = ""
+    for row in _rows(archive, query):
+        if isinstance(row, Unavailable):
+            status, comment = OUT_OF_RESOURCES, str(row)
+            break
         if association.is_readable() and cancelled(association):
             status = commands.CANCELLED
             break
         association.send(context.number, pending, [identifiers.write(_answer(asked, row, association.called), syntax)])
         sent += 1
-    association.send(context.number, commands.response(command, status))
+    association.send(context.number, commands.response(command, status, comment))
     return sent
+
+
+def _rows(archive: Archive, query: Query) -> Iterator[Row | Unavailable]:
+    """The matches; where the index cannot be reached any more, the error as the last of them: what the peer does has errors of its own."""
+    try:
+        yield from archive.find(query)
+    except Unavailable as error:
+        yield error
 
 
 def query_of(asked: Mapping[int, str]) -> Query:

@@ -31,6 +31,7 @@ from medshard_protocol.errors import Malformed, MedshardError, Unavailable
 MOVE: Final = frozenset(f"1.2.840.10008.5.1.4.1.2.{root}.2" for root in (1, 2, 3))
 GET: Final = frozenset(f"1.2.840.10008.5.1.4.1.2.{root}.3" for root in (1, 2, 3))
 NO_DESTINATION: Final = 0xA801
+NO_MATCHES_KNOWN: Final = 0xA701
 NOTHING_WAS_SENT: Final = 0xA702
 SOME_FAILED: Final = 0xB000
 ahead_bytes_max: Final = 32 * 1024 * 1024
@@ -115,10 +116,17 @@ def _instances(association: Association, context: Context, command: Command, arc
     except Malformed as error:
         association.send(context.number, commands.response(command, WRONG_IDENTIFIER, str(error)))
         return None
-    query = Query(level, {tag: asked[tag] for tag in _keys[: level + 1] if asked.get(tag)})
+    try:
+        return _found(archive, Query(level, {tag: asked[tag] for tag in _keys[: level + 1] if asked.get(tag)}))
+    except Unavailable as error:
+        association.send(context.number, commands.response(command, NO_MATCHES_KNOWN, str(error)))
+        return None
+
+
+def _found(archive: Archive, query: Query) -> list[Instance]:
     found: list[Instance] = []
     for row in archive.find(query):
-        if level is Level.PATIENT:
+        if query.level is Level.PATIENT:
             studies = archive.find(Query(Level.STUDY, {tags.PATIENT_ID: row.attributes.get(tags.PATIENT_ID, "")}))
             found += [each for study in studies for each in archive.instances(study.study)]
         else:
