@@ -14,6 +14,7 @@ from medshard_protocol.ids import FileId, Key, NodeId, Tag
 from medshard_protocol.manifest import Manifest, ShardRef
 from medshard_protocol.shards import Layout, digests, shard_root, split
 from storenode.shardstore import ShardStore
+from storenode.shardstore.store import reserve_bytes
 
 owner = Key(b"o" * 32)
 cell = 1000
@@ -138,12 +139,41 @@ async def test_more_or_fewer_bytes_than_announced_are_refused_and_nothing_stays(
         store.shard_at(FileId(bytes(32)), 0)
 
 
-async def test_over_quota_nothing_is_begun_and_reservations_count(store: ShardStore) -> None:
+async def test_over_quota_nothing_is_begun_and_what_has_come_counts(store: ShardStore) -> None:
+    with pytest.raises(Full):
+        store.begin(10_000_001, cell)
     first = store.begin(9_000_000, cell)
+    first.write([bytes(9_000_000)])
     with pytest.raises(Full):
         store.begin(2_000_000, cell)
     store.abandon(first)
     store.abandon(store.begin(2_000_000, cell))
+    assert store.used == 0
+
+
+async def test_what_is_announced_and_does_not_come_keeps_nobody_out(store: ShardStore, tmp_path: Path) -> None:
+    stalling = [store.begin(6_000_000, cell) for _ in range(4)]
+    assert await put(store, os.urandom(3_000_000), FileId(b"a" * 32))
+    with pytest.raises(Full):
+        stalling[0].write([bytes(5_000_000)])  # it comes too late
+    for each in stalling:
+        store.abandon(each)
+    assert list((tmp_path / "tmp").iterdir()) == []
+    whole = store.begin(6_000_000, cell)
+    for _ in range(6):  # the bytes that have come are not counted twice
+        whole.write([bytes(1_000_000)])
+    store.abandon(whole)
+
+
+async def test_a_disk_that_fills_up_meanwhile_ends_an_upload_before_the_ledger_has_no_room(
+    store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = store.begin(9_000_000, cell)
+    coming.write([bytes(1_000_000)])
+    monkeypatch.setattr(store, "free_bytes", lambda: reserve_bytes + 100_000)
+    with pytest.raises(Full, match="disk"):
+        coming.write([bytes(1_000_000)])
+    store.abandon(coming)
 
 
 async def test_an_unregistered_shard_is_swept_and_a_registered_one_stays(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """One shard on its way in: hashed cell by cell as it comes, written to a temporary file or kept in memory while small.
 
+It holds room for what has come and a little ahead, never for all that was announced: whoever announces much and sends nothing keeps
+nobody else out.
+
 Nothing here is visible to a reader. ``finish`` makes the bytes durable and gives the digests; ``abandon`` leaves no trace.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,12 +17,19 @@ from blake3 import blake3
 
 from medshard_protocol.errors import Malformed
 
+ahead_bytes = 1 << 20  # asking for room costs a system call
+
 
 class Incoming:
-    """Takes exactly ``size`` bytes. With ``folder`` None they stay in memory (the caller stores them in the catalog)."""
+    """Takes exactly ``size`` bytes. With ``temporary`` None they stay in memory (the caller stores them in the catalog).
 
-    def __init__(self, size: int, cell_size: int, temporary: Path | None) -> None:
+    ``more`` is asked, from whatever thread writes, for room for so many bytes more, and raises Full where there is none.
+    """
+
+    def __init__(self, size: int, cell_size: int, temporary: Path | None, more: Callable[[Incoming, int], None]) -> None:
         self.size = size
+        self.held = 0  # room that counts as taken; changed by ``more``
+        self._more = more
         self.cell_size = cell_size
         self.digests: list[bytes] = []
         self.received = 0
@@ -30,11 +40,13 @@ class Incoming:
         self._in_cell = 0
 
     def write(self, chunks: Sequence[bytes | memoryview]) -> None:
-        """Take more bytes. Blocking: call it from a thread. Raises Malformed when more come than announced."""
+        """Take more bytes. Blocking: call it from a thread. Raises Malformed when more come than announced, Full when there is no room."""
         for chunk in chunks:
-            self.received += len(chunk)
-            if self.received > self.size:
+            if self.received + len(chunk) > self.size:
                 raise Malformed("more bytes came than were announced")
+            if self.received + len(chunk) > self.held:
+                self._more(self, min(self.received + len(chunk) + ahead_bytes, self.size) - self.held)
+            self.received += len(chunk)
             self._hash(memoryview(chunk))
             if self._file is None:
                 self._memory += chunk

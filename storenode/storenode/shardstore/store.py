@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from medshard_protocol.ids import FileId, Key, Tag
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.shards import digests, shard_root, split
 from storenode.shardstore.catalog import Catalog
-from storenode.shardstore.incoming import Incoming
+from storenode.shardstore.incoming import Incoming, ahead_bytes
 
 reserve_bytes = 64 * 1024 * 1024  # the catalog and the ledger must be able to write when shards have filled the disk
 
@@ -108,27 +109,44 @@ class ShardStore:
         self._tmp.mkdir()
         self.catalog = Catalog(folder / "store.sqlite")
         self.used = int((self.catalog.one("SELECT coalesce(sum(size), 0) FROM shards") or (0,))[0])
-        self._reserved = 0
+        self._coming: set[Incoming] = set()
+        self._room = threading.Lock()  # uploads are written in threads
 
     # -- in
 
     def begin(self, size: int, cell_size: int) -> Incoming:
-        """Make room for a shard of ``size`` bytes. Raises Full. Pair with ``commit`` or ``abandon``."""
-        self.check_room(size)
-        self._reserved += size
-        return Incoming(size, cell_size, None if size <= self._small_max else self._tmp / uuid.uuid4().hex)
+        """Begin a shard of ``size`` bytes. Raises Full if there is no room for all of it now; what is announced and has not come counts for
+        nobody else, so writing may raise it too. Pair with ``commit`` or ``abandon``."""
+        with self._room:
+            self._check_room(size)
+            incoming = Incoming(size, cell_size, None if size <= self._small_max else self._tmp / uuid.uuid4().hex, self._hold)
+            incoming.held = min(size, ahead_bytes)
+            self._coming.add(incoming)
+        return incoming
 
     def check_room(self, size: int) -> None:
         """Raise Full if a shard of ``size`` bytes could not be taken now."""
-        if self.used + self._reserved + size > self._capacity:
-            raise Full("this node's quota is used up", hint="the operator can raise capacity_bytes, or add a node")
-        if self.free_bytes() < size + self._reserved + reserve_bytes:
-            raise Full("this node's disk is full", hint="the operator must free space or add a disk")
+        with self._room:
+            self._check_room(size)
 
     def abandon(self, incoming: Incoming) -> None:
-        """Forget an upload that did not finish."""
-        self._reserved -= incoming.size
+        """Forget an upload, whether it was finished or not. Safe to call more than once."""
+        with self._room:
+            self._coming.discard(incoming)
         incoming.abandon()
+
+    def _hold(self, incoming: Incoming, more: int) -> None:
+        with self._room:
+            if incoming not in self._coming:
+                raise Malformed("this upload was given up")  # a thread may write on for a moment after it
+            self._check_room(more)
+            incoming.held += more
+
+    def _check_room(self, size: int) -> None:
+        if self.used + sum(each.held for each in self._coming) + size > self._capacity:
+            raise Full("this node's quota is used up", hint="the operator can raise capacity_bytes, or add a node")
+        if self.free_bytes() < size + sum(each.held - each.received for each in self._coming) + reserve_bytes:
+            raise Full("this node's disk is full", hint="the operator must free space or add a disk")
 
     async def commit(self, incoming: Incoming, file_id: FileId, index: int, owner: Key) -> Put:
         """Give a finished upload its name. Same bytes again: nothing new. Raises Conflict for other bytes or another index."""
