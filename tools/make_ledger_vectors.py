@@ -248,7 +248,14 @@ def other_forms(made: dict[str, bytes]) -> list[dict[str, str]]:
         entry("vault", 11, [file_id, 1_800_000_000, nonce(15)]),
         entry("ca 3", 13, [bytes(32), nonce(16)]),
         entry("vault", 14, [9, file_id, 1, nonce(17)]),
+        entry("ca 0", 1, [4, public("vault"), public("reader"), *(sign(name, rotation()) for name in ("vault", "reader")), nonce(18)]),
+        entry("ca 0", 1, [5, public("reader"), public("vault"), nonce(19)]),
     ]
+
+
+def rotation() -> bytes:
+    """What both keys sign when one comes in the place of the other."""
+    return b"medshard/rotation/v1" + len(origin).to_bytes(2, "big") + origin.encode() + public("vault") + public("reader")
 
 
 # -- checkpoints

@@ -4,7 +4,7 @@ Law: it is checked with a genesis file and nothing else; nothing in it is believ
 
     document -> evidence of its object (one salted leaf, ``evidence``) -> hash of the manifest -> REGISTER entry, signed by its owner
     REGISTER entry -> root of the log -> a quorum of institutions, with each kind of key
-    owner's key -> ENROL entry by an institution, earlier in the same log
+    owner's key -> ROSTER entry by which an institution vouches for it, earlier in the same log
     the quorum -> rosters after genesis, each decided by a quorum of the one before
 
 It shows one document: no neighbour in its pack, no name, no other file. What it does not show: that the shards hold the document, or
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from medshard_protocol import evidence, merkle
 from medshard_protocol.canonical import Fields, Value, decode, encode
 from medshard_protocol.checkpoint import Checkpoint, Note, cosigners, note_bytes_max, open_published, size_max
-from medshard_protocol.entries import Enrol, Entry, Register, Timestamp, entry_bytes_max
+from medshard_protocol.entries import Enrol, Entry, Register, Rotate, Sender, Timestamp, entry_bytes_max
 from medshard_protocol.errors import Malformed, Refused
 from medshard_protocol.ids import FileId, Key, NodeId, Sha256
 from medshard_protocol.merkle import hash_size, path_hashes_max, sha256
@@ -282,7 +282,7 @@ class DocumentProof:
     def _institution(self, checkpoint: Checkpoint, owner: Key, rosters: Sequence[Roster]) -> str:
         """Who vouched for the owner's key before the registration."""
         entry = self.enrolment.check(checkpoint, rosters[-1])
-        if not isinstance(entry.body, Enrol) or entry.body.key != owner or self.enrolment.index >= self.register.index:
+        if not isinstance(entry.body, Enrol | Rotate | Sender) or entry.body.key != owner or self.enrolment.index >= self.register.index:
             raise Refused("proof: no institution had vouched for the key that registered")
         named = [each.name for roster in rosters if (each := roster.institution_of(entry.author)) is not None]
         if not named:

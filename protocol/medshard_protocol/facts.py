@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent
-from medshard_protocol.ids import FileId, Key, NodeId, Sha256, sha256_size
+from medshard_protocol.ids import FileId, Key, NodeId, Sha256, key_size, sha256_size
 from medshard_protocol.rights import Reason, Refusal, Right
 from medshard_protocol.roster import Institution, Roster
 from medshard_protocol.tables import Row, Table, Tables, after, end_of_places, place
@@ -43,6 +43,9 @@ class Identity:
     first: int  # index of the entry that enrolled it first
     index: int  # of the one that did so last
     withdrawn: int | None = None  # index of the entry that took it back, for good
+    heir: Key | None = None  # the key whose files this key's are: its successor, or the vault that it sends for
+    inherits: int | None = None  # index of the entry from which on they are
+    before: Key | None = None  # the key of the same vault that this one succeeded
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +219,11 @@ class Facts:
         row = self.tables.get(Table.IDENTITIES, key)
         return None if row is None else Identity(*row)
 
+    def identities(self, after_key: bytes = b"", most: int = 2**31) -> list[tuple[Key, Identity]]:
+        """The keys that institutions vouch for, or have vouched for, in the order of their bytes, those after one."""
+        found = self.tables.scan(Table.IDENTITIES, after_key + b"\x00" if after_key else b"", b"\xff" * (key_size + 1), most)
+        return [(Key(key), Identity(*row)) for key, row in found]
+
     def vouched_at(self, key: Key, index: int) -> Identity | None:
         """The identity, if an institution of the roster vouched for it just before ``index``."""
         known = self.identity(key)
@@ -227,6 +235,36 @@ class Facts:
         """Say whether this CA key is that of the institution that enrolled ``key``."""
         institution, known = self.roster.institution_of(ca_key), self.identity(key)
         return institution is not None and known is not None and known.institution == institution.name
+
+    def heir(self, key: Key, index: float = math.inf) -> Key:
+        """Whose the files and rights of ``key`` are just before ``index``: its own, its successor's, or those of the vault it sends for."""
+        while (known := self.identity(key)) is not None and known.heir is not None and (known.inherits or 0) < index:
+            key = Key(known.heir)
+        return key
+
+    def line(self, key: Key) -> list[Key]:
+        """A vault's key and those before it, whose grants are its own; the newest first."""
+        keys = [key]
+        while (known := self.identity(keys[-1])) is not None and known.before is not None:
+            keys.append(Key(known.before))
+        return keys
+
+    def passings(self, key: Key) -> list[int]:
+        """The entries by which files of ``key`` came to whom they belong now, in their order."""
+        places = []
+        while (known := self.identity(key)) is not None and known.heir is not None:
+            places.append(known.inherits or 0)
+            key = Key(known.heir)
+        return places
+
+    def sends(self, key: Key) -> bool:
+        """Whether this key only sends, and reads nothing."""
+        known = self.identity(key)
+        return known is not None and known.heir is not None and self._before(Key(known.heir)) != key
+
+    def _before(self, key: Key) -> Key | None:
+        known = self.identity(key)
+        return None if known is None else known.before
 
     def institution(self, ca_key: Key) -> Institution | None:
         """The institution of the present roster with this CA key."""
@@ -240,9 +278,9 @@ class Facts:
         return None if row is None else Registration(*row)
 
     def owner(self, file_id: FileId) -> Key | None:
-        """Whose file this is."""
+        """Whose file this is now."""
         known = self.registration(file_id)
-        return None if known is None else known.owner
+        return None if known is None else self.heir(known.owner)
 
     def holds(self, file_id: FileId) -> list[Sha256]:
         """The holds that keep this file."""
@@ -287,9 +325,12 @@ class Facts:
         return None if row is None else Granted(*row)
 
     def grants_to(self, reader: Key, start: int = 0, most: int = 2**31) -> list[tuple[Sha256, Granted]]:
-        """The grants to this reader from index ``start`` on, in the log's order, revoked ones too."""
-        found = self.tables.scan(Table.GRANTS_BY_READER, reader + place(start), reader + end_of_places, most)
-        return [self._granted(row) for _, row in found]
+        """The grants to this reader, and to the keys that it succeeded, from index ``start`` on, in the log's order, revoked ones too."""
+        found: list[tuple[bytes, Row]] = []
+        for key in self.line(reader):
+            of_key = self.tables.scan(Table.GRANTS_BY_READER, key + place(start), key + end_of_places, most)
+            found += [(name[len(key) :], row) for name, row in of_key]
+        return [self._granted(row) for _, row in sorted(found)[:most]]
 
     def grants_of(self, file_id: FileId, reader: Key) -> list[tuple[Sha256, Granted]]:
         """The grants of this file to this reader, in the log's order, revoked ones too."""
@@ -314,9 +355,12 @@ class Facts:
             return Refusal(Reason.UNREGISTERED)
         if known.erased is not None and known.erased < index and known.ended_at <= now:
             return Refusal(Reason.ERASED)
-        if known.owner == reader:
+        if self.sends(reader):
+            return Refusal(Reason.SENDS)
+        if self.heir(known.owner, index) == reader:
             return Right(known.index, None, 0)
-        grants = [(id_, each) for id_, each in self.grants_of(file_id, reader) if each.index < index]
+        given = (each for key in self.line(reader) for each in self.grants_of(file_id, key))
+        grants = [(id_, each) for id_, each in given if each.index < index]
         standing = [(id_, each) for id_, each in grants if each.revoked is None or each.revoked >= index]
         if standing:
             id_, best = max(standing, key=lambda item: item[1].until or 2**63)

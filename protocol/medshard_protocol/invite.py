@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from medshard_protocol import canonical
+from medshard_protocol.bodies import signature_size
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Malformed
 from medshard_protocol.identity import certificate_bytes_max, csr_bytes_max
-from medshard_protocol.ids import Sha256, sha256_size
+from medshard_protocol.ids import Key, Sha256, key_size, sha256_size
 from medshard_protocol.roster import institutions_max, is_node_url, url_chars_max
 
 version: Final = 1
@@ -26,6 +27,7 @@ secret_size: Final = 16  # 128 bits: a guess costs a request, so nothing shorter
 checksum_size: Final = 4
 code_chars_max: Final = 1024
 join_bytes_max: Final = csr_bytes_max + 64
+rotate_bytes_max: Final = csr_bytes_max + 512
 joined_bytes_max: Final = certificate_bytes_max + 64
 
 
@@ -82,6 +84,41 @@ def unpack_join(body: bytes) -> tuple[bytes, bytes]:
     return fields.bytes(exactly=secret_size), fields.bytes(most=csr_bytes_max)
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """A vault asks its institution to vouch for a new key in the place of its old one."""
+
+    secret: bytes = field(repr=False)
+    csr: bytes  # of the new key
+    old: Key
+    old_signature: bytes  # of ``entries.rotation_signed``
+    key_signature: bytes
+
+    def to_bytes(self) -> bytes:
+        """Body of POST /v1/rotate."""
+        return canonical.encode([version, self.secret, self.csr, self.old, self.old_signature, self.key_signature])
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Rotation:
+        """Parse. Raises Malformed; neither request nor signatures are checked."""
+        f = Fields(canonical.decode(body, bytes_max=rotate_bytes_max, what="rotation"), count=6, what="rotation")
+        f.uint(least=version, most=version)
+        secret, csr, old = f.bytes(exactly=secret_size), f.bytes(most=csr_bytes_max), Key(f.bytes(exactly=key_size))
+        return cls(secret, csr, old, f.bytes(exactly=signature_size), f.bytes(exactly=signature_size))
+
+
+def pack_sender(secret: bytes, csr: bytes, vault: Key) -> bytes:
+    """Body of POST /v1/senders: a key that will only send asks to be enrolled, for this vault."""
+    return canonical.encode([version, secret, csr, vault])
+
+
+def unpack_sender(body: bytes) -> tuple[bytes, bytes, Key]:
+    """Parse the body of POST /v1/senders into secret, certificate request (DER) and vault. Raises Malformed."""
+    fields = Fields(canonical.decode(body, bytes_max=rotate_bytes_max, what="sender"), count=4, what="sender")
+    fields.uint(least=version, most=version)
+    return fields.bytes(exactly=secret_size), fields.bytes(most=csr_bytes_max), Key(fields.bytes(exactly=key_size))
+
+
 def pack_readmission(csr: bytes) -> bytes:
     """Body of POST /v1/certificate: a key that is enrolled asks for a certificate again, with a request that proves possession."""
     return canonical.encode([version, csr])
@@ -95,7 +132,7 @@ def unpack_readmission(body: bytes) -> bytes:
 
 
 def pack_joined(certificate: bytes) -> bytes:
-    """Answer to POST /v1/join and to POST /v1/certificate."""
+    """Answer to POST /v1/join, /v1/rotate, /v1/senders and /v1/certificate."""
     return canonical.encode([version, certificate])
 
 

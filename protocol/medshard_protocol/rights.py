@@ -30,6 +30,7 @@ class Reason(StrEnum):
     ENDED = "ended"
     ERASED = "erased"
     WITHDRAWN = "withdrawn"
+    SENDS = "sends"
     FORGED = "forged"
     OLD_ROSTER = "old-roster"
     WITHIN_REACH = "within-reach"
@@ -51,6 +52,7 @@ phrases: dict[Reason, str] = {
     Reason.ENDED: "the grant has ended",
     Reason.ERASED: "the file is erased",
     Reason.WITHDRAWN: "no institution of the roster vouches for the reader's key",
+    Reason.SENDS: "the reader's key only sends, and reads nothing back",
     Reason.FORGED: "the proof does not hold",
     Reason.OLD_ROSTER: "the checkpoint has no quorum of the present roster",
     Reason.WITHIN_REACH: "the ledger is within reach: read the ordinary way",
@@ -66,6 +68,7 @@ hints: dict[Reason, str] = {
     Reason.REVOKED: "ask the owner: medshard share",
     Reason.ENDED: "ask the owner: medshard share",
     Reason.WITHDRAWN: "ask your institution for a new invitation",
+    Reason.SENDS: "read it from the vault that it sends for",
 }
 
 not_yet = frozenset({Reason.NOT_IN_MIRROR, Reason.NOT_PUBLISHED})  # time, or a proof, may change these

@@ -7,9 +7,14 @@
     ROSTER 2        an institution's CA key (*)                   not said before (***); with the q-th,       its voice; with the q-th, the
                                                                   the document may follow                     roster from the next entry on
     ROSTER 3        the institution that enrolled the key         not withdrawn yet                           no rights any more, for good
+    ROSTER 4        the institution that enrolled the old key,    new key unknown, old one without            new key enrolled, old one
+                    and both keys have signed                     successor and no sender                     withdrawn; its files pass on
+    ROSTER 5        the institution that enrolled the vault       key unknown, vault not withdrawn            a sender: its files are the
+                                                                                                              vault's, and it reads nothing
     REGISTER        an enrolled key (**)                          file id free; or the same again,            the first registers the file
                                                                   and neither retired nor erased
-    GRANT           the owner of every file                       none erased, reader enrolled (**)           the reader may, until then
+    GRANT           the owner of every file; a sender of what     none erased, reader enrolled (**)           the reader may, until then
+                    it registered, to its vault alone             and no sender
     REVOKE          the grant's author, its reader, or the        not revoked yet                             the grant ends here
                     institution that vouches for its author
     ACCESS          an enrolled key (**); with a reason only                                                  a trace; the right to read is
@@ -35,6 +40,9 @@ institutions of one roster, and a new roster starts the count anew.
 (****) Where the roster lists keepers for the institution that vouches for the owner, HOLD and RELEASE are theirs alone, and each needs two
 of them: one proposes, another says it. Both must be listed, and vouched for by that institution, when the second speaks. A proposal is good
 for one hold, or for the release of all holds that stand; a hold that comes between takes it off the table.
+
+Wherever an owner, an author or a reader is named, the key that has succeeded it is meant, and for a sender's files the vault that it sends
+for.
 """
 
 from __future__ import annotations
@@ -60,6 +68,8 @@ from medshard_protocol.entries import (
     Retain,
     Retire,
     Revoke,
+    Rotate,
+    Sender,
     Timestamp,
     Type,
     Withdraw,
@@ -67,6 +77,7 @@ from medshard_protocol.entries import (
 from medshard_protocol.errors import Absent, Conflict, MedshardError, Refused
 from medshard_protocol.facts import Facts, Registration
 from medshard_protocol.ids import FileId, Key
+from medshard_protocol.rights import Reason, hints, phrases
 from medshard_protocol.rosters import check_successor
 
 
@@ -101,7 +112,29 @@ def _enrol(facts: Facts, body: Enrol, author: Key) -> MedshardError | None:
         return Conflict("another institution has enrolled this key")
     if known is not None and known.withdrawn is not None:
         return Refused("this key was withdrawn, which is for good", hint="make a new key and enrol that")
+    if known is not None and known.heir is not None:
+        return Conflict("this key only sends, for another vault")
     return None
+
+
+def _rotate(facts: Facts, body: Rotate, author: Key) -> MedshardError | None:
+    if not facts.vouches(author, body.old):
+        return Refused("only the institution that enrolled a key enrols its successor")
+    if facts.sends(body.old):
+        return Refused("a key that only sends has no successor", hint="make a new sender")
+    if facts.heir(body.old) != body.old:
+        return Conflict("this key has a successor already")
+    return Conflict("the new key is known already: a successor is a fresh key") if facts.identity(body.key) is not None else None
+
+
+def _sender(facts: Facts, body: Sender, author: Key) -> MedshardError | None:
+    if not facts.vouches(author, body.vault):
+        return Refused("only the institution that enrolled a vault enrols what sends for it")
+    if facts.sends(body.vault):
+        return Refused("that key only sends itself")
+    if facts.identity(body.key) is not None:
+        return Conflict("this key is known already: a sender has a key of its own")
+    return _stranger(facts, body.vault)
 
 
 def _withdraw(facts: Facts, body: Withdraw, author: Key) -> MedshardError | None:
@@ -137,12 +170,17 @@ def _register(facts: Facts, body: Register, author: Key) -> MedshardError | None
 
 
 def _grant(facts: Facts, body: Grant, author: Key) -> MedshardError | None:
+    sends = facts.sends(author)
+    if sends and facts.heir(author) != body.reader:
+        return Refused("a sender grants to the vault that it sends for, and to nobody else")
     for file_id in body.file_ids:
-        known = _owned(facts, file_id, author)
+        known = _sent(facts, file_id, author) if sends else _owned(facts, file_id, author)
         if isinstance(known, MedshardError):
             return known
         if known.erased is not None:
             return Refused("an erased file is granted to nobody")
+    if facts.sends(body.reader):
+        return Refused("that key only sends: nothing is granted to it")
     return _stranger(facts, body.reader, "no institution vouches for the reader's key")
 
 
@@ -150,7 +188,7 @@ def _revoke(facts: Facts, body: Revoke, author: Key) -> MedshardError | None:
     known = facts.grant(body.grant)
     if known is None:
         return Absent("there is no such grant")
-    if author in (known.author, known.reader):
+    if author in (facts.heir(known.author), facts.heir(known.reader)):
         if objection := _stranger(facts, author):
             return objection
     elif not facts.vouches(author, known.author):
@@ -161,6 +199,8 @@ def _revoke(facts: Facts, body: Revoke, author: Key) -> MedshardError | None:
 def _access(facts: Facts, body: Access, author: Key) -> MedshardError | None:
     if body.reason and author not in facts.roster.emergency:
         return Refused("only an identity that the roster marks for emergencies gives a reason")
+    if facts.sends(author):
+        return Refused(phrases[Reason.SENDS], hint=hints[Reason.SENDS])
     return _stranger(facts, author)
 
 
@@ -192,9 +232,10 @@ def _hold(facts: Facts, body: Hold, author: Key) -> MedshardError | None:
     known = facts.registration(body.file_id)
     if known is None:
         return Absent("this file is not registered")
-    if facts.keepers(known.owner):
-        return _not_second(facts, known.owner, author, Type.HOLD, body.file_id) or _gone(known)
-    return _not_holder(facts, known.owner, author) or _gone(known)
+    owner = facts.heir(known.owner)
+    if facts.keepers(owner):
+        return _not_second(facts, owner, author, Type.HOLD, body.file_id) or _gone(known)
+    return _not_holder(facts, owner, author) or _gone(known)
 
 
 def _release(facts: Facts, body: Release, author: Key) -> MedshardError | None:
@@ -207,7 +248,7 @@ def _release(facts: Facts, body: Release, author: Key) -> MedshardError | None:
         if objection := _not_second(facts, owner, author, Type.RELEASE, known.file_id):
             return objection
     elif author == owner:
-        if known.author != owner:
+        if facts.heir(known.author) != owner:
             return Refused("this hold is not the owner's to release")
         if objection := _stranger(facts, author):
             return objection
@@ -278,9 +319,18 @@ def _owned(facts: Facts, file_id: FileId, author: Key) -> Registration | Medshar
     known = facts.registration(file_id)
     if known is None:
         return Absent("this file is not registered")
-    if known.owner != author:
+    if known.owner != author and facts.heir(known.owner) != author:
         return Refused("this file is another's")
+    if facts.sends(author):
+        return Refused("this key only sends: what becomes of the file is for its vault to say")
     return _stranger(facts, author) or known
+
+
+def _sent(facts: Facts, file_id: FileId, sender: Key) -> Registration | MedshardError:
+    known = facts.registration(file_id)
+    if known is None:
+        return Absent("this file is not registered")
+    return _stranger(facts, sender) or (known if known.owner == sender else Refused("this file is another's"))
 
 
 def _not_keeper(facts: Facts, owner: Key, author: Key) -> MedshardError | None:
@@ -324,6 +374,8 @@ _rules: dict[type[Body], Callable[[Facts, Any, Key], MedshardError | None]] = {
     Enrol: _enrol,
     Approve: _approve,
     Withdraw: _withdraw,
+    Rotate: _rotate,
+    Sender: _sender,
     Register: _register,
     Grant: _grant,
     Revoke: _revoke,

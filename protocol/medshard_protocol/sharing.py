@@ -86,6 +86,11 @@ def shared_path(after: int | None = None) -> str:
     return "/v1/grants" + ("" if after is None else f"?after={after}")
 
 
+def passings_path(key: Key) -> str:
+    """Where a node says whose the files of a key are now, and by which entries."""
+    return f"/v1/ledger/passings/{key.hex()}"
+
+
 def identity_path(key: Key) -> str:
     """Where a node says who vouches for a key."""
     return f"/v1/ledger/identities/{key.hex()}"

@@ -30,6 +30,8 @@ from medshard_protocol.entries import (
     Retain,
     Retire,
     Revoke,
+    Rotate,
+    Sender,
     Timestamp,
     Type,
     Withdraw,
@@ -43,7 +45,7 @@ from medshard_protocol.tables import MemoryTables, Row, Table, Tables, Undoable,
 
 _T = TypeVar("_T")
 
-meaning_version = 4  # of these rules and rows: tables of another version are cleared and made anew
+meaning_version = 5  # of these rules and rows: tables of another version are cleared and made anew
 
 
 class State(Facts):
@@ -128,7 +130,7 @@ class State(Facts):
         match body:
             case Genesis() | Access():
                 pass
-            case Enrol() | Withdraw():
+            case Enrol() | Withdraw() | Rotate() | Sender():
                 self._take_identity(body, author)
             case Approve() | Freeze():
                 self._take_vote(body, author)
@@ -159,13 +161,24 @@ class State(Facts):
             case Timestamp():
                 self._put(Table.TIMESTAMPS, place(index), (body.size, body.root))
 
-    def _take_identity(self, body: Enrol | Withdraw, author: Key) -> None:
+    def _take_identity(self, body: Enrol | Withdraw | Rotate | Sender, author: Key) -> None:
+        index, known = self._size, self.identity(body.old if isinstance(body, Rotate) else body.key)
         if isinstance(body, Withdraw):
-            self._put(Table.IDENTITIES, body.key, row_of(replace(_known(self.identity(body.key)), withdrawn=self._size)))
+            self._put(Table.IDENTITIES, body.key, row_of(replace(_known(known), withdrawn=index)))
             return
-        institution, known = _known(self.roster.institution_of(author)), self.identity(body.key)
-        first = self._size if known is None else known.first
-        self._put(Table.IDENTITIES, body.key, row_of(Identity(institution.name, body.roles, first, self._size)))
+        institution = _known(self.roster.institution_of(author))
+        first = index if known is None else known.first
+        match body:
+            case Enrol():
+                fresh = replace(known, roles=body.roles, index=index) if known else Identity(institution.name, body.roles, first, index)
+            case Sender():
+                fresh = Identity(institution.name, 0, index, index, None, body.vault, index)
+            case Rotate():
+                before = _known(known)
+                ended = index if before.withdrawn is None else before.withdrawn
+                self._put(Table.IDENTITIES, body.old, row_of(replace(before, withdrawn=ended, heir=body.key, inherits=index)))
+                fresh = Identity(institution.name, before.roles, index, index, before=body.old)
+        self._put(Table.IDENTITIES, body.key, row_of(fresh))
 
     def _take_vote(self, body: Approve | Freeze, author: Key) -> None:
         institution = _known(self.roster.institution_of(author))

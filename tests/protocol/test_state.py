@@ -24,6 +24,8 @@ from medshard_protocol.entries import (
     Retain,
     Retire,
     Revoke,
+    Rotate,
+    Sender,
     Timestamp,
     Type,
     Withdraw,
@@ -36,7 +38,7 @@ from medshard_protocol.state import State
 from medshard_protocol.tables import MemoryTables, Table
 
 nonce = bytes(16)
-one, two, three, gone, old, held, kept, free, guarded, abandoned = (bytes([n]) * 32 for n in range(10))
+one, two, three, gone, old, held, kept, free, guarded, abandoned, sent = (bytes([n]) * 32 for n in range(11))
 manifest, other_manifest = b"m" * 32, b"o" * 32
 
 
@@ -84,7 +86,14 @@ def begun(c, **keywords):
     log.must("owner", Retain(kept, 1000, nonce))
     log.must("tls 2", Move(one, 3, c.roster.nodes[2].id, nonce))
     log.must("ca 1", Withdraw(public("former"), nonce))
+    log.must("ca 1", Sender(public("scanner"), public("owner"), nonce))
+    log.must("scanner", Register(sent, manifest, nonce))
+    log.sent = log.must("scanner", Grant((sent,), public("owner"), 0, 0, nonce))
     return log
+
+
+def rotate(old, new):
+    return Rotate(public(old), public(new), bytes(64), bytes(64), nonce)
 
 
 # Who may say what: author, body (or how to make it of the consortium and the log), the class of the error or None.
@@ -102,6 +111,38 @@ rules = {
     "nobody withdraws a stranger": ("ca 1", lambda *_: Withdraw(public("stranger"), nonce), Refused),
     "a vault does not withdraw itself": ("owner", lambda *_: Withdraw(public("owner"), nonce), Refused),
     "what is withdrawn is not withdrawn again": ("ca 1", lambda *_: Withdraw(public("former"), nonce), Conflict),
+    "an institution enrols a successor": ("ca 1", lambda *_: rotate("owner", "new"), None),
+    "a withdrawn key has a successor": ("ca 1", lambda *_: rotate("former", "new"), None),
+    "no other institution enrols a successor": ("ca 2", lambda *_: rotate("owner", "new"), Refused),
+    "a vault does not enrol its own successor": ("owner", lambda *_: rotate("owner", "new"), Refused),
+    "a stranger has no successor": ("ca 1", lambda *_: rotate("stranger", "new"), Refused),
+    "nobody's successor is known already": ("ca 1", lambda *_: rotate("owner", "other"), Conflict),
+    "a key does not succeed itself": ("ca 1", lambda *_: rotate("owner", "owner"), Conflict),
+    "a sender has no successor": ("ca 1", lambda *_: rotate("scanner", "new"), Refused),
+    "an institution enrols a sender": ("ca 1", lambda *_: Sender(free, public("reader"), nonce), None),
+    "no other institution enrols a sender": ("ca 2", lambda *_: Sender(free, public("reader"), nonce), Refused),
+    "a vault does not enrol a sender": ("owner", lambda *_: Sender(free, public("owner"), nonce), Refused),
+    "a vault does not become a sender": ("ca 1", lambda *_: Sender(public("reader"), public("owner"), nonce), Conflict),
+    "nobody sends for a sender": ("ca 1", lambda *_: Sender(free, public("scanner"), nonce), Refused),
+    "nobody sends for a withdrawn key": ("ca 1", lambda *_: Sender(free, public("former"), nonce), Refused),
+    "a sender does not become a vault": ("ca 1", lambda *_: Enrol(public("scanner"), 0, nonce), Conflict),
+    "a sender is withdrawn": ("ca 1", lambda *_: Withdraw(public("scanner"), nonce), None),
+    "a sender registers": ("scanner", Register(free, manifest, nonce), None),
+    "a sender grants to its vault": ("scanner", lambda *_: Grant((sent,), public("owner"), 0, 0, nonce), None),
+    "a sender grants to nobody else": ("scanner", lambda *_: Grant((sent,), public("other"), 0, 0, nonce), Refused),
+    "a sender grants nothing that it did not register": ("scanner", lambda *_: Grant((one,), public("owner"), 0, 0, nonce), Refused),
+    "a sender grants nothing that is not there": ("scanner", lambda *_: Grant((free,), public("owner"), 0, 0, nonce), Absent),
+    "nothing is granted to a sender": ("owner", lambda *_: Grant((one,), public("scanner"), 0, 0, nonce), Refused),
+    "a sender takes nothing back": ("scanner", lambda c, log: Revoke(log.sent, nonce), Refused),
+    "a sender does not even say that it reads": ("scanner", Access((sent,), 1, b"", nonce), Refused),
+    "a sender does not retain": ("scanner", Retain(sent, 5, nonce), Refused),
+    "a sender does not hold": ("scanner", Hold(sent, nonce), Refused),
+    "a sender does not erase": ("scanner", Erase(sent, 5, nonce), Refused),
+    "a vault grants what was sent for it": ("owner", lambda *_: Grant((one, sent), public("other"), 0, 0, nonce), None),
+    "a vault retains what was sent for it": ("owner", Retain(sent, 5, nonce), None),
+    "a vault holds what was sent for it": ("owner", Hold(sent, nonce), None),
+    "a vault erases what was sent for it": ("owner", Erase(sent, 5, nonce), None),
+    "no other vault erases it": ("reader", Erase(sent, 5, nonce), Refused),
     "an enrolled key registers": ("owner", Register(free, manifest, nonce), None),
     "a stranger does not register": ("stranger", Register(free, manifest, nonce), Refused),
     "a withdrawn key does not register": ("former", Register(free, manifest, nonce), Refused),
@@ -242,10 +283,10 @@ def test_every_type_of_entry_stands_in_the_table_with_and_without_the_right(cons
     for author, body, error in rules.values():
         made = body(c, log) if callable(body) else body
         seen.setdefault(type(made), set()).add(error is None)
-        people = ("log", "owner", "reader", "former", "other", "stranger", "keeper", "second", "lost")
+        people = ("log", "owner", "reader", "former", "other", "stranger", "scanner", "keeper", "second", "lost")
         assert author in people or author[:3] in ("ca ", "tls")
     assert seen.pop(Genesis) == {False}  # with the right: below
-    assert len(seen) == 16
+    assert len(seen) == 18
     assert all(found == {True, False} for found in seen.values())
 
 
@@ -318,6 +359,56 @@ def test_a_right_is_judged_by_the_state_at_the_index_of_the_access_entry(consort
     assert reason(log, one, "reader") is Reason.WITHDRAWN
 
 
+def test_a_successor_has_what_its_key_had_and_the_old_key_nothing_more(consortium):
+    log = begun(consortium(4))
+    other = log.must("other", Grant((three,), public("owner"), 0, 1, nonce))
+    size = log.state.size
+    log.must("ca 1", rotate("owner", "heir"))
+    assert log.state.identity(public("owner")).withdrawn == size
+    assert log.state.heir(public("owner")) == log.state.heir(public("scanner")) == log.state.owner(sent) == public("heir")
+    assert log.state.heir(public("owner"), size) == public("owner")
+    assert log.state.passings(public("scanner")) == [log.state.identity(public("scanner")).first, size]
+    assert log.state.line(public("heir")) == [public("heir"), public("owner")]
+    assert [id_ for id_, _ in log.state.grants_to(public("heir"))] == [log.sent, other]
+    for file_id in (one, sent, three):
+        assert isinstance(reason(log, file_id, "owner", size), Right)  # as it was then
+        assert reason(log, file_id, "owner") is Reason.WITHDRAWN
+        assert reason(log, file_id, "heir", size) is Reason.WITHDRAWN
+        assert isinstance(reason(log, file_id, "heir"), Right)
+    assert isinstance(reason(log, one, "reader"), Right)  # what was granted before goes on
+    for body in (Register(free, manifest, nonce), Grant((one,), public("other"), 0, 1, nonce), Access((one,), 1, b"", nonce)):
+        log.say("owner", body)
+        assert not log.effective
+    log.must("heir", Grant((one, sent), public("other"), 0, 1, nonce))
+    log.must("heir", Revoke(log.grant, nonce))
+    log.must("heir", Revoke(other, nonce))
+    log.must("heir", Release(log.hold, nonce))
+    log.must("heir", Retain(one, 5, nonce))
+    log.must("heir", Erase(sent, 5, nonce))
+    log.must("ca 1", rotate("heir", "grandchild"))
+    assert log.state.owner(one) == public("grandchild")
+    log.must("grandchild", Erase(one, 5, nonce))
+    log.say("ca 1", rotate("owner", "thief"))
+    assert not log.effective
+
+
+def test_a_stolen_key_that_was_withdrawn_passes_its_files_on_with_its_institutions_consent_alone(consortium):
+    log = begun(consortium(4))
+    withdrawn = log.state.identity(public("former")).withdrawn
+    log.say("other", rotate("former", "heir"))
+    assert not log.effective
+    log.must("ca 1", rotate("former", "heir"))
+    assert log.state.identity(public("former")).withdrawn == withdrawn
+    assert isinstance(reason(log, b"former file".ljust(32), "heir"), Right)
+
+
+def test_a_sender_reads_nothing_back_and_its_vault_reads_all(consortium):
+    log = begun(consortium(4))
+    assert reason(log, sent, "scanner") is Reason.SENDS
+    assert isinstance(reason(log, sent, "owner"), Right)
+    assert reason(log, sent, "reader") is Reason.NEVER_GRANTED
+
+
 def test_of_several_grants_the_one_that_lasts_longest_counts(consortium):
     log = begun(consortium(4))
     for until in (50, 90, 70):
@@ -330,7 +421,7 @@ def test_of_several_grants_the_one_that_lasts_longest_counts(consortium):
 def test_grants_and_histories_are_found(consortium):
     log = begun(consortium(4))
     assert [(id_, each.file_ids) for id_, each in log.state.grants_to(public("reader"))] == [(log.grant, (one, two))]
-    assert log.state.grants_to(public("owner")) == []
+    assert log.state.grants_to(public("other")) == []
     assert log.state.grants_to(public("reader"), log.state.grant(log.grant).index + 1) == []
     log.say("other", Access((one, free), 1, b"", nonce))
     log.say("other", Revoke(log.grant, nonce))

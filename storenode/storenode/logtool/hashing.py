@@ -19,8 +19,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from medshard_protocol import merkle
-from medshard_protocol.entries import label
-from medshard_protocol.errors import Damaged, Malformed
+from medshard_protocol.entries import Entry, Type, label
+from medshard_protocol.errors import Damaged, Malformed, Refused
 from medshard_protocol.merkle import sha256
 from medshard_protocol.tiles import TileName, pack_bundle, tile_width, unpack_bundle
 from storenode.logtool.source import Folder
@@ -29,6 +29,7 @@ authors_max: Final = 4096
 Origins: TypeAlias = tuple[tuple[int, str], ...]
 
 _body = slice(3, -100)  # of an entry: array, version and type are a byte each; author and signature have two bytes before them
+_roster = bytes([Type.ROSTER])
 _author = slice(-98, -66)
 _signature = slice(-64, None)
 _partial = re.compile(r"[1-9][0-9]{0,2}\Z", re.ASCII)
@@ -105,15 +106,29 @@ def _unsigned(entries: list[bytes], start: int, origins: Origins) -> Iterable[in
     """Places of entries whose author's signature does not hold.
 
     The signed body and the signature are cut out where a canonical entry has them, which saves half the time of parsing; that the
-    entry is canonical is found out where it is folded.
+    entry is canonical is found out where it is folded. An entry about the roster may be signed by more than its author.
     """
-    befores = [(end, label + len(origin.encode()).to_bytes(2, "big") + origin.encode()) for end, origin in origins]
+    befores = [(end, origin, label + len(origin.encode()).to_bytes(2, "big") + origin.encode()) for end, origin in origins]
     for place, data in enumerate(entries, start):
-        before = next(before for end, before in befores if place < end)
+        origin, before = next((origin, before) for end, origin, before in befores if place < end)
         try:
+            if data[2:3] == _roster:
+                _verify_whole(data, origin)
+                continue
             _public(data[_author]).verify(data[_signature], before + data[2:3] + data[_body])
         except (InvalidSignature, ValueError):
             yield place
+
+
+def _verify_whole(data: bytes, origin: str) -> None:
+    try:
+        entry = Entry.from_bytes(data)
+    except Malformed:
+        return  # found out where it is folded
+    try:
+        entry.verify(origin)
+    except Refused:
+        raise ValueError("not signed by all who should have") from None
 
 
 @lru_cache(authors_max)
