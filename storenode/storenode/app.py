@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 import signal
 import sqlite3
 import ssl
@@ -22,8 +21,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from cryptography.x509 import load_der_x509_certificate
 
-from medshard_protocol.entries import Enrol, nonce_size, sign_entry
+from medshard_protocol.entries import Body, Rotate, Sender, sign_entry
 from medshard_protocol.errors import Full, MedshardError, Refused, Unavailable
+from medshard_protocol.facts import Facts
 from medshard_protocol.identity import certificate_key
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.messages import body_type, pack_error
@@ -62,11 +62,11 @@ from storenode.wire import TlsSite, body_size
 
 log = logging.getLogger("storenode")
 open_paths: Final = frozenset(
-    {"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", "/v1/certificate", successor_path}
+    {"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", "/v1/rotate", "/v1/senders", "/v1/certificate", successor_path}
 )  # answer without a certificate
 public_prefixes: Final = ("/log/", archive_prefix)  # so do these, where the operator says so
 writes: Final = frozenset(
-    {"/v1/files", "/v1/ledger/append", "/v1/join", "/v1/certificate"}
+    {"/v1/files", "/v1/ledger/append", "/v1/join", "/v1/rotate", "/v1/senders", "/v1/certificate"}
 )  # beside every PUT and DELETE; not for a node that has left
 again_after_s: Final = 2.0  # what the others get to hear of a roster with our new keys, before we begin again with those
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
@@ -356,17 +356,26 @@ async def _healthz(request: web.Request) -> web.Response:
     return web.Response(text="ok\n")
 
 
-def _enrol(parts: Parts, keys: NodeKeys) -> Callable[[Key], Awaitable[None]]:
-    async def enrol(key: Key) -> None:
-        """Put the institution's word for ``key`` on the ledger; returns when a quorum has cosigned it."""
+def _enrol(parts: Parts, keys: NodeKeys) -> Callable[[Body], Awaitable[None]]:
+    async def enrol(body: Body) -> None:
+        """Put the institution's word for a key on the ledger; returns when a quorum has cosigned it."""
         ca = keys.ca
         if ca is None:
             raise Refused("this node does not keep its institution's CA key", hint="ask for an invitation of the node that does")
-        body = Enrol(key, 0, os.urandom(nonce_size))
+        if _stands(parts.node.ledger.state, body):
+            return
         author = Key(ca.public_key().public_bytes_raw())
         await parts.node.ledger.append([sign_entry(parts.roster.origin, body, author, ca.sign)])
 
     return enrol
+
+
+def _stands(facts: Facts, body: Body) -> bool:
+    """Whether a successor or a sender was enrolled by an earlier try."""
+    known = facts.identity(body.key) if isinstance(body, Rotate | Sender) else None
+    if known is None:
+        return False
+    return known.before == body.old if isinstance(body, Rotate) else isinstance(body, Sender) and known.heir == body.vault
 
 
 def _vouched(parts: Parts, keys: NodeKeys) -> Callable[[Key], bool]:

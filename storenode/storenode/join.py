@@ -1,4 +1,5 @@
-"""POST /v1/join: a vault shows an invitation, proves its key, and gets the institution's word for it. POST /v1/certificate: once more.
+"""POST /v1/join: a vault shows an invitation, proves its key, and gets the institution's word for it. POST /v1/rotate: so does a new key
+in the place of an old one, POST /v1/senders: one that will only send. POST /v1/certificate: the certificate once more.
 
 Law: the order is claim, enrol, certify, mark as used. After a crash anywhere the same key with the same code goes through again and ends
 in the same state; another key never does. Nothing that the vault wrote reaches its certificate but its key.
@@ -8,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from aiohttp import web
 
+from medshard_protocol.entries import Body, Rotate, Sender, nonce_size
+from medshard_protocol.entries import Enrol as Enrolment
 from medshard_protocol.errors import Malformed, Refused, TooLarge, Unavailable
 from medshard_protocol.identity import csr_key
 from medshard_protocol.ids import Key
-from medshard_protocol.invite import join_bytes_max, pack_joined, unpack_join, unpack_readmission
+from medshard_protocol.invite import Rotation, pack_joined, rotate_bytes_max, unpack_join, unpack_readmission, unpack_sender
 from medshard_protocol.messages import body_type
 from storenode.config import Config
 from storenode.identity import Institution, NodeKeys, issue_client_cert
@@ -25,8 +29,9 @@ from storenode.invites import Invites
 
 log = logging.getLogger(__name__)
 
-Enrol = Callable[[Key], Awaitable[None]]
+Enrol = Callable[[Body], Awaitable[None]]
 Vouched = Callable[[Key], bool]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 wrong_max: Final = 10  # wrong codes from one address in a window; right ones do not count, for a clinic may sit behind one address
 window_s: Final = 60.0
 addresses_max: Final = 4096
@@ -62,6 +67,7 @@ class Desk:
     """Takes joins. The claim is made before anything is awaited, so of two keys with one code only one gets past it."""
 
     def __init__(self, invites: Invites, institution: Institution, enrol: Enrol, clock: Callable[[], float] = time.time) -> None:
+        """``enrol`` brings an entry into the ledger in the institution's name, where its effect is not there already."""
         self._invites = invites
         self._institution = institution
         self._enrol = enrol
@@ -70,20 +76,31 @@ class Desk:
 
     async def join(self, secret: bytes, csr: bytes) -> bytes:
         """Give the certificate (DER) for a request (DER). Raises Malformed, Refused, or what enrolling raises."""
-        key = csr_key(csr)
+        return await self._take(secret, csr, Enrolment(csr_key(csr), 0, os.urandom(nonce_size)))
+
+    async def rotate(self, asked: Rotation) -> bytes:
+        """As ``join``, for a key that succeeds another."""
+        signatures = asked.old_signature, asked.key_signature
+        return await self._take(asked.secret, asked.csr, Rotate(asked.old, csr_key(asked.csr), *signatures, os.urandom(nonce_size)))
+
+    async def sender(self, secret: bytes, csr: bytes, vault: Key) -> bytes:
+        """As ``join``, for a key that will only send for this vault."""
+        return await self._take(secret, csr, Sender(csr_key(csr), vault, os.urandom(nonce_size)))
+
+    async def _take(self, secret: bytes, csr: bytes, body: Enrolment | Rotate | Sender) -> bytes:
         if self._running >= joins_max:
             raise Unavailable("too many vaults are joining at once", hint="try again in a minute")
-        issued = self._invites.claim(secret, key, now=self._clock())
+        issued = self._invites.claim(secret, body.key, now=self._clock())
         self._running += 1
         try:
             if not issued.used:
-                await self._enrol(key)
+                await self._enrol(body)
         finally:
             self._running -= 1
         certificate = issue_client_cert(self._institution, csr)
         if not issued.used:
             self._invites.finish(secret, issued)
-        log.info("joined", extra={"peer": key.hex()})
+        log.info("joined", extra={"peer": body.key.hex(), "as": type(body).__name__.lower()})
         return certificate
 
 
@@ -92,18 +109,20 @@ def join_routes(config: Config, keys: NodeKeys, enrol: Enrol, vouched: Vouched) 
     throttle = Throttle()
     desk = Desk(Invites(config.data), Institution(keys.ca, keys.ca_certificate), enrol) if keys.ca is not None else None
 
-    async def join(request: web.Request) -> web.Response:
-        if desk is None:
-            raise Refused("this node does not keep its institution's CA key", hint="ask for an invitation of the node that does")
-        address = request.remote or ""
-        throttle.check(address)
-        try:
-            secret, csr = unpack_join(await _body(request, config.limits.body_stall_s))
-            certificate = await desk.join(secret, csr)
-        except (Malformed, Refused):
-            throttle.wrong(address)
-            raise
-        return web.Response(body=pack_joined(certificate), content_type=body_type)
+    def taking(take: Callable[[Desk, bytes], Awaitable[bytes]]) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            if desk is None:
+                raise Refused("this node does not keep its institution's CA key", hint="ask for an invitation of the node that does")
+            address = request.remote or ""
+            throttle.check(address)
+            try:
+                certificate = await take(desk, await _body(request, config.limits.body_stall_s))
+            except (Malformed, Refused):
+                throttle.wrong(address)
+                raise
+            return web.Response(body=pack_joined(certificate), content_type=body_type)
+
+        return handle
 
     async def certify(request: web.Request) -> web.Response:
         """A certificate again, for whoever still has the key: after a disaster, or when the old one has run out."""
@@ -122,7 +141,12 @@ def join_routes(config: Config, keys: NodeKeys, enrol: Enrol, vouched: Vouched) 
         log.info("certified again", extra={"peer": csr_key(csr).hex()})
         return web.Response(body=pack_joined(certificate), content_type=body_type)
 
-    return [web.post("/v1/join", join), web.post("/v1/certificate", certify)]
+    return [
+        web.post("/v1/join", taking(lambda desk, body: desk.join(*unpack_join(body)))),
+        web.post("/v1/rotate", taking(lambda desk, body: desk.rotate(Rotation.from_bytes(body)))),
+        web.post("/v1/senders", taking(lambda desk, body: desk.sender(*unpack_sender(body)))),
+        web.post("/v1/certificate", certify),
+    ]
 
 
 async def _body(request: web.Request, stall_s: float) -> bytes:
@@ -132,8 +156,8 @@ async def _body(request: web.Request, stall_s: float) -> bytes:
         async with asyncio.timeout(stall_s):
             async for chunk in request.content.iter_any():
                 data += chunk
-                if len(data) > join_bytes_max:
-                    raise TooLarge(f"join: more than the {join_bytes_max} bytes allowed")
+                if len(data) > rotate_bytes_max:
+                    raise TooLarge(f"join: more than the {rotate_bytes_max} bytes allowed")
     except TimeoutError:
         raise Unavailable(f"join: not whole within {stall_s:g} s") from None
     return data

@@ -71,6 +71,8 @@ operations: Final = (
     Operation("GET", path, "This document", gives=json_type),
     Operation("GET", "/v1/genesis", "The genesis file", "roster", open=True),
     Operation("POST", "/v1/join", "A certificate for an invitation", "invite", body_type, open=True),
+    Operation("POST", "/v1/rotate", "A certificate for a key that succeeds another", "invite", body_type, open=True),
+    Operation("POST", "/v1/senders", "A certificate for a key that only sends", "invite", body_type, open=True),
     Operation("POST", "/v1/certificate", "A certificate again, for a key that is enrolled", "invite", body_type, open=True),
     Operation("GET", "/v1/status", "What an operator wants to know", gives=json_type),
     # shards and manifests
@@ -124,7 +126,9 @@ operations: Final = (
     Operation("GET", "/v1/ledger/places/{file}", "Where stands what a proof for outsiders needs", "ledger"),
     Operation("GET", "/v1/ledger/history/{file}", "Every entry that names a file", "access", query=("after",)),
     Operation("POST", "/v1/ledger/times", "When entries were published", "access", body_type),
+    Operation("GET", "/v1/ledger/identities", "All keys that institutions vouch for", "access", gives=json_type, query=("after",)),
     Operation("GET", "/v1/ledger/identities/{key}", "Who vouches for a key", "access"),
+    Operation("GET", "/v1/ledger/passings/{key}", "Whose the files of a key are now, and by which entries", "access"),
     Operation("GET", "/log/checkpoint", "The newest published checkpoint", "checkpoint", gives=text_type, query=("full", "roster")),
     Operation("GET", "/log/tile/{name}", "A tile or entry bundle", "ledger", gives=bytes_type),
     Operation("GET", "/before/{number}/log/{path}", "A file of an earlier log, as it ended", "ledger", gives=bytes_type),

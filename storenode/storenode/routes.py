@@ -19,7 +19,7 @@ from aiohttp import web
 
 from medshard_protocol import merkle
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused
-from medshard_protocol.ids import FileId, NodeId, file_id_from_hex
+from medshard_protocol.ids import FileId, Key, NodeId, file_id_from_hex
 from medshard_protocol.manifest import Manifest, manifest_bytes_max
 from medshard_protocol.messages import (
     Found,
@@ -87,12 +87,25 @@ def routes() -> list[web.RouteDef]:
     ]
 
 
+def vouched_caller(request: web.Request) -> Key:
+    """The key of who asks. Raises Refused for nobody in particular, and for a key that its institution has withdrawn.
+
+    One that this node has not heard of yet is let through: the ledger decides, and this only spares honest nodes a thief's work.
+    """
+    key = caller(request).key
+    known = request.app[node_key].ledger.state.identity(key)
+    if known is not None and known.withdrawn is not None:
+        hint = "ask your institution for an invitation, and run `medshard keys rotate`"
+        raise Refused(f"{known.institution} has withdrawn this key", hint=hint)
+    return key
+
+
 # -- in
 
 
 async def put_shard(request: web.Request) -> web.Response:
     """Take one shard, streamed."""
-    node, (file_id, index) = request.app[node_key], shard_id(request)
+    node, (file_id, index), owner = request.app[node_key], shard_id(request), vouched_caller(request)
     size = body_size(request)
     if size is None:
         raise Malformed("a shard is sent with its Content-Length")
@@ -104,7 +117,7 @@ async def put_shard(request: web.Request) -> web.Response:
             await _receive_aside(connection, incoming, stall_s)
         else:
             await _receive(request, incoming, stall_s)
-        put = await node.store.commit(incoming, file_id, index, caller(request).key)
+        put = await node.store.commit(incoming, file_id, index, owner)
     finally:
         node.store.abandon(incoming)
     return _stored(put.root, put.created)
@@ -116,7 +129,7 @@ async def put_manifest(request: web.Request) -> web.Response:
     manifest = Manifest.from_bytes(await read_body(request, min(node.config.limits.manifest_bytes_max, manifest_bytes_max)))
     if manifest.file_id != file_id:
         raise Malformed("the manifest is of another file")
-    if manifest.owner != caller(request).key:
+    if manifest.owner != vouched_caller(request):
         raise Refused("a manifest is stored by its owner alone")
     shard = node.store.shard(file_id)
     if shard is None:
@@ -129,7 +142,7 @@ async def put_manifest(request: web.Request) -> web.Response:
 
 async def put_files(request: web.Request) -> web.Response:
     """Take many small shards with their manifests; each is answered for itself."""
-    node, owner = request.app[node_key], caller(request).key
+    node, owner = request.app[node_key], vouched_caller(request)
     puts = unpack_small_puts(await read_body(request, bundle_bytes_max))
 
     async def one(put: SmallPut) -> MedshardError | None:

@@ -36,17 +36,17 @@ from medshard_protocol.sharing import (
     small_bytes_max,
     unpack_shown,
 )
-from storenode.callers import caller
 from storenode.emergency import Emergencies
 from storenode.gate import Gate, cosigned_at, gate_key, wait_s
 from storenode.ledger import Ledger, Published
 from storenode.metrics import Metrics
-from storenode.routes import Node, node_key, read_body
+from storenode.routes import Node, node_key, read_body, vouched_caller
 from storenode.shardstore import Endings, Sealed
 
 shared_room_bytes: Final = 16 * 1024 * 1024  # manifests in one answer; what finds no room is fetched by itself
 obey_every_s: Final = 0.2
 ended_at_once: Final = 1000  # files destroyed between two looks at the log
+identities_max: Final = 1000  # in one answer
 grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ def routes() -> list[web.RouteDef]:
         web.get("/v1/grants", get_grants, allow_head=False),
         web.get("/v1/ledger/history/{file}", get_history, allow_head=False),
         web.get("/v1/ledger/proposals", get_proposals, allow_head=False),
+        web.get("/v1/ledger/identities", get_identities, allow_head=False),
         web.get("/v1/ledger/identities/{key}", get_identity, allow_head=False),
+        web.get("/v1/ledger/passings/{key}", get_passings, allow_head=False),
         web.get("/v1/endings/{file}", get_ending, allow_head=False),
     ]
 
@@ -111,7 +113,7 @@ async def post_access(request: web.Request) -> web.Response:
 async def put_key(request: web.Request) -> web.Response:
     """Keep what others seal to, in its owner's word."""
     key = SealingKey.from_bytes(await read_body(request, small_bytes_max))
-    if key.owner != caller(request).key:
+    if key.owner != vouched_caller(request):
         raise Refused("a key to seal to is stored by its owner alone")
     key.verify()
     await request.app[sealed_key].put_key(key.owner, key.to_bytes())
@@ -134,7 +136,7 @@ async def put_grant(request: web.Request) -> web.Response:
     node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
     sealed = SealedGrant.from_bytes(await read_body(request, small_bytes_max))
     await _folded(node.ledger, lambda facts: facts.grant(sealed.grant) is not None)
-    granted = _own_grant(node.ledger.state, file_id, sealed.grant, caller(request).key)
+    granted = _own_grant(node.ledger.state, file_id, sealed.grant, vouched_caller(request))
     if granted.revoked is not None:
         raise Refused("this grant was revoked")
     known = node.ledger.state.registration(file_id)
@@ -149,7 +151,7 @@ async def delete_grant(request: web.Request) -> web.Response:
     """Destroy a file's key for one grant, in its author's name."""
     node, file_id = request.app[node_key], file_id_from_hex(request.match_info["file"])
     grant = sha256_from_hex(request.match_info["grant"])
-    _own_grant(node.ledger.state, file_id, grant, caller(request).key)
+    _own_grant(node.ledger.state, file_id, grant, vouched_caller(request))
     if not await request.app[sealed_key].drop_grant(file_id, grant):
         raise Absent("no key of this grant is here")
     return web.Response(status=204)
@@ -161,7 +163,7 @@ async def get_grants(request: web.Request) -> web.Response:
     published = node.ledger.published
     if published is None:
         return _answer(Shared(b"", (), more=False).to_bytes())
-    return _answer(_shared(node, request.app[sealed_key], caller(request).key, _after(request), published).to_bytes())
+    return _answer(_shared(node, request.app[sealed_key], vouched_caller(request), _after(request), published).to_bytes())
 
 
 def _shared(node: Node, sealed: Sealed, reader: Key, start: int, published: Published) -> Shared:
@@ -239,6 +241,35 @@ async def get_identity(request: web.Request) -> web.Response:
     return _answer(Vouched(known.institution, known.roles, known.index, known.withdrawn is not None).to_bytes())
 
 
+async def get_identities(request: web.Request) -> web.Response:
+    """Every key that an institution vouches for, or has vouched for, as JSON; after one, where ``after`` names it."""
+    facts, after = request.app[node_key].ledger.state, request.query.get("after", "")
+    found = facts.identities(key_from_hex(after) if after else b"", identities_max + 1)
+    told = [
+        {
+            "key": key.hex(), "institution": each.institution, "first": each.first, "withdrawn": each.withdrawn,
+            "heir": each.heir.hex() if each.heir else None, "before": each.before.hex() if each.before else None,
+            "sends": facts.sends(key),
+        }
+        for key, each in found[:identities_max]
+    ]  # fmt: skip
+    return web.json_response({"identities": told, "more": len(found) > identities_max})
+
+
+async def get_passings(request: web.Request) -> web.Response:
+    """The published entries by which the files of a key came to whom they belong now: to its successors, to the vault that it sends for."""
+    ledger, key = request.app[node_key].ledger, key_from_hex(request.match_info["key"])
+    published = ledger.published
+    if published is None:
+        return _answer(History(b"", (), more=False).to_bytes())
+    told = []
+    for place in sorted(ledger.state.passings(key))[:history_entries_max]:
+        if place < published.checkpoint.size:
+            inclusion = ledger.journal.inclusion(place, published)
+            told.append(Told(place, inclusion.entry, inclusion.path, True))
+    return _answer(History(published.note, tuple(told), more=False).to_bytes())
+
+
 # -- obeying
 
 
@@ -312,7 +343,7 @@ def _own_grant(facts: Facts, file_id: FileId, grant: Sha256, author: Key) -> Gra
     granted = facts.grant(grant)
     if granted is None:
         raise Absent("this node knows no such grant", hint="try again in a moment")
-    if granted.author != author:
+    if author not in (granted.author, facts.heir(granted.author)):
         raise Refused("a sealed key is stored and deleted by the grant's author alone")
     if file_id not in granted.file_ids:
         raise Refused("the grant is of other files")

@@ -14,9 +14,10 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard_protocol import identity
+from medshard_protocol.entries import Enrol, Rotate, Sender
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import Key
-from medshard_protocol.invite import pack_join, unpack_joined
+from medshard_protocol.invite import Rotation, pack_join, pack_sender, unpack_joined
 from medshard_protocol.messages import pack_error, unpack_error
 from storenode.config import Config, write_config
 from storenode.identity import NodeKeys, create_institution, create_node
@@ -33,20 +34,22 @@ class Desk:
     invites: Invites
     session: aiohttp.ClientSession
     enrolled: list[Key] = field(default_factory=list)
+    said: list[Enrol | Rotate | Sender] = field(default_factory=list)
     ledger_is_up: bool = True
     slow_s: float = 0.0
 
-    async def enrol(self, key: Key) -> None:
+    async def enrol(self, body: Enrol | Rotate | Sender) -> None:
         await asyncio.sleep(self.slow_s)
         if not self.ledger_is_up:
             raise Unavailable("no quorum")
-        self.enrolled.append(key)
+        self.enrolled.append(body.key)
+        self.said.append(body)
 
     def invite(self) -> bytes:
         return self.invites.issue("", now=time.time(), lifetime_s=3600)
 
-    async def post(self, body: bytes) -> tuple[int, bytes]:
-        async with self.session.post(f"{self.url}/v1/join", data=body) as response:
+    async def post(self, body: bytes, route: str = "join") -> tuple[int, bytes]:
+        async with self.session.post(f"{self.url}/v1/{route}", data=body) as response:
             return response.status, await response.read()
 
     async def join(self, secret: bytes, key: Ed25519PrivateKey) -> bytes | str:
@@ -105,6 +108,27 @@ async def test_joining_again_with_the_same_key_and_code_is_no_change(desk: Desk,
     assert isinstance(await desk.join(secret, key), bytes)
     assert isinstance(await desk.join(secret, key), bytes)
     assert len(desk.enrolled) == 1
+
+
+async def test_a_code_brings_a_successor_or_a_sender_in_as_well_and_once(desk: Desk, key: Ed25519PrivateKey) -> None:
+    old, vault = Key(b"o" * 32), Key(b"v" * 32)
+    secrets, csr = (desk.invite(), desk.invite()), identity.client_csr(key)
+    asked = Rotation(secrets[0], csr, old, b"s" * 64, b"t" * 64)
+    desk.ledger_is_up = False
+    assert (await desk.post(asked.to_bytes(), "rotate"))[0] == 503
+    desk.ledger_is_up = True
+    for _ in range(2):  # the same key comes again, and only it
+        status, body = await desk.post(asked.to_bytes(), "rotate")
+        assert (status, identity.certificate_key(unpack_joined(body))) == (200, identity.public_key(key))
+    other = identity.client_csr(Ed25519PrivateKey.generate())
+    assert (await desk.post(Rotation(secrets[0], other, old, b"s" * 64, b"t" * 64).to_bytes(), "rotate"))[0] == 403
+    assert (await desk.post(pack_sender(secrets[0], other, vault), "senders"))[0] == 403
+    assert (await desk.post(pack_sender(secrets[1], other, vault), "senders"))[0] == 200
+    (rotated, sender) = desk.said
+    assert isinstance(rotated, Rotate)
+    assert (rotated.old, rotated.key, rotated.old_signature, rotated.key_signature) == (old, identity.public_key(key), b"s" * 64, b"t" * 64)
+    assert isinstance(sender, Sender)
+    assert (sender.key, sender.vault) == (identity.csr_key(other), vault)
 
 
 async def test_a_code_serves_no_second_key(desk: Desk, key: Ed25519PrivateKey) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed, MedshardError, Refused, TooLarge, Unavailable
-from storenode.cli import auditing, ending, founding, keeping, log, modelling, operating, repairing, roster, successor, trial, watch
+from storenode.cli import auditing, ending, founding, keeping, log, modelling, operating, repairing, roster, successor, trial, users, watch
 from storenode.cli.options import Session, home_default
 
 
@@ -85,6 +85,7 @@ for _part in (
     operating.run,
     operating.status,
     operating.invite,
+    users.users,
     founding.renew,
     roster.roster,
     ending.rotate,
