@@ -12,27 +12,34 @@ from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, run, shared
 
 
-@click.command(epilog=examples("medshard join ABCD-…", "MEDSHARD_HOME=~/radiology medshard join ABCD-…"))
+@click.command(epilog=examples("medshard join ABCD-…", "medshard join ABCD-… --keyring", "MEDSHARD_HOME=~/radiology medshard join ABCD-…"))
 @click.argument("code", metavar="CODE")
+@click.option("--keyring", "in_keyring", is_flag=True, help="Draw the passphrase and keep it in the keyring of the operating system.")
 @shared
-def join(session: Session, code: str) -> int:
+def join(session: Session, code: str, in_keyring: bool) -> int:
     """Join a consortium with a one-time CODE.
 
     An operator makes the code with `storenode invite`. Makes the vault's keys, unless the home has some, and enrols them with
-    the institution. Keep a copy of vault.key and its passphrase: without both, nothing can ever be restored.
+    the institution. Keep a copy of vault.key and its passphrase: without both, nothing can ever be restored. With --keyring nobody knows
+    the passphrase, so make a kit at once (`medshard keys kit`): the keyring dies with the machine.
     """
-    from medshard.cli import passphrase
+    from medshard.cli import keyring, passphrase
     from medshard.home import Home
     from medshard.vault import Vault
 
     fresh = not Home(session.home).key_file.exists()
-    secret = passphrase.new(session.home) if fresh else passphrase.known(session.home)
-    run(Vault.join(session.home, code, secret))
+    if fresh and in_keyring:
+        secret = keyring.draw(session.home)
+    else:
+        secret = passphrase.new(session.home) if fresh else passphrase.known(session.home)
+    run(Vault.join(session.home, code, secret, fast_kdf=fresh and in_keyring))
     if session.json:
         output.document({"home": output.plain(session.home), "new_keys": fresh})
     elif not session.quiet:
         output.line(f"joined: {session.home}")
-        if fresh:
+        if fresh and in_keyring:
+            output.line("The passphrase is in the keyring of this machine, and nowhere else: make a kit now (medshard keys kit).")
+        elif fresh:
             output.line(f"Keep a copy of {Home(session.home).key_file} in another place, and the passphrase in a third.")
     return Exit.OK
 

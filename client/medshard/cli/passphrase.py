@@ -1,4 +1,4 @@
-"""Where the passphrase comes from: the environment, a file, the terminal. Never the command line, which everybody on the
+"""Where the passphrase comes from: the environment, a file, the keyring, the terminal. Never the command line, which everybody on the
 machine can read.
 """
 
@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from medshard.cli import keyring
 from medshard_protocol.errors import Refused
 
 file_bytes_max = 4_096
@@ -70,7 +71,9 @@ def _given(home: Path) -> str | None:
     if (named := os.environ.get("MEDSHARD_PASSPHRASE_FILE")) is not None:
         return read(Path(named))
     trial = home / "passphrase"  # written by `medshard up` alone, for vaults that hold nothing of worth
-    return read(trial) if trial.is_file() else None
+    if trial.is_file():
+        return read(trial)
+    return keyring.known(home) if keyring.is_used(home) else None
 
 
 def read(path: Path) -> str:
