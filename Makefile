@@ -47,6 +47,7 @@ soak: $(READY)  ## the long tests
 vectors: $(READY)  ## make the test vectors of the formats again, without medshard code
 	@$(BIN)/python tools/make_vectors.py
 	@$(BIN)/python tools/make_ledger_vectors.py
+	@$(BIN)/python tools/make_key_vectors.py
 	@$(BIN)/python tools/make_spool_vectors.py
 
 lock: $(READY)  ## pin every package again, by hash and without naming a registry

@@ -204,7 +204,7 @@ class Consents:
         found = []
         for each in await self._vault.shares.audit(None):
             mine = own.intersection(each.file_ids)
-            if each.what != "read" or each.author == self._vault.keys.public or not mine:
+            if each.what != "read" or self._vault.keys.of(each.author) or not mine:
                 continue
             if purpose is None or each.purpose == purpose_name(purpose):
                 who = (each.author, each.author_name, each.institution)

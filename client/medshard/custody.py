@@ -314,7 +314,7 @@ class Custody:
         return len(homeless)
 
     def _has_another_home(self, file_id: FileId, sha256: bytes) -> bool:
-        rows = self._index.by_tag(self._keys.tag(sha256))
+        rows = self._index.by_tag(self._keys.row_tag(sha256))
         # A copy that was made to be shared alone is no home: `ls` does not list it.
         return any(row.file_id != file_id and row.attributes.get(copy_mark) != copy_shared for row in rows)
 
@@ -352,11 +352,11 @@ class Custody:
         """The objects that these files lie in, each once. Raises Absent, or Refused for another's."""
         objects: dict[FileId, Opened] = {}
         for target in await self._lookup.targets(list(dict.fromkeys(hashes))):
-            if target.manifest.owner != self._keys.public:
+            if not self._lookup.owns(target.manifest):
                 raise Refused(f"{target.sha256.hex()[:16]}… was shared with this vault: only its owner decides how long it is kept")
             objects.setdefault(target.manifest.file_id, Opened(target.manifest, target.seal, target.header, target.inclusion))
         for sha256 in dict.fromkeys(hashes):  # copies that were made to be shared alone, and second puts, are the same document
-            for row in self._index.by_tag(self._keys.tag(sha256)):
+            for row in self._index.by_tag(self._keys.row_tag(sha256)):
                 if FileId(row.file_id) not in objects:
                     objects[FileId(row.file_id)] = await self._lookup.file(FileId(row.file_id))
         return list(objects.values())

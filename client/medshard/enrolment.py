@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Final, TypeAlias
 
 import aiohttp
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard.durable import write_durably
 from medshard.home import Home
 from medshard.keys import VaultKeys
 from medshard.tls import context_for, unverified_context
+from medshard_protocol.entries import rotation_signed
 from medshard_protocol.errors import Damaged, MedshardError, Refused, Unavailable
-from medshard_protocol.identity import certificate_key, client_csr, is_issued_by, node_hostname
-from medshard_protocol.invite import Invite, pack_join, pack_readmission, unpack_joined
+from medshard_protocol.identity import certificate_key, client_csr, is_issued_by, node_hostname, public_key
+from medshard_protocol.ids import Key
+from medshard_protocol.invite import Invite, Rotation, pack_join, pack_readmission, pack_sender, unpack_joined
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.roster import Node, Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
@@ -32,6 +36,28 @@ Links: TypeAlias = list[Link]
 
 async def join(home: Home, keys: VaultKeys, code: str) -> None:
     """Enrol the vault's key and write genesis file and certificate. Raises Malformed, Refused, Damaged or Unavailable."""
+    asked = client_csr(keys.signing)
+    write_durably(home.certificate, await _enrolled(home, keys.public, code, "/v1/join", lambda secret, _: pack_join(secret, asked)))
+
+
+async def rotate(home: Home, old: VaultKeys, new: VaultKeys, code: str) -> bytes:
+    """Enrol ``new`` in the place of ``old``, and write the genesis file; the certificate of the new key. Raises as ``join``."""
+
+    def asked(secret: bytes, roster: Roster) -> bytes:
+        signed = rotation_signed(roster.origin, old.public, new.public)
+        return Rotation(secret, client_csr(new.signing), old.public, old.signing.sign(signed), new.signing.sign(signed)).to_bytes()
+
+    return await _enrolled(home, new.public, code, "/v1/rotate", asked)
+
+
+async def send_for(home: Home, signing: Ed25519PrivateKey, vault: Key, code: str) -> bytes:
+    """Enrol a key that will only send for ``vault``, and write the genesis file; its certificate. Raises as ``join``."""
+    asked = client_csr(signing)
+    return await _enrolled(home, public_key(signing), code, "/v1/senders", lambda secret, _: pack_sender(secret, asked, vault))
+
+
+async def _enrolled(home: Home, key: Key, code: str, path: str, asked: Callable[[bytes, Roster], bytes]) -> bytes:
+    """Show an invitation and get the institution's certificate for ``key``. Writes the genesis file and the rosters since."""
     invite = Invite.from_code(code)
     genesis = await genesis_of(invite.url)
     if sha256(genesis).digest() != invite.genesis_sha256:
@@ -44,15 +70,14 @@ async def join(home: Home, keys: VaultKeys, code: str) -> None:
     node = _node(roster, invite)
     institution = roster.institutions[invite.institution]
     context = context_for(institution.ca, former=institution.former)
-    answer = await _request("POST", invite.url + "/v1/join", pack_join(invite.secret, client_csr(keys.signing)), context, node)
-    certificate = unpack_joined(answer)
-    if certificate_key(certificate) != keys.public:
+    certificate = unpack_joined(await _request("POST", invite.url + path, asked(invite.secret, roster), context, node))
+    if certificate_key(certificate) != key:
         raise Damaged("the institution certified another key than this vault's")
     if not is_issued_by(certificate, institution.ca):
         raise Damaged("the certificate is not signed by the institution that the invitation names")
     write_durably(home.genesis, genesis)
     home.keep_links(0, links)
-    write_durably(home.certificate, certificate)
+    return certificate
 
 
 async def genesis_of(url: str) -> bytes:

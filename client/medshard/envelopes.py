@@ -6,6 +6,7 @@ neither can be shown elsewhere as something it is not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from medshard import hpke
@@ -34,9 +35,15 @@ def seal_grant(reader: bytes, seal: FileSeal, grant: Sha256) -> SealedGrant:
     return SealedGrant(grant, hpke.seal(reader, seal.file_key, _grant_info + seal.file_id + grant))
 
 
-def open_grant(reader: hpke.PrivateKey, manifest: Manifest, grant: Sha256, sealed: bytes) -> FileSeal:
-    """The seal of a file that was granted. Raises Damaged unless it is that file's key, given by that grant."""
-    file_key = reader.open(sealed, _grant_info + manifest.file_id + grant)
+def open_grant(readers: Sequence[hpke.PrivateKey], manifest: Manifest, grant: Sha256, sealed: bytes) -> FileSeal:
+    """The seal of a file that was granted to one of a vault's keys. Raises Damaged unless it is that file's key, given by that grant."""
+    for number, reader in enumerate(readers, 1):
+        try:
+            file_key = reader.open(sealed, _grant_info + manifest.file_id + grant)
+            break
+        except Damaged:
+            if number == len(readers):
+                raise
     if len(file_key) != 32:
         raise Damaged("a grant holds a key of 32 bytes")
     return FileSeal.of(manifest, file_key)

@@ -35,7 +35,7 @@ from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
 from medshard_protocol.entries import Purpose
 from medshard_protocol.errors import Absent, Damaged, Malformed, Refused, Unavailable
-from medshard_protocol.ids import Key, key_size
+from medshard_protocol.ids import FileId, Key, key_size
 
 custodians_max: Final = 32
 id_size: Final = 16
@@ -173,6 +173,20 @@ class Escrow:
         if earlier:
             await self._vault.custody.end(earlier)
         return shares[0].id
+
+    async def renew(self) -> int:
+        """Deposit the present root key with those who have shares of one before; how many they are, and none where they have it already."""
+        threshold, custodians = 0, list[Key]()
+        for rows in self.deposited().values():
+            shares = [Share.from_bytes(await self._vault.read(row.sha256, 0, row.size)) for row in rows]
+            if any(share.vault == self._vault.keys.public for share in shares):
+                return 0
+            threshold = max(share.threshold for share in shares)
+            custodians += [key for row in rows for key in self._vault.shares.readers_of(FileId(row.file_id))]
+        if not custodians:
+            return 0
+        await self.deposit(list(dict.fromkeys(custodians)), threshold)
+        return len(set(custodians))
 
     def deposited(self) -> dict[str, list[Row]]:
         """The shares of this vault's root key that are out, by escrow."""

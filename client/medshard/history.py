@@ -6,7 +6,7 @@ any is shown too, because the attempt stands there. Names come from whoever read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -27,6 +27,8 @@ from medshard_protocol.entries import (
     Retain,
     Retire,
     Revoke,
+    Rotate,
+    Sender,
 )
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.ids import FileId, Key, Sha256
@@ -58,11 +60,11 @@ class Names:
 
     contacts: Mapping[Key, str] = field(default_factory=dict)
     institutions: dict[Key, str] = field(default_factory=dict)
-    own: Key | None = None
+    own: Collection[Key] = ()
 
     def of(self, key: Key) -> str:
         """A contact's name, or nothing."""
-        return "this vault" if key == self.own else self.contacts.get(key, "")
+        return "this vault" if key in self.own else self.contacts.get(key, "")
 
 
 class Teller:
@@ -82,6 +84,8 @@ class Teller:
         self._grants: dict[Sha256, _Standing] = {}
         self._holds: dict[Sha256, FileId] = {}
         self._by_reader: dict[tuple[FileId, Key], list[Sha256]] = {}
+        self._heirs: dict[Key, tuple[Key, int]] = {}  # whose the files of a key are, and from which entry on
+        self._before: dict[Key, Key] = {}  # the key that a key succeeded
 
     def own(self, file_id: FileId, owner: Key) -> None:
         """Say whose file this is, where that is known for sure before its REGISTER entry comes."""
@@ -97,6 +101,9 @@ class Teller:
             case Enrol(key=key):
                 if author in self._institutions:
                     self._names.institutions.setdefault(key, self._institutions[author])
+                return None
+            case Rotate() | Sender():
+                self.passed(index, entry)
                 return None
             case Register():
                 self._owners.setdefault(body.file_id, self._keys.setdefault(author, author))
@@ -132,8 +139,30 @@ class Teller:
             index, entry.id, kind, author, self._names.of(author), self._institution(author), file_ids, sha256, time=time, **more
         )
 
+    def passed(self, index: int, entry: Entry) -> None:
+        """Take in an entry by which the files of a key come to another."""
+        body = entry.body
+        if isinstance(body, Rotate | Sender) and entry.author in self._institutions:
+            self._names.institutions.setdefault(body.key, self._institutions[entry.author])
+            if isinstance(body, Rotate):
+                self._before[body.key] = body.old
+            old, heir = body.passes
+            self._heirs.setdefault(old, (heir, index))
+
+    def _heir(self, key: Key, index: int) -> Key:
+        while (passed := self._heirs.get(key)) is not None and passed[1] < index:
+            key = passed[0]
+        return key
+
+    def _line(self, key: Key) -> list[Key]:
+        keys = [key]
+        while (before := self._before.get(keys[-1])) is not None:
+            keys.append(before)
+        return keys
+
     def _granted(self, index: int, entry: Entry, body: Grant) -> tuple[str, dict[str, Any]]:
-        valid = all(self._owners.get(file_id) == entry.author for file_id in body.file_ids if file_id in self._owners)
+        owners = [self._owners[file_id] for file_id in body.file_ids if file_id in self._owners]
+        valid = all(entry.author in (owner, self._heir(owner, index)) for owner in owners)
         if valid:
             self._grants[entry.id] = _Standing(entry.id, index, body, entry.author)
             for file_id in body.file_ids:
@@ -147,7 +176,8 @@ class Teller:
         }
 
     def _revoked(self, index: int, entry: Entry, body: Revoke, standing: _Standing) -> tuple[str, dict[str, Any]]:
-        may = entry.author in (standing.author, standing.grant.reader) or entry.author in self._institutions
+        parties = {self._heir(key, index) for key in (standing.author, standing.grant.reader)}
+        may = entry.author in parties or entry.author in self._institutions
         if may and standing.revoked is None:
             standing.revoked = index
         reader = standing.grant.reader
@@ -168,9 +198,9 @@ class Teller:
 
     def _right(self, index: int, reader: Key, file_id: FileId) -> _Standing | Key | None:
         """The owner's key, the grant that gave the right at ``index``, or None."""
-        if self._owners.get(file_id) == reader:
+        if (owner := self._owners.get(file_id)) is not None and self._heir(owner, index) == reader:
             return reader
-        candidates = [self._grants[grant] for grant in self._by_reader.get((file_id, reader), ())]
+        candidates = [self._grants[grant] for key in self._line(reader) for grant in self._by_reader.get((file_id, key), ())]
         standing = [each for each in candidates if each.revoked is None or each.revoked > index]
         return max(standing, key=lambda each: each.grant.until or 2**63, default=None)
 

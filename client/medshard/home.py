@@ -1,6 +1,9 @@
 """The client's folder: where each thing of a vault lies.
 
 vault.key            the root key under a passphrase: the one thing that must be backed up
+former-KEY.sealed    the root keys before it, where it was rotated, sealed under it
+next.key, next.der   the key that a rotation is about to put in its place, and its certificate: what is left of one that was cut off
+sender.key           in the place of vault.key, for what only sends: a key to sign with, and the vault's public key
 genesis.medshard     the roster that this vault began with, and trusts
 rosters/             the changes since, each as the nodes told of it: NUMBER.link (docs/formats/roster.md); rosters-1/ in a first successor
 before/              what came after earlier logs: SHA-256 of the genesis file of each, .successor
@@ -49,6 +52,21 @@ class Home:
     def certificate(self) -> Path:
         """The vault's certificate, DER."""
         return self.folder / "certificate.der"
+
+    @property
+    def next_key(self) -> Path:
+        """The root key that a rotation is about to put in its place."""
+        return self.folder / "next.key"
+
+    @property
+    def next_certificate(self) -> Path:
+        """The certificate of that key. Once it lies here, the ledger has taken the change."""
+        return self.folder / "next.der"
+
+    @property
+    def sender(self) -> Path:
+        """The keys of what only sends."""
+        return self.folder / "sender.key"
 
     @property
     def index(self) -> Path:

@@ -59,7 +59,7 @@ class Keepers:
         found = []
         for index, entry in (await self._rights.proposals()).items():
             if isinstance(entry.body, Propose) and entry.body.stands:
-                own = entry.author == self._keys.public
+                own = self._keys.of(entry.author) is not None
                 found.append(Proposal(index, entry.body.what, entry.body.file_id, entry.author, own))
         return sorted(found, key=lambda each: each.index)
 
@@ -100,7 +100,7 @@ class Keepers:
 
     async def standing(self, file_id: FileId) -> Standing:
         """What keeps a file, asked of the ledger now."""
-        return fold(await self._rights.history(file_id), self._keys.public)
+        return fold(await self._rights.history(file_id), [keys.public for keys in self._keys.line])
 
     async def _chosen(self, indices: Sequence[int]) -> list[Proposal]:
         found = {each.index: each for each in await self.open()}

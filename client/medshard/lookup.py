@@ -22,7 +22,7 @@ from medshard.sealing import FileSeal, unwrap
 from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.errors import Absent, Damaged, MedshardError, Unavailable
-from medshard_protocol.ids import FileId, Tag
+from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest, manifest_bytes_max
 from medshard_protocol.messages import Found, lookup_tags_max, manifest_path, pack_lookup, unpack_found
 from medshard_protocol.proofs import Inclusion
@@ -79,11 +79,15 @@ class Lookup:
         while missing:
             # A node answers at most some megabytes of manifests at once: what is left is asked for again, as long as there is progress.
             try:
-                found.update(await self._from_nodes(missing[:lookup_tags_max]))
+                found.update(await self._from_nodes(missing[: lookup_tags_max // len(self._keys.line)]))
             except Absent:
                 found.update(await self._from_others(missing))
             missing = [wanted for wanted in missing if wanted not in found]
         return [found[wanted] for wanted in hashes]
+
+    def owns(self, manifest: Manifest) -> bool:
+        """Whether a file is this vault's own: put by it, under any of its keys, or by a sender for it."""
+        return self._keys.of(manifest.owner) is not None or bool(self._index.by_file(manifest.file_id))
 
     async def alone(self, sha256: bytes) -> Target | None:
         """An own object that has this plaintext and no other in it, so that its key can be given away; None where there is none."""
@@ -132,7 +136,7 @@ class Lookup:
 
     async def _prove_again(self, wanted: bytes) -> None:
         """Get a new proof for a file that was shared with us, where ours is of a log that has ended or of a quorum that is no more."""
-        for row in self._index.by_tag(self._keys.tag(wanted), received=True):
+        for row in self._index.by_tag(self._keys.row_tag(wanted), received=True):
             kept = self._kept(FileId(row.file_id))
             if kept is None or self.remembered(FileId(row.file_id)) is not None:
                 continue
@@ -143,14 +147,15 @@ class Lookup:
 
     def open(self, manifest: Manifest, inclusion: Inclusion) -> Opened:
         """Open an object's header. Raises Damaged or Malformed for what does not open."""
-        seal = unwrap(self._keys.vault, manifest) if manifest.owner == self._keys.public else self._granted(manifest)
+        keys = self._keys.of(manifest.owner)
+        seal = self._granted(manifest) if keys is None else unwrap(keys.vault, manifest)
         return Opened(manifest, seal, Header.from_bytes(seal.open_header(manifest.header)), inclusion)
 
     def _granted(self, manifest: Manifest) -> FileSeal:
         """The seal of another vault's file. Whether the grant still stands is for the nodes to say, and they do."""
         for known in self._index.grants(manifest.file_id):
             if known.sealed:
-                return open_grant(self._keys.hpke, manifest, known.grant, known.sealed)
+                return open_grant([keys.hpke for keys in self._keys.line], manifest, known.grant, known.sealed)
         raise Damaged("the key of this file was never given to this vault", hint="run `medshard reindex`")
 
     async def _from_others(self, hashes: Sequence[bytes]) -> dict[bytes, Target]:
@@ -168,7 +173,7 @@ class Lookup:
     def _from_index(
         self, wanted: bytes, opened: dict[FileId, Opened | None], *, received: bool = False, alone: bool = False
     ) -> Target | None:
-        for row in self._index.by_tag(self._keys.tag(wanted), received=received):
+        for row in self._index.by_tag(self._keys.row_tag(wanted), received=received):
             if alone and row.member is not None:
                 continue
             file_id = FileId(row.file_id)
@@ -187,7 +192,7 @@ class Lookup:
             missing = [wanted for wanted in hashes if wanted not in found]
             if not missing:
                 break
-            asked = [self._ask(node, [self._keys.tag(wanted) for wanted in missing]) for node in nodes[at : at + parallel]]
+            asked = [self._ask(node, missing) for node in nodes[at : at + parallel]]
             for answer in asyncio.as_completed(asked):
                 opened: dict[bytes, Opened | None] = {}
                 try:
@@ -204,8 +209,12 @@ class Lookup:
             raise _not_found(hashes[0], failures, len(nodes))
         return found
 
-    async def _ask(self, node: Node, tags: Sequence[Tag]) -> list[list[Found]]:
-        return unpack_found(await self._net.call(node, "POST", "/v1/lookup", pack_lookup(tags), timeout_s=timeout_s), len(tags))
+    async def _ask(self, node: Node, hashes: Sequence[bytes]) -> list[list[Found]]:
+        """What a node knows of each of these, under the present lookup key and those before."""
+        tags = [tag for wanted in hashes for tag in self._keys.tags(wanted)]
+        found = unpack_found(await self._net.call(node, "POST", "/v1/lookup", pack_lookup(tags), timeout_s=timeout_s), len(tags))
+        each = len(self._keys.line)
+        return [[file for some in found[at : at + each] for file in some] for at in range(0, len(found), each)]
 
     async def _first_good(self, files: Sequence[Found], wanted: bytes, opened: dict[bytes, Opened | None]) -> Target | None:
         for file in files:
@@ -220,7 +229,7 @@ class Lookup:
 
     async def _checked(self, file: Found) -> Opened | None:
         manifest = Manifest.from_bytes(file.manifest)
-        if manifest.owner != self._keys.public:
+        if self._keys.of(manifest.owner) is None:
             return None
         inclusion = await self._proof(manifest, file)
         if inclusion is None:

@@ -121,7 +121,7 @@ class Putter:
     def _row_of(self, part: Part, digest: bytes) -> StoredFile | None:
         # What the user says of a file is sealed with it: a new tag or policy number makes a new object, or it would be lost.
         said = {key: value for key, value in part.description.attributes.items() if key.startswith(_said)}
-        for row in self._index.by_tag(self._keys.tag(digest)):
+        for row in self._index.by_tag(self._keys.row_tag(digest)):
             if not said.items() <= row.attributes.items() or (self._alone and row.member is not None):
                 continue
             return StoredFile(part.path, digest, part.size, row.file_id, row.ledger_index, already=True)
@@ -334,7 +334,7 @@ class Putter:
 
     def _finish(self, unit: Unit, manifest: Manifest, header: Header, proof: Inclusion, *, advanced: bool = False) -> None:
         rows = rows_of(manifest, header, proof.index)
-        self._index.add_many([(self._keys.tag(row.sha256), row) for row in rows])
+        self._index.add_many([(self._keys.row_tag(row.sha256), row) for row in rows])
         self._lookup.remember(manifest, proof)
         self._index.journal_delete(_journal_key(unit))
         for part, row in zip(unit.parts, rows, strict=True):

@@ -54,9 +54,12 @@ async def rebuild(net: Net, keys: VaultKeys, index: Index, progress: OnProgress 
             if file_id not in ended:
                 lost.append(file_id.hex())
             return
-        header = Header.from_bytes(unwrap(keys.vault, manifest).open_header(manifest.header))
+        owner = keys.of(manifest.owner)
+        if owner is None:
+            return  # hash and author do not fit together: nothing of ours
+        header = Header.from_bytes(unwrap(owner.vault, manifest).open_header(manifest.header))
         found = rows_of(manifest, header, number)
-        index.add_many([(keys.tag(row.sha256), row) for row in found])
+        index.add_many([(keys.row_tag(row.sha256), row) for row in found])
         rows += len(found)
 
     await asyncio.gather(*(one(file_id, number, digest) for file_id, (number, digest) in mine.items()))
@@ -120,7 +123,7 @@ def _mine(entries: list[bytes], keys: VaultKeys, roster: Roster) -> Iterator[tup
     for number, data in enumerate(entries):
         try:
             entry = Entry.from_bytes(data)
-            if isinstance(entry.body, Register | Grant | Revoke | Erase | Retire) and entry.author == keys.public:
+            if isinstance(entry.body, Register | Grant | Revoke | Erase | Retire) and keys.of(entry.author):
                 entry.verify(roster.origin_at(number))
                 yield number, entry
         except MedshardError:

@@ -134,7 +134,8 @@ async def _certificate(keys: VaultKeys, urls: Sequence[str], genesis: bytes) -> 
             f"no node that answers can certify this vault's key ({'; '.join(failures[:4])})", hint="try again when more are up"
         )
     raise Refused(
-        "no institution vouches for this vault's key", hint="it was withdrawn, or the CA's key is kept off the nodes: ask your institution"
+        "no institution vouches for this vault's key",
+        hint="it was withdrawn or rotated (take the newest kit), or the CA's key is kept off the nodes: ask the institution",
     )
 
 

@@ -7,6 +7,7 @@ proves counts. Who vouches for a key is told in the nodes' word, to be shown to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -16,8 +17,24 @@ from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.transport import Net, without_name
 from medshard_protocol.checkpoint import Note, cosigners
-from medshard_protocol.entries import Access, Entry, Erase, Grant, Hold, Move, Propose, Register, Release, Retain, Retire, Revoke
+from medshard_protocol.entries import (
+    Access,
+    Entry,
+    Erase,
+    Grant,
+    Hold,
+    Move,
+    Propose,
+    Register,
+    Release,
+    Retain,
+    Retire,
+    Revoke,
+    Rotate,
+    Sender,
+)
 from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused, Unavailable
+from medshard_protocol.identity import certificate_key
 from medshard_protocol.ids import FileId, Key, Sha256
 from medshard_protocol.roster import Node
 from medshard_protocol.sharing import (
@@ -31,6 +48,7 @@ from medshard_protocol.sharing import (
     identity_path,
     key_path,
     pack_places,
+    passings_path,
     places_max,
     proposals_path,
     shared_path,
@@ -66,6 +84,8 @@ class Rights:
         self._net = net
         self._keys = keys
         self._ledger = ledger
+        self._heirs: dict[Key, list[Key]] = {}
+        self.pinned: dict[Key, bytes] = {}  # HPKE keys that need not be asked for: their owners' signatures were checked
 
     # -- keys to seal to
 
@@ -82,6 +102,8 @@ class Rights:
         """The HPKE key that ``owner`` signed. Raises Absent where no node has one."""
         if owner == self._keys.public:
             return self._keys.hpke.public
+        if owner in self.pinned:
+            return self.pinned[owner]
         answers = await self._all(lambda node: self._net.call(node, "GET", key_path(owner), timeout_s=timeout_s))
         for _, answer in answers:
             try:
@@ -105,6 +127,53 @@ class Rights:
                 continue
         # The one who knows of the later entry knows more.
         return max(found, key=lambda each: (each.withdrawn, each.index), default=None)
+
+    # -- whose a key's files are
+
+    async def passings(self, key: Key) -> list[tuple[int, Entry]]:
+        """The entries by which the files of a key came to its successors, or to the vault that it sends for, as two institutions tell.
+
+        A successor's stand by the old key's own signature; both kinds by that of an institution.
+        """
+        answers = await self._ask_some(lambda node: self._net.call(node, "GET", passings_path(key), timeout_s=timeout_s), 2)
+        found: dict[int, Entry] = {}
+        for answer in answers.values():
+            with contextlib.suppress(MedshardError):
+                found |= {inclusion.index: self._ledger.verified(inclusion) for inclusion in History.from_bytes(answer).inclusions()}
+        known, passed = key, list[tuple[int, Entry]]()
+        vouching = {institution.key for institution in self._net.roster.institutions} | self._former_ca_keys()
+        for index, entry in sorted(found.items()):
+            body = entry.body
+            if isinstance(body, Rotate | Sender) and entry.author in vouching and body.passes[0] == known:
+                passed.append((index, entry))
+                known = body.passes[1]
+        return passed
+
+    def _former_ca_keys(self) -> set[Key]:
+        return {certificate_key(each) for institution in self._net.roster.institutions for each in institution.former}
+
+    async def heirs(self, key: Key, *, fresh: bool = True) -> list[Key]:
+        """The keys that a key's files came to, in order; empty where they are its own. Not ``fresh``: as of when this was last asked."""
+        if fresh or key not in self._heirs:
+            bodies = [entry.body for _, entry in await self.passings(key)]
+            self._heirs[key] = [body.passes[1] for body in bodies if isinstance(body, Rotate | Sender)]
+        return self._heirs[key]
+
+    async def heir(self, key: Key) -> Key:
+        """Whose the files of a key are now."""
+        return ([key] + await self.heirs(key))[-1]
+
+    async def heirs_in(self, told: Ledgered) -> dict[Key, list[Key]]:
+        """The heirs of a file's owner and readers, asked for only where somebody else acts in their place."""
+        entries = told.entries.values()
+        owners = {entry.author for entry in entries if isinstance(entry.body, Register)}
+        readers = {entry.body.reader for entry in entries if isinstance(entry.body, Grant)}
+        vouching = {institution.key for institution in self._net.roster.institutions}
+        acting = {entry.author for entry in entries if isinstance(entry.body, Grant | Retain | Hold | Retire | Erase)} - owners
+        reading = {entry.author for entry in entries if isinstance(entry.body, Access | Revoke | Release)} - owners - readers
+        if not (acting | reading) - vouching:
+            return {}
+        return {key: await self.heirs(key) for key in owners | readers}
 
     # -- grants
 

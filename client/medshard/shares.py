@@ -73,6 +73,14 @@ class Shares:
         """Put on the nodes what others seal to when they share with this vault; on how many it is now."""
         return await self._rights.publish_key()
 
+    def pin(self, reader: Key, hpke_public: bytes) -> None:
+        """Seal to this key for ``reader`` without asking: its owner's signature was checked."""
+        self._rights.pinned[reader] = hpke_public
+
+    async def sealing_card(self, owner: Key) -> bytes:
+        """What ``owner`` has signed for others to seal to. Raises Absent."""
+        return await self._rights.key_of(owner)
+
     async def sync(self, *, whole: bool = False) -> None:
         """Learn what others have shared with this vault since the last time, or ever."""
         await self._sharing.sync(whole=whole)
@@ -94,7 +102,7 @@ class Shares:
         hashes = list(dict.fromkeys(hashes))
         targets = await self._lookup.targets(hashes)
         for target in targets:
-            if target.manifest.owner != self._keys.public:
+            if not self._lookup.owns(target.manifest):
                 raise Refused(f"{target.sha256.hex()[:16]}… was shared with this vault: only its owner shares it further")
         wholes, parts = _whole_objects(targets)
         alone = await self._standing_alone(parts, progress)
@@ -106,11 +114,15 @@ class Shares:
             self._told(chosen[sha256], known[chosen[sha256].manifest.file_id], institution, copied=sha256 in alone) for sha256 in hashes
         ]
 
+    def readers_of(self, file_id: FileId) -> list[Key]:
+        """Whom this vault lets read an object now, as far as it knows."""
+        return [known.peer for known in self._index.grants(file_id) if known.given and not known.ended]
+
     async def share_again(self, file_id: FileId, hashes: Sequence[bytes]) -> None:
         """Give whoever may read this object the same right to the ones that these documents have been moved to."""
         live = [known for known in self._index.grants(file_id) if known.given and not known.ended]
         for known in live:
-            elsewhere = [row for sha256 in hashes for row in self._index.by_tag(self._keys.tag(sha256)) if row.file_id != file_id]
+            elsewhere = [row for sha256 in hashes for row in self._index.by_tag(self._keys.row_tag(sha256)) if row.file_id != file_id]
             files = [await self._lookup.file(each) for each in dict.fromkeys(FileId(row.file_id) for row in elsewhere)]
             whole = [file for file in files if {sha256 for _, sha256 in file.header.documents} <= set(hashes)]
             await self._sharing.grant(whole, known.peer, known.until, known.purpose, None)
@@ -150,7 +162,7 @@ class Shares:
         targets = {target.manifest.file_id: target}
         if copy := await self._lookup.alone(sha256):
             targets.setdefault(copy.manifest.file_id, copy)
-        names = Names(self._contacts.names(), {}, self._keys.public)
+        names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])
         told: dict[int, Happened] = {}
         for file_id, each in targets.items():
             history = await self._rights.history(file_id)
@@ -158,6 +170,9 @@ class Shares:
                 names.institutions[author] = await self._institution(author)
             teller = Teller(self._net.roster, names)
             teller.own(file_id, each.manifest.owner)
+            for key in await self._rights.heirs_in(history):
+                for index, entry in await self._rights.passings(key):
+                    teller.passed(index, entry)
             for index, entry in sorted(history.entries.items()):
                 if happened := teller.tell(index, entry, sha256=sha256, file_id=file_id, time=history.time):
                     told[index] = happened
@@ -165,7 +180,7 @@ class Shares:
 
     async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> Audited:
         """Everything that ever happened to any file, from the whole log; with the auditors' key, why it was read in emergencies."""
-        names = Names(self._contacts.names(), {}, self._keys.public)
+        names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])
         return await auditing.audit(self._net, Teller(self._net.roster, names, auditors), names, self._timed, progress)
 
     async def _timed(self, happened: Sequence[Happened]) -> list[Happened]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -58,7 +58,7 @@ class Sharing:
 
         Raises Refused or Absent for a reader who cannot read, Unavailable where too few nodes are up.
         """
-        await self._check_reader(reader)
+        reader = await self._present(reader)
         sealing_key = await self._rights.key_of(reader)
         by_id = {file.manifest.file_id: file for file in files}
         standing = {file_id: self._standing(file_id, reader, until, purpose) for file_id in by_id}
@@ -86,7 +86,7 @@ class Sharing:
         """
         ended: dict[Sha256, tuple[int, Entry]] = {}
         for file_id in file_ids:
-            live = live_grants(await self._rights.history(file_id), self._keys.public)
+            live = live_grants(await self._rights.history(file_id), [keys.public for keys in self._keys.line])
             mine = {
                 index: entry
                 for index, entry in live.items()
@@ -145,17 +145,22 @@ class Sharing:
                 return known
         return None
 
-    async def _check_reader(self, reader: Key) -> None:
-        if reader == self._keys.public:
+    async def _present(self, reader: Key) -> Key:
+        """The key of a reader who can read: this one, or the one that has succeeded it."""
+        if self._keys.of(reader):
             raise Refused("that is the key of this vault itself, which may read its files anyway")
         vouched = await self._rights.vouched(reader)
         if vouched is None:
-            return  # nobody to ask: the ledger will say it
+            return reader  # nobody to ask: the ledger will say it
         if not vouched.institution:
             hint = "Compare it with what `medshard key` prints there, and see that the vault has joined."
             raise Refused(f"no institution vouches for the key {reader.hex()[:16]}…", hint=hint)
-        if vouched.withdrawn:
+        if not vouched.withdrawn:
+            return reader
+        heir = await self._rights.heir(reader)
+        if heir == reader:
             raise Refused(f"{vouched.institution} vouches no longer for the key {reader.hex()[:16]}…", hint="Ask for the new key.")
+        return heir
 
     # -- looking after grants that were given
 
@@ -169,7 +174,8 @@ class Sharing:
 
         async def one(file_id: FileId) -> None:
             nonlocal done
-            ends = ended_grants(await self._rights.history(file_id), self._net.roster.institutions)
+            told = await self._rights.history(file_id)
+            ends = ended_grants(told, self._net.roster.institutions, await self._rights.heirs_in(told))
             for known in self._index.grants(file_id):
                 if known.grant in ends and not known.ended:
                     self._index.put_grant(replace(known, ended=ends[known.grant]))
@@ -216,15 +222,17 @@ class Sharing:
         """Check one granted file and keep it; the grant's id. Raises MedshardError for what is not proved."""
         entry = self._ledger.verified(file.grant)
         body = entry.body
-        if not isinstance(body, Grant) or body.reader != self._keys.public or file.file_id not in body.file_ids:
+        if not isinstance(body, Grant) or self._keys.of(body.reader) is None or file.file_id not in body.file_ids:
             raise Refused("not a grant of this file to this vault")
         if any(known.grant == entry.id and known.sealed for known in self._index.grants(file.file_id)):
             return entry.id
         manifest = await self._manifest(node, file)
-        if manifest.file_id != file.file_id or manifest.owner != entry.author:
+        passed = await self._rights.heirs(manifest.owner, fresh=manifest.owner != entry.author)
+        if manifest.file_id != file.file_id or entry.author not in (manifest.owner, *passed):
             raise Refused("the grant is not by the file's owner")
+        sent = any(self._keys.of(key) for key in passed)  # by a sender of ours: the file is our own
         self._ledger.check(manifest, file.registration)
-        seal = open_grant(self._keys.hpke, manifest, entry.id, file.sealed)
+        seal = open_grant([keys.hpke for keys in self._keys.line], manifest, entry.id, file.sealed)
         header = Header.from_bytes(seal.open_header(manifest.header))
         known = KnownGrant(
             file.grant.index, file.file_id, entry.id, entry.author, body.until, body.purpose, given=False, sealed=file.sealed
@@ -232,8 +240,10 @@ class Sharing:
         with self._index.together():
             self._index.put_grant(known)
             self._lookup.remember(manifest, file.registration)
-            rows = [replace(row, owner=bytes(manifest.owner)) for row in rows_of(manifest, header, file.registration.index)]
-            self._index.add_many([(self._keys.tag(row.sha256), row) for row in rows])
+            rows = rows_of(manifest, header, file.registration.index)
+            if not sent:
+                rows = [replace(row, owner=bytes(entry.author)) for row in rows]
+            self._index.add_many([(self._keys.row_tag(row.sha256), row) for row in rows])
         return entry.id
 
     async def _manifest(self, node: Node, file: SharedFile) -> Manifest:
@@ -242,18 +252,18 @@ class Sharing:
         return Manifest.from_bytes(await self._net.call(node, "GET", manifest_path(file.file_id), timeout_s=manifest_timeout_s))
 
 
-def live_grants(told: Ledgered, owner: Key) -> dict[int, Entry]:
-    """The grants by ``owner`` that nobody has revoked, by their places."""
+def live_grants(told: Ledgered, owner: Collection[Key]) -> dict[int, Entry]:
+    """The grants by the keys of ``owner`` that nobody has revoked, by their places."""
     revoked = {entry.body.grant for entry in told.entries.values() if isinstance(entry.body, Revoke)}
     return {
         index: entry
         for index, entry in told.entries.items()
-        if isinstance(entry.body, Grant) and entry.author == owner and entry.id not in revoked
+        if isinstance(entry.body, Grant) and entry.author in owner and entry.id not in revoked
     }
 
 
-def ended_grants(told: Ledgered, institutions: Iterable[Institution]) -> dict[Sha256, int]:
-    """Where each grant was revoked by somebody who may."""
+def ended_grants(told: Ledgered, institutions: Iterable[Institution], heirs: Mapping[Key, Sequence[Key]]) -> dict[Sha256, int]:
+    """Where each grant was revoked by somebody who may, the ``heirs`` of a key among them."""
     keys = {institution.key for institution in institutions}
     grants = {entry.id: entry for entry in told.entries.values() if isinstance(entry.body, Grant)}
     ends: dict[Sha256, int] = {}
@@ -261,7 +271,8 @@ def ended_grants(told: Ledgered, institutions: Iterable[Institution]) -> dict[Sh
         given = grants.get(entry.body.grant) if isinstance(entry.body, Revoke) else None
         if given is None or not isinstance(given.body, Grant):
             continue
-        if entry.author in (given.author, given.body.reader) or entry.author in keys:
+        parties = [each for key in (given.author, given.body.reader) for each in (key, *heirs.get(key, ()))]
+        if entry.author in parties or entry.author in keys:
             ends.setdefault(given.id, index)
     return ends
 

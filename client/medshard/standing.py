@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from medshard.rights import Ledgered
@@ -21,7 +21,7 @@ class Standing:
     time: int
 
 
-def fold(told: Ledgered, own: bytes) -> Standing:
+def fold(told: Ledgered, own: Collection[Key]) -> Standing:
     """What the effective entries of a file come to."""
     until, holds, end = 0, dict[Sha256, tuple[int, bool]](), None
     proposed: dict[Type, dict[Key, int]] = {Type.HOLD: {}, Type.RELEASE: {}}
@@ -36,7 +36,7 @@ def fold(told: Ledgered, own: bytes) -> Standing:
             case Propose(what=what):
                 proposed[what].clear()
             case Hold():
-                holds[entry.id] = (index, entry.author == own)
+                holds[entry.id] = (index, entry.author in own)
                 proposed = {Type.HOLD: {}, Type.RELEASE: {}}
             case Release(hold=hold):
                 holds.pop(hold, None)

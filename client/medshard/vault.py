@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from medshard import checking, diagnosis, enrolment, memory, rebuilding
+from medshard import checking, diagnosis, enrolment, memory, rebuilding, rotation
 from medshard.access import Reader
 from medshard.contacts import Contacts
 from medshard.custody import Custody
@@ -50,7 +50,7 @@ from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.documentproof import DocumentProof, Proven
 from medshard_protocol.entries import Entry, Purpose
-from medshard_protocol.errors import Absent, Conflict, Damaged, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Damaged, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.proofs import Inclusion
@@ -71,7 +71,7 @@ class Vault:
     def __init__(self, home: Home, keys: VaultKeys, net: Net, index: Index) -> None:
         self.home = home
         self.keys = keys
-        self.contacts = Contacts(home.contacts, keys.index)
+        self.contacts = Contacts(home.contacts, keys.at_home.index)
         self._net = net
         self._index = index
         self._ledger = LedgerClient(net, keys)
@@ -103,7 +103,7 @@ class Vault:
         files = Home(home)
         keys = open_key_file(files.key_file, passphrase) if files.key_file.exists() else cls.create(home, passphrase, fast_kdf=fast_kdf)
         await enrolment.join(files, keys, code)
-        async with cls._opened(files, keys) as vault:
+        async with cls.opened(files, keys) as vault:
             with contextlib.suppress(Unavailable):  # it is sent again with `medshard key`
                 await vault.shares.publish_key()
 
@@ -113,13 +113,17 @@ class Vault:
         """Open a joined vault. Raises Absent (no vault), Refused (passphrase), Malformed or Damaged (files)."""
         memory.share_one_heap()
         files = Home(home)
+        rotation.finish(files)
+        if files.sender.exists():
+            raise Refused(f"{home} only sends: it holds no key that reads", hint="`medshard put` works here; read from the vault.")
         keys = await asyncio.to_thread(open_key_file, files.key_file, passphrase)
-        async with cls._opened(files, keys) as vault:
+        async with cls.opened(files, keys) as vault:
             yield vault
 
     @classmethod
     @asynccontextmanager
-    async def _opened(cls, files: Home, keys: VaultKeys) -> AsyncIterator[Vault]:
+    async def opened(cls, files: Home, keys: VaultKeys, index_path: Path | None = None) -> AsyncIterator[Vault]:
+        """A vault with these keys, whatever lies in the home's key file."""
         roster, certificate = files.roster(), files.certificate_bytes()
         remove_left(files.folder)
 
@@ -127,7 +131,7 @@ class Vault:
             own = {number: (each.ca, each.former) for number, each in enumerate(roster.institutions)}
             return {number: context_for(ca, certificate, keys.signing, former=former) for number, (ca, former) in own.items()}
 
-        index = Index(files.index, keys.index)
+        index = Index(index_path or files.index, keys.at_home.index)
         try:
             async with Net(roster, contexts(roster), certificate) as net, following(files, net, contexts):
                 known = index.journal_get(health_slot) or b""
@@ -324,7 +328,7 @@ class Vault:
 
     def row(self, sha256: bytes) -> Row | None:
         """What the local index knows of one file, this vault's own or one shared with it."""
-        tag = self.keys.tag(sha256)
+        tag = self.keys.row_tag(sha256)
         return next(iter([*self._index.by_tag(tag), *self._index.by_tag(tag, received=True)]), None)
 
     async def info(self, sha256: bytes) -> Info:
@@ -374,9 +378,11 @@ class Vault:
     async def reindex(self, progress: OnProgress | None = None) -> int:
         """Rebuild the local index from the ledger and any nodes that live, with what is shared; how many rows of its own it has now."""
         self._index.clear()
-        rows = await rebuilding.rebuild(self._net, self.keys, self._index, progress)
+        await rebuilding.rebuild(self._net, self.keys, self._index, progress)
+        if await rotation.learn_former(self):
+            await rebuilding.rebuild(self._net, self.keys, self._index, progress)
         await self.shares.sync(whole=True)
-        return rows
+        return self._index.count()
 
     # -- parts
 
@@ -384,7 +390,7 @@ class Vault:
         return Putter(self._net, self.keys, self._index, self._ledger, self._lookup, Code(*self.roster.code))
 
     def _row(self, target: Target) -> Row:
-        tag = self.keys.tag(target.sha256)
+        tag = self.keys.row_tag(target.sha256)
         for row in [*self._index.by_tag(tag), *self._index.by_tag(tag, received=True)]:
             if row.file_id == target.manifest.file_id:
                 return row
@@ -392,7 +398,7 @@ class Vault:
         about = target.header if member is None else target.header.members[member]
         return Row(
             target.sha256, target.size, target.name, about.media_type, about.attributes, target.manifest.file_id, member,
-            target.header.put_time, target.inclusion.index, b"" if target.manifest.owner == self.keys.public else target.manifest.owner,
+            target.header.put_time, target.inclusion.index, b"" if self.keys.of(target.manifest.owner) else target.manifest.owner,
         )  # fmt: skip
 
     async def _append_pending(self) -> None:

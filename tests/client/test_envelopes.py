@@ -59,7 +59,7 @@ def test_a_grant_sealed_by_other_libraries_opens(vector: dict[str, Any]) -> None
         assert file_id.hex() == file["file_id"]
         sealed = SealedGrant.from_bytes(bytes.fromhex(file["bytes"]))
         manifest = manifest_of(file_id, bytes.fromhex(file["file_key"]))
-        assert open_grant(reader.hpke, manifest, sealed.grant, sealed.sealed).file_key.hex() == file["file_key"]
+        assert open_grant([reader.hpke], manifest, sealed.grant, sealed.sealed).file_key.hex() == file["file_key"]
 
 
 def test_a_sealed_grant_opens_for_its_reader_its_file_and_its_grant_alone() -> None:
@@ -67,13 +67,13 @@ def test_a_sealed_grant_opens_for_its_reader_its_file_and_its_grant_alone() -> N
     seal, grant = FileSeal.fresh(), Sha256(b"g" * 32)
     manifest = manifest_of(seal.file_id, seal.file_key)
     sealed = seal_grant(reader.hpke.public, seal, grant).sealed
-    assert open_grant(reader.hpke, manifest, grant, sealed).file_key == seal.file_key
+    assert open_grant([reader.hpke], manifest, grant, sealed).file_key == seal.file_key
     with pytest.raises(Damaged):
-        open_grant(other.hpke, manifest, grant, sealed)
+        open_grant([other.hpke], manifest, grant, sealed)
     with pytest.raises(Damaged):
-        open_grant(reader.hpke, manifest, Sha256(b"h" * 32), sealed)
+        open_grant([reader.hpke], manifest, Sha256(b"h" * 32), sealed)
     with pytest.raises(Damaged):
-        open_grant(reader.hpke, manifest_of(FileId(b"f" * 32), seal.file_key), grant, sealed)
+        open_grant([reader.hpke], manifest_of(FileId(b"f" * 32), seal.file_key), grant, sealed)
 
 
 def test_a_grant_with_another_files_key_is_noticed() -> None:
@@ -81,7 +81,7 @@ def test_a_grant_with_another_files_key_is_noticed() -> None:
     seal, other, grant = FileSeal.fresh(), FileSeal.fresh(), Sha256(b"g" * 32)
     sealed = seal_grant(reader.hpke.public, FileSeal(other.file_key, seal.file_id), grant).sealed
     with pytest.raises(Damaged, match="commits to another key"):
-        open_grant(reader.hpke, manifest_of(seal.file_id, seal.file_key), grant, sealed)
+        open_grant([reader.hpke], manifest_of(seal.file_id, seal.file_key), grant, sealed)
 
 
 @pytest.mark.parametrize("vector", auditors["sealed"], ids=lambda vector: f"{len(vector['text'])} characters")

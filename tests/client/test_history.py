@@ -42,7 +42,7 @@ class Log:
         return self.entries[-1]
 
     def told(self, *, key: hpke.PrivateKey | None = None, contacts: dict[Key, str] | None = None) -> list[Happened]:
-        teller = Teller(self.consortium.roster, Names(contacts or {}, {}, self.key("owner")), key)
+        teller = Teller(self.consortium.roster, Names(contacts or {}, {}, [self.key("owner")]), key)
         told = [teller.tell(index, entry, time=1_700_000_000) for index, entry in enumerate(self.entries)]
         return [each for each in told if each is not None]
 
@@ -174,7 +174,7 @@ def test_what_an_audit_found_is_read_again_and_again_and_lies_on_disk_without_na
     read(log, "owner")
     contacts = {log.key("owner"): "Dr. Name", log.key("reader"): "Insurer"}
     told = [replace(each, time=7, exact=True) for each in log.told(key=auditors, contacts=contacts)]
-    audited = Audited(Names(contacts, {}, log.key("owner")))
+    audited = Audited(Names(contacts, {}, [log.key("owner")]))
     audited.add(told[:2])
     audited.add(told[2:])
     assert (list(audited), list(audited), len(audited)) == (told, told, 4)

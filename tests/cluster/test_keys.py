@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from medshard import Vault, escrow
+from medshard import Vault, enrolment, escrow, rotation, sender
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
+from medshard.envelopes import sealing_key
 from medshard.escrow import Escrow, share_type
 from medshard.home import Home
-from medshard.keys import VaultKeys
+from medshard.keys import VaultKeys, open_root
 from medshard.recovery import RecoveryCode, code_of, genesis_of, restore_home
+from medshard_protocol.checkpoint import open_published
 from medshard_protocol.entries import Withdraw, nonce_size, sign_entry
-from medshard_protocol.errors import Absent, Refused
-from medshard_protocol.ids import Key
+from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused, Unavailable
+from medshard_protocol.ids import FileId, Key
+from medshard_protocol.rights import Reason, reason_in
+from medshard_protocol.sharing import access_header, pack_tickets
 from storenode.identity import NodeKeys
 
 passphrase = "three words suffice"
@@ -166,6 +175,304 @@ async def test_a_withdrawn_key_gets_no_certificate_again(trial: LocalConsortium,
                 break
             (tmp_path / "two" / "vault.key").unlink()
             await asyncio.sleep(0.2)
+
+
+async def refused(work: Awaitable[object]) -> str:
+    """What a vault hears that is refused something."""
+    with pytest.raises(Refused) as caught:
+        await work
+    return str(caught.value)
+
+
+async def heard_everywhere(trial: LocalConsortium, size: int) -> None:
+    """Wait until every node has folded the log up to this size."""
+    async with asyncio.timeout(30), Vault.open(trial.vault_home, trial.passphrase) as vault:
+        for node in vault.roster.nodes:
+            while open_published(await vault._net.call(node, "GET", "/log/checkpoint", timeout_s=5.0), vault.roster).size < size:
+                await asyncio.sleep(0.1)
+
+
+async def test_a_vault_with_new_keys_has_everything_and_the_old_key_nothing(trial: LocalConsortium, tmp_path: Path) -> None:
+    mine, theirs = os.urandom(30_000), os.urandom(20_000)
+    old_home, home = tmp_path / "old", tmp_path / "home"
+    await Vault.join(home, trial.invite("hospital-01"), passphrase, fast_kdf=True)
+    ben = await key_of(trial, "ben")
+    (tmp_path / "mine").write_bytes(mine)
+    (tmp_path / "theirs").write_bytes(theirs)
+    async with Vault.open(home, passphrase) as vault, opened(trial, "ben") as reader:
+        await vault.put([tmp_path / "mine"])
+        await vault.shares.share([sha256(mine).digest()], ben)
+        vault.contacts.add("Ben", ben)
+        await reader.put([tmp_path / "theirs"])
+        await reader.shares.share([sha256(theirs).digest()], vault.keys.public)
+        await vault.shares.sync()
+        before = vault.keys.public
+    shutil.copytree(home, old_home)
+
+    code = trial.invite("hospital-01")
+    keys = await rotation.rotate(Home(home), passphrase, code, fast_kdf=True)
+    assert keys.public != before
+    async with Vault.open(home, passphrase) as vault, opened(trial, "ben") as reader:
+        await vault.shares.publish_key()
+        await rotation.keep_former(vault)
+        assert vault.keys.public == keys.public
+        assert vault.contacts.names() == {ben: "Ben"}
+        for content in (mine, theirs):
+            report = await vault.get(sha256(content).digest(), tmp_path / "back")
+            assert report.path is not None
+            assert report.path.read_bytes() == content
+        _, proven = await vault.prove(sha256(mine).digest())
+        assert proven.owner == before
+        assert (await vault.verify(sha256(mine).digest())).ok
+        await reader.shares.sync()
+        await reader.get(sha256(mine).digest(), tmp_path / "bens")  # what was granted before goes on
+        assert [each.what for each in await vault.shares.log(sha256(mine).digest())][-1] == "read"
+        await vault.shares.revoke([sha256(mine).digest()], ben)
+        reader.forget_tickets()
+        assert "revoked" in await refused(reader.get(sha256(mine).digest(), tmp_path / "bens"))
+        await vault.shares.share([sha256(mine).digest()], ben)  # a file of the old key, granted with the new one
+        await reader.shares.sync()
+        reader.forget_tickets()
+        await reader.get(sha256(mine).digest(), tmp_path / "bens")
+        await reader.shares.share([sha256(theirs).digest()], before)  # whoever knows the old key reaches the vault
+        (tmp_path / "new").write_bytes(theirs[::-1])
+        await vault.put([tmp_path / "new"])
+        assert (await vault.put([tmp_path / "mine"])).stored[0].already
+        size = vault._ledger.reached
+    await heard_everywhere(trial, size)
+    async with Vault.open(old_home, passphrase) as thief:
+        assert "withdrawn" in await refused(thief.get(sha256(mine).digest(), tmp_path / "stolen"))
+        assert "withdrawn" in await refused(thief.shares.share([sha256(mine).digest()], await key_of(trial, "cem")))
+        (tmp_path / "planted").write_bytes(os.urandom(5_000))
+        with pytest.raises(MedshardError, match="withdrawn"):
+            await thief.put([tmp_path / "planted"])
+    restored = tmp_path / "restored"
+    async with opened(trial, "ben") as reader:
+        urls, genesis = [node.url for node in reader.roster.nodes], reader.home.genesis.read_bytes()
+    await restore_home(restored, keys.root, passphrase, urls, genesis, fast_kdf=True)
+    async with Vault.open(restored, passphrase) as vault:  # the new root alone finds what the old one had
+        await vault.reindex()
+        assert [each.public for each in vault.keys.line] == [keys.public, before]
+        for content in (mine, theirs, theirs[::-1]):
+            await vault.get(sha256(content).digest(), tmp_path / "back")
+    async with Vault.open(restored, passphrase) as vault:
+        assert {row.sha256 for row in vault.ls()} >= {sha256(mine).digest(), sha256(theirs[::-1]).digest()}
+
+
+async def test_a_rotation_that_was_cut_off_anywhere_is_run_again(
+    trial: LocalConsortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, code = tmp_path / "home", trial.invite("hospital-01")
+    await Vault.join(home, trial.invite("hospital-01"), passphrase, fast_kdf=True)
+    (tmp_path / "file").write_bytes(b"kept")
+    async with Vault.open(home, passphrase) as vault:
+        before = vault.keys.public
+        await vault.put([tmp_path / "file"])
+    drawn = set()
+    true = enrolment.rotate
+
+    async def unasked(*_: object) -> bytes:
+        raise Unavailable("cut off")
+
+    async def unheard(*given: Any) -> bytes:
+        await true(*given)
+        raise Unavailable("cut off")
+
+    for cut in (unasked, unheard):
+        with monkeypatch.context() as patched:
+            patched.setattr(enrolment, "rotate", cut)
+            with pytest.raises(Unavailable):
+                await rotation.rotate(Home(home), passphrase, code, fast_kdf=True)
+        drawn.add(open_root(Home(home).next_key.read_bytes(), passphrase).public)
+    with monkeypatch.context() as patched:  # the certificate is here, and neither file is in place yet
+        patched.setattr(rotation, "finish", lambda _: None)
+        await rotation.rotate(Home(home), passphrase, code, fast_kdf=True)
+    assert Home(home).next_certificate.exists()
+    drawn.add(open_root(Home(home).next_key.read_bytes(), passphrase).public)
+    assert len(drawn) == 1
+    async with Vault.open(home, passphrase) as vault:  # whoever opens it first finishes it
+        assert {vault.keys.public} == drawn
+        assert vault.keys.former[0].public == before
+        await vault.get(sha256(b"kept").digest(), tmp_path / "back")
+    assert not Home(home).next_key.exists()
+    assert not Home(home).next_certificate.exists()
+
+
+async def test_a_stolen_key_is_withdrawn_and_its_owner_goes_on_with_a_new_one(trial: LocalConsortium, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    await Vault.join(home, trial.invite("hospital-03"), passphrase, fast_kdf=True)
+    content = os.urandom(10_000)
+    (tmp_path / "file").write_bytes(content)
+    async with Vault.open(home, passphrase) as vault:
+        await vault.put([tmp_path / "file"])
+        await vault.get(sha256(content).digest(), tmp_path / "back")  # its ticket would live on
+        await handed_in(trial, sign_withdrawal(trial, "hospital-03", vault.keys.public))
+        sealed = await vault._lookup.file(FileId(next(vault.ls()).file_id))
+        (held,) = vault._reader.tickets.held([sealed.manifest.file_id], 0)
+        ticket = {access_header: pack_tickets([held.inclusion.index])}
+        for node in vault.roster.nodes:  # at each of them, by the ticket it has, and by every other way
+            holds = sealed.manifest.index_on(node.id)
+            if holds is not None:
+                path = f"/v1/shards/{sealed.manifest.file_id.hex()}/{holds}"
+                async with vault._net._open(node, "GET", path, None, ticket, 5.0) as response:
+                    assert response.status == 403
+                    assert reason_in((await response.read()).decode(errors="replace")) is Reason.WITHDRAWN
+            ways = [
+                ("PUT", "/v1/keys", sealing_key(vault.keys).to_bytes()),
+                ("PUT", f"/v1/manifests/{sealed.manifest.file_id.hex()}", sealed.manifest.to_bytes()),
+                ("PUT", f"/v1/shards/{os.urandom(32).hex()}/0", bytes(1000)),
+                ("GET", "/v1/grants", b""),
+            ]
+            for method, path, data in ways:
+                assert "withdrawn this key" in await refused(vault._net.call(node, method, path, data, timeout_s=5.0)), (node.name, path)
+        assert "no institution of the roster vouches" in await refused(vault.get(sha256(content).digest(), tmp_path / "back"))
+    with pytest.raises(MedshardError):
+        await rotation.rotate(Home(home), passphrase, trial.invite("insurer-02"), fast_kdf=True)  # another institution has no say
+    keys = await rotation.rotate(Home(home), passphrase, trial.invite("hospital-03"), fast_kdf=True)
+    async with Vault.open(home, passphrase) as vault:
+        assert vault.keys.public == keys.public
+        await vault.get(sha256(content).digest(), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == content
+
+
+async def test_what_only_sends_stores_for_its_vault_and_reads_nothing_back(trial: LocalConsortium, tmp_path: Path) -> None:
+    home, owner = Home(tmp_path / "scanner"), tmp_path / "owner"
+    await Vault.join(owner, trial.invite("hospital-01"), passphrase, fast_kdf=True)
+    async with Vault.open(owner, passphrase) as vault:
+        key = vault.keys.public
+    keys = await sender.new(home, trial.invite("hospital-01"), key)
+    assert {path.name for path in home.folder.iterdir()} == {"sender.key", "certificate.der", "genesis.medshard", "rosters"}
+    contents = [os.urandom(size) for size in (500, 60_000, 3_000_000)]
+    for number, content in enumerate(contents):
+        (tmp_path / f"scan-{number}").write_bytes(content)
+    async with sender.opened(home) as scanner:
+        report = await scanner.put([tmp_path / f"scan-{number}" for number in range(3)], tags={"room": "3"})
+        hashes = [each.sha256 for each in report.stored]
+        assert sorted(hashes) == sorted(sha256(content).digest() for content in contents)
+        assert "only sends" in await refused(scanner._vault.get(hashes[0], tmp_path / "back"))  # though it has the key in memory still
+        size = scanner._vault._ledger.reached
+    assert {path.name for path in home.folder.iterdir()} == {"sender.key", "certificate.der", "genesis.medshard", "rosters"}
+    assert "only sends" in await refused(Vault.open(home.folder, passphrase).__aenter__())
+    await heard_everywhere(trial, size)
+    async with Vault.open(owner, passphrase) as vault:
+        await vault.shares.sync()
+        assert {row.sha256 for row in vault.ls()} == set(hashes)  # its own, not another's
+        assert list(vault.ls(shared=True)) == []
+        for content in contents:
+            report_ = await vault.get(sha256(content).digest(), tmp_path / "back")
+            assert report_.path is not None
+            assert report_.path.read_bytes() == content
+        ben = await key_of(trial, "ben")
+        await vault.shares.share([hashes[0]], ben)
+        assert [each.what for each in await vault.shares.log(hashes[0])] == ["registered", "granted", "read", "granted"]
+        assert await vault.reindex() == 3
+        file_id = FileId(next(vault.ls()).file_id)
+        manifest = (await vault._lookup.file(file_id)).manifest
+    async with opened(trial, "ben") as reader:
+        await reader.shares.sync()
+        await reader.get(hashes[0], tmp_path / "bens")
+    async with sender.opened(home) as scanner:  # a later run has not even the key of what was sent
+        with pytest.raises(Damaged):
+            scanner._vault._lookup.open(manifest, None)  # type: ignore[arg-type]
+        (tmp_path / "later").write_bytes(b"later")
+    await rotation.rotate(Home(owner), passphrase, trial.invite("hospital-01"), fast_kdf=True)
+    async with Vault.open(owner, passphrase) as vault:
+        await vault.shares.publish_key()
+        size = vault._ledger.reached
+    async with sender.opened(home) as scanner:  # a sender finds its vault's new key by itself
+        await scanner.put([tmp_path / "later"])
+    async with Vault.open(owner, passphrase) as vault:
+        await vault.shares.sync()
+        for digest in (*hashes, sha256(b"later").digest()):
+            await vault.get(digest, tmp_path / "back")
+        assert await vault.reindex() == 4
+    assert keys.vault == key
+
+
+def test_new_keys_and_senders_by_command(
+    trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEDSHARD_PASSPHRASE", passphrase)
+    names = {name: asyncio.run(key_of(trial, name)).hex() for name in ("ada", "ben")}
+
+    def run(home: str, *words: str, code: int = Exit.OK) -> str:
+        found = main(["--home", str(tmp_path / home), *words])
+        told = capsys.readouterr()
+        assert found == code, told
+        return told.out + told.err
+
+    asyncio.run(Vault.join(tmp_path / "owner", trial.invite("hospital-01"), passphrase, fast_kdf=True))
+    (tmp_path / "letter").write_bytes(b"letter")
+    (tmp_path / "scan").write_bytes(b"scan")
+    run("owner", "put", "letter")
+    run("owner", "keys", "kit", "-o", "old.txt")
+    run("owner", "keys", "escrow", "--custodians", ",".join(names.values()), "--threshold", "2")
+    key = run("owner", "key").split()[0]
+    told = run("scanner", "sender", "new", trial.invite("hospital-01"), "--for", key)
+    scanner = told.split()[0]
+    run("scanner", "put", "scan")
+    assert "only sends" in run("scanner", "ls", code=Exit.REFUSED)
+    told = run("owner", "keys", "rotate", trial.invite("hospital-01"))
+    assert "2 custodians have shares of the new key" in told
+    assert "new kit" in told
+    lost = run("owner", "key").split()[0]
+    assert lost != key
+    run("owner", "shared")
+    assert all(name in run("owner", "ls") for name in ("letter", "scan"))
+    assert "no institution vouches" in run("late", "recover", "--kit", "old.txt", code=Exit.REFUSED)
+    run("owner", "keys", "kit", "-o", "new.txt")
+    run("restored", "recover", "--kit", "new.txt")
+    assert all(name in run("restored", "ls") for name in ("letter", "scan"))
+    for name in ("ada", "ben"):  # escrow after the rotation brings everything back, too
+        wanted = ("--of", lost, "--custodians", ",".join(names.values()))
+        asyncio.run(asked_and_approved(trial, lost, name))
+    monkeypatch.setenv("MEDSHARD_NEW_PASSPHRASE", passphrase)
+    told = run(str(trial.folder / "fresh"), "keys", "recover", *wanted, "--into", str(tmp_path / "into"))
+    assert all(name in run("into", "ls") for name in ("letter", "scan"))
+    # A thief has the machine and the passphrase; the institution withdraws the key, and the owner begins anew from the kit.
+    withdrawn = sign_withdrawal(trial, "hospital-01", Key(bytes.fromhex(lost)))
+    asyncio.run(handed_in(trial, withdrawn))
+    told = run("anew", "keys", "rotate", trial.invite("hospital-01"), "--kit", "new.txt")
+    assert "found" in told
+    assert all(name in run("anew", "ls") for name in ("letter", "scan"))
+    run("anew", "get", sha256(b"scan").hexdigest(), "-o", "back")
+    listed = subprocess.run(
+        [sys.executable, "-m", "storenode", "--home", str(trial.folder / "nodes" / "hospital-01"), "users", "--all", "--json"],
+        capture_output=True,
+        check=True,
+    )
+    users = {each["key"]: each for each in json.loads(listed.stdout)["users"]}
+    anew = run("anew", "key").split()[0]
+    assert [users[each]["state"] for each in (key, lost, anew, scanner)] == ["succeeded", "succeeded", "user", "sender"]
+    assert (users[key]["heir"], users[lost]["heir"], users[scanner]["heir"]) == (lost, anew, key)
+    assert (tmp_path / "back").read_bytes() == b"scan"
+
+
+async def asked_and_approved(trial: LocalConsortium, lost: str, name: str) -> None:
+    """``fresh`` asks for the shares of a lost key, unless it has, and a custodian approves."""
+    async with opened(trial, "fresh") as fresh:
+        mine = [each for each in await Escrow(fresh).requests() if each.lost.hex() == lost and each.asker == fresh.keys.public]
+        custodians = [await key_of(trial, each) for each in ("ada", "ben")]
+        request = mine[-1].sha256 if mine else await Escrow(fresh).ask(Key(bytes.fromhex(lost)), custodians)
+    async with opened(trial, name) as custodian:
+        await Escrow(custodian).approve(request)
+
+
+def sign_withdrawal(trial: LocalConsortium, node: str, key: Key) -> bytes:
+    """An institution's word that it vouches no longer for a key."""
+    ca, roster = NodeKeys.load(trial.folder / "nodes" / node).ca, Home(trial.vault_home).roster()
+    assert ca is not None
+    author = next(roster.institutions[each.institution].key for each in roster.nodes if each.name == node)
+    return sign_entry(roster.origin, Withdraw(key, os.urandom(nonce_size)), author, ca.sign).to_bytes()
+
+
+async def handed_in(trial: LocalConsortium, entry: bytes) -> None:
+    """Bring an entry into the ledger, and wait until every node has it."""
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        await vault._ledger._submit_all([entry])
+        size = vault._ledger.reached
+    await heard_everywhere(trial, size)
 
 
 def test_the_commands_do_it(trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -13,7 +13,7 @@ pages = sorted((root / "docs" / "formats").glob("*.md"))
 vectors = sorted((root / "tests" / "vectors").glob("*.json"))
 
 
-@pytest.mark.parametrize("tool", ["make_vectors", "make_ledger_vectors"])
+@pytest.mark.parametrize("tool", ["make_vectors", "make_ledger_vectors", "make_key_vectors"])
 def test_the_second_implementation_still_makes_the_vectors(tool: str) -> None:
     spec = importlib.util.spec_from_file_location(tool, root / "tools" / f"{tool}.py")
     assert spec

@@ -25,7 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medshard_protocol
+from medshard.escrow import Share
 from medshard.model import Header
+from medshard.sender import SenderKeys
 from medshard_protocol import (
     audit,
     canonical,
@@ -45,7 +47,18 @@ from medshard_protocol.ending import Receipt
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Malformed, Refused
 from medshard_protocol.identity import client_csr
-from medshard_protocol.invite import Invite, pack_join, pack_joined, pack_readmission, unpack_join, unpack_joined, unpack_readmission
+from medshard_protocol.invite import (
+    Invite,
+    Rotation,
+    pack_join,
+    pack_joined,
+    pack_readmission,
+    pack_sender,
+    unpack_join,
+    unpack_joined,
+    unpack_readmission,
+    unpack_sender,
+)
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import SpanHead
 from medshard_protocol.proofs import Inclusion
@@ -61,7 +74,14 @@ vectors = Path(__file__).parents[1] / "vectors"
 modules = [
     f"medshard_protocol.{found.name}" for found in pkgutil.iter_modules(medshard_protocol.__path__) if not found.name.startswith("_")
 ]
-modules += ["medshard.model", "storenode.invites", "storenode.ledger.wire", "storenode.ledger.fullhead"]
+modules += [
+    "medshard.model",
+    "medshard.escrow",
+    "medshard.sender",
+    "storenode.invites",
+    "storenode.ledger.wire",
+    "storenode.ledger.fullhead",
+]
 parser_name = re.compile(r"unpack_\w+|from_(bytes|text|line|path|code|vkey|value)|\w+_from_hex")
 elsewhere = {"messages.unpack_error"}  # it never raises and never fails: test_messages.py
 
@@ -118,6 +138,8 @@ def of_files() -> dict[str, Parser]:
         ),
         "manifest.Manifest.from_bytes": whole_file(Manifest.from_bytes, *raw(*(v["manifest"] for v in load("manifest")["manifests"]))),
         "model.Header.from_bytes": whole_file(Header.from_bytes, *raw(*(vector["bytes"] for vector in load("header")))),
+        "escrow.Share.from_bytes": whole_file(Share.from_bytes, *raw(*load("escrow")["escrows"][0]["shares"])),
+        "sender.SenderKeys.from_bytes": whole_file(SenderKeys.from_bytes, *raw(load("rotation")["sender"]["file"])),
         "invites.Issued.from_bytes": whole_file(Issued.from_bytes, issued.to_bytes()),
         "invite.Invite.from_code": of_text(
             Invite.from_code, None, Invite("https://[::1]:9700", ids.Sha256(b"g" * 32), b"s" * 16, 3).to_code()
@@ -145,6 +167,8 @@ def of_messages() -> dict[str, Parser]:
         "messages.unpack_check": Parser(m.unpack_check, m.pack_check, (wired["check"],)),
         "invite.unpack_readmission": Parser(unpack_readmission, pack_readmission, (pack_readmission(b"csr"),)),
         "invite.unpack_join": Parser(unpack_join, lambda value: pack_join(*value), (pack_join(b"s" * 16, b"csr"),)),
+        "invite.Rotation.from_bytes": whole_file(Rotation.from_bytes, *raw(load("rotation")["rotation"]["body"])),
+        "invite.unpack_sender": Parser(unpack_sender, lambda value: pack_sender(*value), raw(load("rotation")["sender"]["body"])),
         "invite.unpack_joined": Parser(unpack_joined, pack_joined, (pack_joined(b"certificate"),)),
     }
 

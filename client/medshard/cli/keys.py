@@ -18,6 +18,7 @@ from medshard_protocol.ids import Key
 
 if TYPE_CHECKING:
     from medshard.escrow import Collected, Request
+    from medshard.recovery import RecoveryCode
     from medshard.vault import Vault
 
 look_every_s = 2.0
@@ -33,19 +34,27 @@ def keys() -> None:
     """
 
 
-@keys.command(epilog=examples("medshard keys passphrase"))
+@keys.command(epilog=examples("medshard keys passphrase", "medshard keys passphrase --keyring"))
+@click.option("--keyring", "in_keyring", is_flag=True, help="Draw the new one and keep it in the keyring of the operating system.")
 @shared
-def passphrase(session: Session) -> int:
+def passphrase(session: Session, in_keyring: bool) -> int:
     """Change the passphrase. Copies of vault.key from before still open with the old one: replace them.
 
-    The new one is asked for, or comes from MEDSHARD_NEW_PASSPHRASE.
+    The new one is asked for, or comes from MEDSHARD_NEW_PASSPHRASE. With --keyring nobody knows it: have a kit (`medshard keys kit`), for
+    the keyring dies with the machine.
     """
+    from medshard.cli import keyring
     from medshard.cli import passphrase as asking
     from medshard.home import Home
     from medshard.recovery import change_passphrase
 
     old = asking.known(session.home)
-    changed = change_passphrase(Home(session.home), old, asking.changed(session.home))
+    if Home(session.home).next_key.exists():
+        raise Refused("a rotation of this vault's keys was cut off", hint="Finish it first: medshard keys rotate CODE.")
+    fresh = keyring.draw(session.home) if in_keyring else asking.changed(session.home)
+    changed = change_passphrase(Home(session.home), old, fresh, fast=in_keyring)
+    if keyring.is_used(session.home):
+        keyring.settle(session.home, used=in_keyring)
     if session.json:
         output.document({"key": changed.public.hex()})
     elif not session.quiet:
@@ -63,9 +72,11 @@ def kit(session: Session, target: Path) -> int:
     """
     from medshard.durable import write_durably
     from medshard.recovery import code_of
+    from medshard.rotation import keep_former
 
     async def work() -> tuple[bytes, str, str]:
         async with session.vault() as vault:
+            await keep_former(vault)
             code = code_of(vault.home, vault.keys, vault.roster)
             return vault.keys.public, code.to_code(), code.genesis_sha256.hex()
 
@@ -352,8 +363,6 @@ def recover(session: Session, kit_file: Path | None, root_key_file: Path | None,
 def _code(
     kit_file: Path | None, root_key_file: Path | None, pinned: bytes | None, urls: tuple[str, ...]
 ) -> tuple[bytes, bytes | None, list[str]]:
-    from medshard.recovery import RecoveryCode, prefix
-
     if root_key_file is not None:
         root = root_key_file.read_bytes()
         if len(root) != 32:
@@ -367,12 +376,19 @@ def _code(
         text = click.prompt("Recovery code", hide_input=True, err=True)
     else:
         text = sys.stdin.read(65_536)
-    words = text[text.find(prefix) :] if prefix in text else text
-    end = words.find("\n\n")
-    code = RecoveryCode.from_code(words if end < 0 else words[:end])
+    code = code_in(text)
     if pinned is not None and pinned != code.genesis_sha256:
         raise Refused("the kit names another genesis file than you do")
     return code.root, code.genesis_sha256, [*urls, *code.urls]
+
+
+def code_in(text: str) -> RecoveryCode:
+    """The recovery code in a kit's text. Raises Malformed."""
+    from medshard.recovery import RecoveryCode, prefix
+
+    words = text[text.find(prefix) :] if prefix in text else text
+    end = words.find("\n\n")
+    return RecoveryCode.from_code(words if end < 0 else words[:end])
 
 
 def _compare(session: Session, genesis: bytes, pinned: bytes | None) -> None:

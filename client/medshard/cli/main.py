@@ -30,6 +30,7 @@ from medshard.cli import (
     proposals,
     prove,
     report,
+    rotation,
     sharing,
     store,
 )
@@ -83,6 +84,7 @@ for _part in (
     sharing.key,
     keys.keys,
     keys.recover,
+    rotation.sender,
     sharing.contacts,
     history.auditor_key,
     policy.policy,
@@ -110,6 +112,9 @@ for _part in (
     local.demo,
 ):
     command.add_command(_part)
+
+
+keys.keys.add_command(rotation.rotate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

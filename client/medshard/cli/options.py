@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from medshard.sender import Sender
     from medshard.vault import Vault
 
 Result = TypeVar("Result")
@@ -34,11 +35,27 @@ class Session:
     async def vault(self) -> AsyncIterator[Vault]:
         """The vault at home, open."""
         from medshard.cli import passphrase
+        from medshard.home import Home
         from medshard.vault import Vault
 
-        secret = "" if not self.home.is_dir() else passphrase.known(self.home)
+        asked = self.home.is_dir() and not Home(self.home).sender.exists()
+        secret = passphrase.known(self.home) if asked else ""
         async with Vault.open(self.home, secret) as vault:
             yield vault
+
+    @asynccontextmanager
+    async def storing(self) -> AsyncIterator[Vault | Sender]:
+        """What stores here: the vault at home, or a sender for one that lives elsewhere."""
+        from medshard.home import Home
+
+        if not Home(self.home).sender.exists():
+            async with self.vault() as vault:
+                yield vault
+            return
+        from medshard.sender import opened
+
+        async with opened(Home(self.home)) as sender:
+            yield sender
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:

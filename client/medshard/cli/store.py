@@ -42,7 +42,7 @@ def put(session: Session, paths: tuple[Path, ...], policy_number: str | None, ta
     _check_policy_number(policy_number)
 
     async def work() -> PutReport:
-        async with session.vault() as vault:
+        async with session.storing() as vault:
             with output.meter(wanted=not (session.quiet or session.json)) as progress:
                 return await vault.put(paths, tags=dict(tags), policy_number=policy_number, progress=progress)
 

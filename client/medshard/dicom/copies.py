@@ -59,7 +59,7 @@ class Copier:
         self._reader = reader
         self._profile = profile
         # Bound to the receiver: two of them cannot tell that they have copies of one patient.
-        self._secret = hkdf(vault.keys.root, reader, b"medshard/vault/v1/pseudonyms")
+        self._secret = hkdf(vault.keys.line[-1].root, reader, b"medshard/vault/v1/pseudonyms")
 
     async def copy(
         self,

@@ -43,7 +43,7 @@ def catalog_path(home: Path) -> Path:
 
 def catalog_key(keys: VaultKeys) -> bytes:
     """What the DICOM index is sealed with."""
-    return hkdf(keys.root, b"", b"medshard/vault/v1/dicom-index")
+    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/dicom-index")
 
 
 class Catalog:

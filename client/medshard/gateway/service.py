@@ -56,12 +56,12 @@ class Settings:
 
 def cache_key(keys: VaultKeys) -> bytes:
     """What segments of the cache derive their keys from."""
-    return hkdf(keys.root, b"", b"medshard/vault/v1/gateway-cache")
+    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/gateway-cache")
 
 
 def spool_key(keys: VaultKeys) -> bytes:
     """What segments of the spool derive their keys from."""
-    return hkdf(keys.root, b"", b"medshard/vault/v1/spool")
+    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/spool")
 
 
 @asynccontextmanager

@@ -44,7 +44,7 @@ class Reports:
         happened = [each for each in everything if start <= each.time < end and own.intersection(each.file_ids)]
         happened.sort(key=lambda each: (each.what != emergency, each.index))
         reads = [each for each in happened if each.what in reading]
-        others = [each for each in reads if each.author != self._vault.keys.public]
+        others = [each for each in reads if self._vault.keys.of(each.author) is None]
         emergencies = sum(each.what == emergency for each in reads)
         refused = sum(each.what == "tried to read without a right" for each in reads)
         facts = (

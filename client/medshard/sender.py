@@ -1,0 +1,166 @@
+"""What only sends: a scanner or a drop folder that stores for a vault and can read nothing back, its own files included.
+
+    await new(Home(folder), invitation, vault_key)
+    async with opened(Home(folder)) as sender:
+        report = await sender.put([Path("scan.dcm")])
+
+Law: a sender's home holds a key to sign with and the vault's public key, and no key that opens anything. The keys that a put needs besides
+are drawn for it, kept in memory and forgotten with it; the file key goes to the vault alone, as a sealed grant. Nodes refuse a sender every
+read. A file is told as stored when its sealed key lies beside it. Format: docs/formats/sender.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from medshard import enrolment
+from medshard.durable import write_durably
+from medshard.home import Home
+from medshard.keys import VaultKeys
+from medshard.model import Problem, Progress, PutReport, StoredFile
+from medshard.packs import Plan, Unit, plan
+from medshard.scratch import scratch_folder
+from medshard.vault import OnProgress, Vault
+from medshard_protocol import canonical
+from medshard_protocol.errors import Absent, Malformed, Refused
+from medshard_protocol.identity import public_key
+from medshard_protocol.ids import Key, key_size
+from medshard_protocol.sharing import hpke_public_size
+
+magic: Final = "medshard/sender/v1"
+file_bytes_max: Final = 4096
+group_units_max: Final = 48  # as many as one GRANT entry names: what is cut off in the middle is sent again
+group_bytes_max: Final = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class SenderKeys:
+    """All that a sender has."""
+
+    seed: bytes = field(repr=False)  # of its Ed25519 key
+    vault: Key
+    hpke_public: bytes  # the vault's; its owner's signature was checked
+
+    def to_bytes(self) -> bytes:
+        """The content of sender.key."""
+        return canonical.encode([magic, self.seed, self.vault, self.hpke_public])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SenderKeys:
+        """Parse. Raises Malformed."""
+        f = canonical.Fields(canonical.decode(data, bytes_max=file_bytes_max, what="sender key"), count=4, what="sender key")
+        if f.text(most=32) != magic:
+            raise Malformed("sender key: a version this program does not know")
+        return cls(f.bytes(exactly=32), Key(f.bytes(exactly=key_size)), f.bytes(exactly=hpke_public_size))
+
+    @property
+    def signing(self) -> Ed25519PrivateKey:
+        """What it signs with."""
+        return Ed25519PrivateKey.from_private_bytes(self.seed)
+
+    @property
+    def public(self) -> Key:
+        """Its identity."""
+        return public_key(self.signing)
+
+    def passing(self) -> VaultKeys:
+        """Keys of a vault that is forgotten with this process, in the sender's name."""
+        return replace(VaultKeys.from_root(os.urandom(32)), signing=self.signing, public=self.public)
+
+
+async def new(home: Home, code: str, vault: Key) -> SenderKeys:
+    """Make a sender for ``vault`` with an invitation of its institution; run again, it goes on. Raises Refused where a vault lives."""
+    if home.key_file.exists():
+        raise Refused(f"{home.folder} holds a vault", hint="choose another --home for the sender")
+    home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if home.sender.exists():
+        keys = SenderKeys.from_bytes(home.sender.read_bytes())
+        if keys.vault != vault:
+            raise Refused(f"{home.folder} sends for another vault", hint="choose another --home")
+    else:
+        keys = SenderKeys(os.urandom(32), vault, bytes(hpke_public_size))
+        write_durably(home.sender, keys.to_bytes(), mode=0o600)
+    write_durably(home.certificate, await enrolment.send_for(home, keys.signing, vault, code))
+    async with _vault(home, keys) as opened:
+        keys = replace(keys, hpke_public=await opened.shares.sealing_card(vault))
+    write_durably(home.sender, keys.to_bytes(), mode=0o600)
+    return keys
+
+
+@asynccontextmanager
+async def opened(home: Home) -> AsyncIterator[Sender]:
+    """The sender at ``home``. Raises Absent, or Malformed for files that are not whole."""
+    try:
+        keys = SenderKeys.from_bytes(home.sender.read_bytes())
+    except FileNotFoundError:
+        raise Absent(f"no sender at {home.folder}", hint="run `medshard sender new`") from None
+    if not any(keys.hpke_public):
+        raise Absent(f"the sender at {home.folder} is not finished", hint="run `medshard sender new` again, with the same invitation")
+    async with _vault(home, keys) as vault:
+        vault.shares.pin(keys.vault, keys.hpke_public)
+        yield Sender(vault, keys)
+
+
+@asynccontextmanager
+async def _vault(home: Home, keys: SenderKeys) -> AsyncIterator[Vault]:
+    with scratch_folder(home.folder) as place:
+        async with Vault.opened(home, keys.passing(), Path(place, "index.sqlite")) as vault:
+            yield vault
+
+
+class Sender:
+    """Of one open home."""
+
+    def __init__(self, vault: Vault, keys: SenderKeys) -> None:
+        self._vault = vault
+        self.keys = keys
+
+    async def put(
+        self,
+        paths: Sequence[Path],
+        *,
+        tags: Mapping[str, str] | None = None,
+        policy_number: str | None = None,
+        progress: OnProgress | None = None,
+    ) -> PutReport:
+        """As ``Vault.put``, for the vault that this sends for. What was told as stored is its own and readable there."""
+        attributes = {f"tag:{key}": value for key, value in (tags or {}).items()}
+        if policy_number is not None:
+            attributes["policy-number"] = policy_number
+        planned = plan([Path(path) for path in paths], attributes)
+        stored: list[StoredFile] = []
+        problems: list[Problem] = list(planned.problems)
+        total, before = sum(unit.size for unit in planned.units), 0
+        for group in _groups(planned.units):
+            more = _shifted(progress, before, total) if progress else None
+            report = await self._vault.store(Plan(tuple(group), ()), more)
+            problems += report.problems
+            if report.stored:
+                await self._vault.shares.share([each.sha256 for each in report.stored], self.keys.vault)
+                stored += report.stored
+            before += sum(unit.size for unit in group)
+        return PutReport(tuple(stored), tuple(problems))
+
+
+def _shifted(progress: OnProgress, before: int, total: int) -> OnProgress:
+    return lambda p: progress(Progress(before + p.done_bytes, total, p.phase, p.path))
+
+
+def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
+    group: list[Unit] = []
+    size = 0
+    for unit in units:
+        if group and (len(group) == group_units_max or size + unit.size > group_bytes_max):
+            yield group
+            group, size = [], 0
+        group.append(unit)
+        size += unit.size
+    if group:
+        yield group
