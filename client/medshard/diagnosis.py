@@ -16,6 +16,7 @@ from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.model import Finding
+from medshard.rights import Rights
 from medshard.transport import Net
 from medshard_protocol.checkpoint import Checkpoint, open_published
 from medshard_protocol.errors import MedshardError
@@ -33,6 +34,7 @@ async def diagnose(home: Home, keys: VaultKeys, net: Net, index: Index, ledger: 
     """All findings, good ones included."""
     findings = [*_files(home), _certificate(home), _disk(home), _index(index)]
     findings += await _roster(home, net)
+    findings += await _key(home, keys, Rights(net, keys, ledger))
     answers = await asyncio.gather(*(_ask(net, node) for node in net.roster.nodes))
     findings += [finding for finding, _ in answers]
     alive = [node for node, (_, checkpoint) in zip(net.roster.nodes, answers, strict=True) if checkpoint is not None]
@@ -64,6 +66,21 @@ def _certificate(home: Home) -> Finding:
             "bad", f"the certificate expires on {expires:%Y-%m-%d}", "nodes refuse it after that", "ask for a new invitation and join"
         )
     return Finding("ok", f"certificate valid until {expires:%Y-%m-%d}")
+
+
+async def _key(home: Home, keys: VaultKeys, rights: Rights) -> list[Finding]:
+    """Whether the institution still vouches for this vault's key, in its nodes' word."""
+    found = []
+    vouched = await rights.vouched(keys.public)
+    if vouched is not None and vouched.withdrawn:
+        fix = "ask it for an invitation, then: medshard keys rotate CODE"
+        found.append(Finding("bad", f"{vouched.institution} has withdrawn this vault's key", "no node takes anything from it", fix))
+    elif vouched is not None and vouched.institution:
+        found.append(Finding("ok", f"{vouched.institution} vouches for this vault's key"))
+    if home.next_key.exists():
+        fix = "run it again with the same code: medshard keys rotate CODE"
+        found.append(Finding("warn", "a rotation of this vault's keys was cut off", "the old key may be withdrawn already", fix))
+    return found
 
 
 def _disk(home: Home) -> Finding:

@@ -67,7 +67,7 @@ hints: dict[Reason, str] = {
     Reason.NEVER_GRANTED: "ask the owner: medshard share",
     Reason.REVOKED: "ask the owner: medshard share",
     Reason.ENDED: "ask the owner: medshard share",
-    Reason.WITHDRAWN: "ask your institution for a new invitation",
+    Reason.WITHDRAWN: "ask your institution for an invitation, and run `medshard keys rotate`",
     Reason.SENDS: "read it from the vault that it sends for",
 }
 

@@ -309,7 +309,7 @@ def _stranger(facts: Facts, key: Key, text: str = "no institution has enrolled t
     if known is None:
         return Refused(text, hint="join an institution first")
     if known.withdrawn is not None:
-        return Refused(f"{known.institution} has withdrawn this key", hint="make a new key and join with that")
+        return Refused(f"{known.institution} has withdrawn this key", hint="ask it for an invitation, and run `medshard keys rotate`")
     if facts.roster.institution_named(known.institution) is None:
         return Refused(f"{known.institution}, which enrolled this key, is no longer in the roster")
     return None
