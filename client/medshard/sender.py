@@ -143,7 +143,7 @@ class Sender:
             report = await self._vault.store(Plan(tuple(group), ()), more)
             problems += report.problems
             if report.stored:
-                await self._vault.shares.share([each.sha256 for each in report.stored], self.keys.vault)
+                await self._vault.shares.share_objects([each.file_id for each in report.stored], self.keys.vault)
                 stored += report.stored
             before += sum(unit.size for unit in group)
         return PutReport(tuple(stored), tuple(problems))

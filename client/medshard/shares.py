@@ -118,6 +118,11 @@ class Shares:
         """Whom this vault lets read an object now, as far as it knows."""
         return [known.peer for known in self._index.grants(file_id) if known.given and not known.ended]
 
+    async def share_objects(self, file_ids: Sequence[bytes], reader: Key) -> None:
+        """Let another vault read whole objects of this one for good, whatever lies in them. Raises as ``share``."""
+        files = [await self._lookup.file(FileId(file_id)) for file_id in dict.fromkeys(file_ids)]
+        await self._sharing.grant(files, reader, 0, Purpose.UNSPECIFIED)
+
     async def share_again(self, file_id: FileId, hashes: Sequence[bytes]) -> None:
         """Give whoever may read this object the same right to the ones that these documents have been moved to."""
         live = [known for known in self._index.grants(file_id) if known.given and not known.ended]

@@ -348,15 +348,16 @@ class Facts:
 
         An erasure that is dated ahead of ``now`` (seconds since 1970) does not count yet: or a retention could be got around by its date.
         """
-        if self.vouched_at(reader, index) is None:
+        vouched = self.vouched_at(reader, index)
+        if vouched is None:
             return Refusal(Reason.WITHDRAWN)
+        if vouched.heir is not None and (vouched.inherits or 0) < index:  # and not withdrawn: no successor, but a vault to send for
+            return Refusal(Reason.SENDS)
         known = self.registration(file_id)
         if known is None or known.index >= index:
             return Refusal(Reason.UNREGISTERED)
         if known.erased is not None and known.erased < index and known.ended_at <= now:
             return Refusal(Reason.ERASED)
-        if self.sends(reader):
-            return Refusal(Reason.SENDS)
         if self.heir(known.owner, index) == reader:
             return Right(known.index, None, 0)
         given = (each for key in self.line(reader) for each in self.grants_of(file_id, key))
