@@ -54,7 +54,7 @@ class Owed:
 
 def commitment_key(keys: VaultKeys) -> bytes:
     """What the files are sealed with."""
-    return hkdf(keys.root, b"", b"medshard/vault/v1/commitments")
+    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/commitments")
 
 
 class Kept:
