@@ -6,7 +6,7 @@ whatever differs is ``Malformed``, so two different byte strings never mean the 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgpack
 
@@ -16,6 +16,7 @@ Value: TypeAlias = "bool | int | str | bytes | list[Value] | tuple[Value, ...] |
 
 uint64_max = 2**64 - 1
 nesting_max = 16  # our deepest format nests 5; a bomb of brackets must not reach the recursion limit
+_plain: Final = frozenset((bytes, str, bool, type(None)))
 
 
 def encode(value: Value) -> bytes:
@@ -40,18 +41,22 @@ def decode(data: bytes | bytearray | memoryview, *, bytes_max: int, what: str) -
 
 
 def _check(value: object, depth: int) -> None:
-    if depth > nesting_max:
-        raise TypeError("nested too deep")
-    if isinstance(value, list | tuple):
-        if isinstance(value, msgpack.ExtType):  # a tuple to Python, and not one of our values
-            raise TypeError("no canonical form for an extension")
-        for item in value:
-            _check(item, depth + 1)
+    kind = type(value)
+    if kind in _plain:
+        return
+    if kind is list or kind is tuple:
+        if value and depth >= nesting_max:
+            raise TypeError("nested too deep")
+        for item in value:  # type: ignore[attr-defined]
+            if type(item) not in _plain:
+                _check(item, depth + 1)
     elif isinstance(value, int):
         if not -(2**63) <= value <= uint64_max:
             raise TypeError("integer out of range")
-    elif not (value is None or isinstance(value, str | bytes)):
-        raise TypeError(f"no canonical form for {type(value).__name__}")
+    elif isinstance(value, list | tuple) and not isinstance(value, msgpack.ExtType):  # a tuple to Python, and not one of our values
+        _check(list(value), depth)
+    elif not isinstance(value, str | bytes):
+        raise TypeError(f"no canonical form for {kind.__name__}")
 
 
 class Fields:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
@@ -15,7 +16,7 @@ import tempfile
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,22 @@ from tests.simulation import world as _first
 
 hangs_after_s = 60
 unfit = 9
+_spent: list[Path] = []  # folders to be removed
 
 
-def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
+@dataclass(frozen=True)
+class Bench:
+    """Where seeds run, how many at once, and what has begun for those of four institutions."""
+
+    scratch: Path
+    jobs: int
+    begun: runs.Run
+    folder: Path  # of what has begun
+
+
+def one(seed: int, mutant: str, bench: Bench) -> Callable[[], dict[str, Any]]:
     """Begin a seed in a child; to be called for what it found and what it cost."""
+    folder = bench.scratch / str(seed)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -37,8 +50,13 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
         gc.disable()
         signal.signal(signal.SIGALRM, _hangs)
         signal.alarm(hangs_after_s)
-        folder = scratch / str(seed)
-        folder.mkdir()
+        begun = bench.begun if not mutant and runs.size_of(seed) == bench.begun.size else None  # a bug may be one of the beginning
+        if begun is not None:
+            warming.copy(bench.folder, folder)
+        else:
+            warming.put_back()
+            folder.mkdir()
+        os.chdir(folder)
         if mutant:
             try:
                 mutants.switch_on(mutant)
@@ -46,10 +64,10 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
                 print(f"{mutant}: {error}", file=sys.stderr, flush=True)
                 os._exit(unfit)
         try:
-            told = asdict(runs.run(seed, folder))
+            told = asdict(runs.run(seed, begun))
         except BaseException:
             told = {"seed": seed, "broken": "the simulation failed: " + traceback.format_exc()[-900:], "trace": 0}
-        with os.fdopen(writing, "w") as pipe:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as pipe:  # nobody may want to know any more
             json.dump(told, pipe, default=str)
         os._exit(0)
     os.close(writing)
@@ -58,7 +76,10 @@ def one(seed: int, mutant: str, scratch: Path) -> Callable[[], dict[str, Any]]:
         with os.fdopen(reading) as pipe:
             data = pipe.read()
         _, status, usage = os.wait4(child, 0)
-        subprocess.run(["rm", "-rf", scratch / str(seed)], check=False)  # half the processor time of shutil's
+        _spent.append(folder)
+        if len(_spent) > 15:
+            subprocess.run(["rm", "-rf", *_spent], check=False)  # half the processor time of shutil's
+            _spent.clear()
         if os.waitstatus_to_exitcode(status) == unfit:
             raise SystemExit(f"the mutant {mutant} does not fit the code any more")
         told = json.loads(data) if data else {"seed": seed, "broken": f"the process died ({status})", "trace": 0}
@@ -91,23 +112,25 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="simulation-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
         gc.disable()
-        (scratch / "warm").mkdir()
+        for name in ("warm", "begun"):
+            (scratch / name).mkdir()
         warming.warm(scratch / "warm")
+        bench = Bench(scratch, arguments.jobs, warming.begin(scratch / "begun"), scratch / "begun")
         gc.freeze()
         if arguments.mutant:
             names = list(mutants.mutants) if arguments.mutant == "all" else arguments.mutant.split(",")
-            caught = [_caught(*_named(name, seeds), scratch, arguments.jobs) for name in names]
+            caught = [_caught(*_named(name, seeds), bench) for name in names]
             return 0 if all(caught) else 1
-        return _all(seeds, scratch, arguments.jobs, verbose=arguments.verbose)
+        return _all(seeds, bench, verbose=arguments.verbose)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _all(seeds: range, scratch: Path, jobs: int, *, verbose: bool) -> int:
+def _all(seeds: range, bench: Bench, *, verbose: bool) -> int:
     """Run all seeds; tell of those that break a promise, and the sum."""
     found: list[int] = []
     seconds, standing, acknowledged = 0.0, 0, 0
-    for told in _each(seeds, "", scratch, jobs):
+    for told in _each(seeds, "", bench):
         seconds += told["cpu"]
         standing += bool(told.get("stands_still"))
         acknowledged += told.get("acknowledged", 0)
@@ -127,24 +150,23 @@ def _named(name: str, seeds: range) -> tuple[str, list[int]]:
     return name, [*first, *(seed for seed in seeds if seed not in first)]
 
 
-def _caught(name: str, seeds: Sequence[int], scratch: Path, jobs: int) -> bool:
+def _caught(name: str, seeds: Sequence[int], bench: Bench) -> bool:
     """Run seeds with a planted bug until one finds it."""
-    scratch = scratch / name
-    scratch.mkdir()
-    running = _each(seeds, name, scratch, jobs)
+    (bench.scratch / name).mkdir()
+    running = _each(seeds, name, replace(bench, scratch=bench.scratch / name))
     told = next((told for told in running if told["broken"]), {"seed": None, "broken": ""})
-    for _ in zip(range(jobs - 1), running, strict=False):  # those that run already
+    for _ in zip(range(bench.jobs - 1), running, strict=False):  # those that run already
         pass
     print(json.dumps({"mutant": name, "seed": told["seed"], "broken": told["broken"][-300:]}), flush=True)
     return told["seed"] is not None
 
 
-def _each(seeds: Sequence[int], mutant: str, scratch: Path, jobs: int) -> Iterator[dict[str, Any]]:
+def _each(seeds: Sequence[int], mutant: str, bench: Bench) -> Iterator[dict[str, Any]]:
     """Each seed's outcome, in the order of the seeds."""
     coming: deque[Callable[[], dict[str, Any]]] = deque()
     for seed in seeds:
-        coming.append(one(seed, mutant, scratch))
-        if len(coming) >= jobs:
+        coming.append(one(seed, mutant, bench))
+        if len(coming) >= bench.jobs:
             yield coming.popleft()()
     while coming:
         yield coming.popleft()()

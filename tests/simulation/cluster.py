@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -48,9 +47,9 @@ port_first = 9700
 class Host:
     """A computer with a disk, a clock and an address. ``machine`` is its present run, if it has power."""
 
-    def __init__(self, world: World, net: Network, name: str, number: int, root: Path, certificate: bytes) -> None:
+    def __init__(self, world: World, net: Network, name: str, number: int, certificate: bytes) -> None:
         self.world, self.net, self.name, self.number = world, net, name, number
-        self.disk = Disk(root / name, random.Random(f"disk {world.seed} {name}"))
+        self.disk = Disk(Path(name))
         self.certificate = certificate
         self.skew_s = 0.0
         self.quick = False  # sooner heard than others
@@ -105,21 +104,28 @@ class Host:
 class Cluster:
     """The hosts of one consortium."""
 
-    def __init__(self, world: World, net: Network, size: int, root: Path, *, small_bytes_max: int, standbys: int = 2) -> None:
-        self.world, self.net, self.root = world, net, root
+    def __init__(self, world: World, net: Network, size: int, *, standbys: int = 2) -> None:
+        self.world, self.net = world, net
         self.roster = roster_of(size)
-        self.nodes = [
-            Host(world, net, node.name, number, root, _certificates(size)[number]) for number, node in enumerate(self.roster.nodes)
-        ]
+        self.nodes = [Host(world, net, node.name, number, _certificates(size)[number]) for number, node in enumerate(self.roster.nodes)]
         self.vaults: list[Host] = []
+        self.small_bytes_max = 1 << 16
         for number, host in enumerate(self.nodes):
             net.hosts[port_first + number] = host
-            host.main = functools.partial(self._serve, host, small_bytes_max, number < standbys)
+            host.main = functools.partial(self._serve, host, number < standbys)
 
-    async def _serve(self, host: Host, small_bytes_max: int, standby: bool) -> None:
+    def become(self, seed: int, small_bytes_max: int) -> None:
+        """Its disks are this seed's, and shards of up to so many bytes are small."""
+        self.small_bytes_max = small_bytes_max
+        for host in (*self.nodes, *self.vaults):
+            host.disk.become(seed)
+            if host.parts is not None:
+                host.parts.node.store._small_max = small_bytes_max
+
+    async def _serve(self, host: Host, standby: bool) -> None:
         home = host.disk.folder
         node = self.roster.nodes[host.number]
-        limits = Limits(small_shard_bytes_max=small_bytes_max, watch_every_s=1e9, sweep_after_s=3600.0)
+        limits = Limits(small_shard_bytes_max=self.small_bytes_max, watch_every_s=1e9, sweep_after_s=3600.0)
         config = Config(
             home=home,
             url=node.url,
@@ -143,12 +149,12 @@ class Cluster:
         keys = vault_keys(name)
         ca = self.roster.institutions[0].ca
         certificate = client_certificate(key_named("ca 0"), ca, client_csr(keys.signing), made_at)
-        host = Host(self.world, self.net, name, 100 + len(self.vaults), self.root, certificate)
+        host = Host(self.world, self.net, name, 100 + len(self.vaults), certificate)
         self.vaults.append(host)
         home = Home(host.disk.folder)
         home.genesis.write_bytes(self.roster.to_bytes())
         home.certificate.write_bytes(certificate)
-        host.disk.settle()
+        host.disk.become(self.world.seed)
         host.machine = self.world.machine(host)
         return host
 

@@ -15,19 +15,21 @@ import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 from tests.simulation import world as worlds
 from tests.simulation.world import PowerCut, here
 
 real = SimpleNamespace(replace=os.replace, fsync=os.fsync, fdatasync=os.fdatasync, statvfs=os.statvfs, connect=sqlite3.connect)
+_left: list[sqlite3.Connection] = []  # open on databases of which this process has a copy: to close them would write to those
 block = 512  # a disk's sector: what is torn is torn there
 
 
 class Disk:
     """One host's. ``folder`` is another one after each cut."""
 
-    def __init__(self, root: Path, rng: random.Random) -> None:
-        self._root, self._rng = root, rng
+    def __init__(self, root: Path) -> None:
+        self._root, self._rng = root, random.Random()
         self._cuts = 0
         self.folder = root / "0"
         self.folder.mkdir(parents=True)
@@ -37,6 +39,19 @@ class Disk:
         self._files: dict[int, bytes] = {}  # by inode: content that was synced
         self._names: dict[str, dict[str, int]] = {}  # by folder: names that were synced
         self._wals: dict[str, int] = {}  # by database: bytes of its write-ahead log that were synced
+        self.connections: dict[Connection, None] = {}
+
+    def rest(self) -> None:
+        """Let all that was written be in the databases themselves."""
+        for connection in self.connections:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def become(self, seed: int) -> None:
+        """Be this seed's disk, with a copy of what was on it: the same path leads there now."""
+        self._rng.seed(f"disk {seed} {self._root}")
+        for connection in list(self.connections):
+            connection.reopen()
+        self.settle()
 
     # -- what the product does
 
@@ -47,7 +62,7 @@ class Disk:
             self._cut()
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        path = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(os.getcwd() + "/")
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             self._names[path] = _names(path)
@@ -145,46 +160,84 @@ class Disk:
         return self._rng.choice((synced, synced, part, hole, now))
 
 
-class Connection(sqlite3.Connection):
-    """A connection whose commits are watched."""
+class Connection:
+    """A connection whose commits are watched, and which can be opened again on a copy of its database."""
 
-    disk: Disk
-    path: str
-    full_sync = True
-    changes_before = 0
+    def __init__(self, disk: Disk, path: str, *values: Any, **keywords: Any) -> None:
+        self.disk, self.path = disk, path
+        self._values, self._keywords = values, keywords
+        self._settings: list[str] = []
+        self.full_sync = True
+        self._is_old = False
+        self._open()
+        disk.connections[self] = None
+
+    def _open(self) -> None:
+        uri = f"file:{quote(self.path)}?vfs=unix-excl"  # locks for this process alone: far fewer system calls
+        self._now: sqlite3.Connection = real.connect(uri, *self._values, uri=True, **self._keywords)
+        self._now.execute("PRAGMA wal_autocheckpoint=0")
+        self.changes_before = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def reopen(self) -> None:
+        """Open the copy when it is first used. What is left behind stays open, since to close it would write."""
+        assert not self._now.in_transaction
+        _left.append(self._now)
+        self._is_old = True
+
+    @property
+    def _real(self) -> sqlite3.Connection:
+        if self._is_old:
+            self._is_old = False
+            self._open()
+            for setting in self._settings:
+                self._now.execute(setting)
+        return self._now
+
+    def close(self) -> None:
+        self.disk.connections.pop(self, None)
+        if not self._is_old:
+            self._now.close()
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         cut = self.disk.commit(self) if sql.startswith("COMMIT") else False
-        cursor = super().execute(sql, *values)
+        cursor = self._real.execute(sql, *values)
         if sql.startswith("PRAGMA"):
             self._look(sql)
-        elif not self.in_transaction:
+        elif not self._real.in_transaction:
             self._after(cut)
         return cursor
 
     def executescript(self, sql: str) -> sqlite3.Cursor:
-        cursor = super().executescript(sql)
+        cursor = self._real.executescript(sql if "BEGIN" in sql else f"BEGIN; {sql}; COMMIT;")  # of which each part would be a commit
         self._after(False)
         return cursor
 
     def commit(self) -> None:
         cut = self.disk.commit(self)
-        super().commit()
+        self._real.commit()
         self._after(cut)
 
+    def __enter__(self) -> Connection:
+        return self
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        cut = self.disk.commit(self) if error is None and self.in_transaction else False
-        result = super().__exit__(kind, error, trace)
+        cut = self.disk.commit(self) if error is None and self._real.in_transaction else False
+        result = self._real.__exit__(kind, error, trace)
         self._after(cut)
         return result
 
     def _look(self, sql: str) -> None:
         name, _, value = sql.removeprefix("PRAGMA ").partition("=")
+        if value:
+            self._settings.append(sql)
         if name.strip().lower() == "synchronous" and value:
             self.full_sync = value.strip().upper() in ("FULL", "EXTRA", "2", "3")
 
     def _after(self, cut: bool) -> None:
-        self.changes_before = self.total_changes
+        self.changes_before = self._real.total_changes
         if self.full_sync:
             self.disk.committed(self.path, cut)
         elif cut:
@@ -227,14 +280,11 @@ def _replace(source: Any, target: Any) -> None:
         real.replace(source, target)
 
 
-def _connect(path: Any, *values: Any, **keywords: Any) -> sqlite3.Connection:
+def _connect(path: Any, *values: Any, **keywords: Any) -> Any:
     disk = _disk()
     if disk is None or str(path).startswith("file:"):
-        return real.connect(path, *values, **keywords)  # type: ignore[no-any-return]
-    connection = real.connect(path, *values, factory=Connection, **keywords)
-    connection.disk, connection.path = disk, str(path)
-    sqlite3.Connection.execute(connection, "PRAGMA wal_autocheckpoint=0")
-    return connection  # type: ignore[no-any-return]
+        return real.connect(path, *values, **keywords)
+    return Connection(disk, str(path), *values, **keywords)
 
 
 def _statvfs(path: Any) -> Any:
@@ -247,4 +297,4 @@ def _statvfs(path: Any) -> Any:
 os.fsync = os.fdatasync = _fsync
 os.replace = _replace
 os.statvfs = _statvfs  # type: ignore[assignment]
-sqlite3.connect = _connect  # type: ignore[assignment]
+sqlite3.connect = _connect

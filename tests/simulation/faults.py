@@ -176,9 +176,9 @@ async def full_disks(harm: Harm) -> None:
     rng, cluster = harm.rng, harm.cluster
     while not harm.ended:
         await asyncio.sleep(rng.uniform(0.1, 1.5))
-        hosts = cluster.nodes if rng.random() < 0.2 else rng.sample(cluster.nodes, rng.choice((1, 2)))
+        hosts = cluster.nodes if rng.random() < 0.2 else rng.sample(cluster.nodes, rng.choice((1, 2, 2)))
         for host in hosts:
-            host.disk.full, host.disk.tells = True, rng.random() < 0.5
+            host.disk.full, host.disk.tells = True, rng.random() < 0.3
         await asyncio.sleep(rng.uniform(0.2, 3.0))
         for host in hosts:
             host.disk.full = False

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import random
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 from tests.conftest import key_named
 from tests.simulation import checks, faults, wire
 from tests.simulation import cluster as clusters
+from tests.simulation import world as worlds
 from tests.simulation.checks import Broken, Witness
 from tests.simulation.cluster import Cluster, Host, vault_keys
 from tests.simulation.world import Standstill, World
@@ -59,37 +61,44 @@ class Result:
     told: list[str] = field(default_factory=list)
 
 
-class Run:
-    """A seed on its way."""
+def size_of(seed: int) -> int:
+    """How many institutions a seed has."""
+    return random.Random(f"size {seed}").choices((4, 5, 7, 16), (84, 10, 5, 1))[0]
 
-    def __init__(self, seed: int, folder: Path, *, calm: bool = False) -> None:
-        self.world = World(seed)
+
+class Run:
+    """A consortium in the folder where the process is: first as it begins, the same for all seeds, and then a seed's on its way."""
+
+    def __init__(self, size: int, *, calm: bool = False) -> None:
+        self.world = World()
         self.calm = calm  # nothing goes wrong
         self.rng = self.world.rng
-        self.folder = folder
         net = wire.install(self.world)
-        self.size = self.rng.choices((4, 5, 7, 16), (84, 10, 5, 1))[0]
-        small = self.rng.choice((1 << 16, 1 << 16, 200))
-        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 2500))  # type: ignore[misc]
-        self.cluster = Cluster(self.world, net, self.size, folder, small_bytes_max=small)
+        self.size = size
+        self.cluster = Cluster(self.world, net, size)
         clusters.install(self.cluster)
         self.witness = Witness(self.cluster)
         k, _, w = self.cluster.roster.code
         self.harm = faults.Harm(self.cluster, self.rng, w - k)
-        self.result = Result(seed)
+        self.result = Result(-1)
         self.stored: dict[bytes, bytes] = {}  # plaintext by its hash: what was acknowledged
         self.files: dict[bytes, list[FileId]] = defaultdict(list)  # the same bytes may be put twice
         self.reads: list[tuple[bytes, bytes]] = []
         self.unfinished: list[Path] = []
         self.split_since = 0.0
         self.reader: Host | None = None
-        self.sources = folder / "sources"
+        self.sources = Path("sources")
         self.sources.mkdir()
+        self.begun = False
 
-    def go(self) -> Result:
-        """Run it to its end."""
-        loop = self.world.loop
+    def go(self, seed: int) -> Result:
+        """Run this seed to its end."""
+        worlds.world, loop = self.world, self.world.loop
+        self.result.seed = seed
         try:
+            if not self.begun:
+                self.begin()
+            self._become(seed)
             loop.run_until_complete(self._story())
         except Broken as broken:
             self.result.broken = str(broken)
@@ -99,8 +108,22 @@ class Run:
         self.result.acknowledged = len(self.stored)
         return self.result
 
+    def begin(self) -> None:
+        """Start all nodes and enrol the vaults."""
+        self.part = "the beginning"
+        self.world.loop.run_until_complete(self._begin())
+        for host in (*self.cluster.nodes, *self.cluster.vaults):
+            host.disk.rest()
+        self.begun = True
+
+    def _become(self, seed: int) -> None:
+        self.world.become(seed)
+        wire.become(seed)
+        self.cluster.become(seed, self.rng.choice((1 << 16, 1 << 16, 200)))
+        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 2500))  # type: ignore[misc]
+
     async def _story(self) -> None:
-        for part in (self._begin, self._trouble, self._mend, self._look):
+        for part in (self._trouble, self._mend, self._look):
             self.part = part.__name__
             await part()
 
@@ -485,7 +508,8 @@ class Run:
         return "; ".join(said)
 
 
-def run(seed: int, folder: Path) -> Result:
-    """Run one seed. Once in a process: the world does not end with it."""
+def run(seed: int, begun: Run | None = None) -> Result:
+    """Run one seed, in the folder where the process is; ``begun`` is one of its size that was begun in a folder of which this is a copy.
+    Once in a process: the world does not end with it."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    return Run(seed, folder).go()
+    return (begun or Run(size_of(seed))).go(seed)

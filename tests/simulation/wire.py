@@ -442,10 +442,19 @@ async def _create_server(self: worlds.Loop, factory: Any, host: str, port: int, 
     return _Server(network(), port)
 
 
+def become(seed: int) -> None:
+    """The masks that websockets draw are this seed's."""
+    import aiohttp.http_websocket
+
+    init = aiohttp.http_websocket.WebSocketWriter.__init__
+    for value in (*(init.__defaults__ or ()), *(init.__kwdefaults__ or {}).values()):
+        if isinstance(value, random.Random):
+            value.seed(f"masks {seed}")
+
+
 def install(made: worlds.World) -> Network:
     """Give the world its network."""
     import aiohttp.connector
-    import aiohttp.http_websocket
 
     import medshard.line
     import medshard.polling
@@ -455,10 +464,6 @@ def install(made: worlds.World) -> Network:
     global _network
     _network = Network(made.loop, made.rng)
     aiohttp.connector.aiohappyeyeballs.start_connection = _start_connection  # type: ignore[assignment]
-    init = aiohttp.http_websocket.WebSocketWriter.__init__
-    for value in (*(init.__defaults__ or ()), *(init.__kwdefaults__ or {}).values()):
-        if isinstance(value, random.Random):  # its masks
-            value.seed(f"masks {made.seed}")
     worlds.Loop.create_connection = _create_connection  # type: ignore[method-assign,assignment]
     worlds.Loop.create_server = _create_server  # type: ignore[method-assign,assignment]
     sockets = SimpleNamespace(**vars(socket))

@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import heapq
+import itertools
 import os
 import queue
 import random
@@ -78,31 +79,27 @@ class _Task(asyncio.Task):  # type: ignore[type-arg]
 
 
 class _Future(asyncio.Future):  # type: ignore[type-arg]
-    def __init__(self, *args: Any, **keywords: Any) -> None:
+    def __init__(self, loop: Loop) -> None:
         self._number = _next_number()
-        super().__init__(*args, **keywords)
+        super().__init__(loop=loop)
 
     def __hash__(self) -> int:
         return self._number
 
 
-def _next_number() -> int:
-    _next_number.last += 1  # type: ignore[attr-defined]
-    return int(_next_number.last)  # type: ignore[attr-defined]
-
-
-_next_number.last = 0  # type: ignore[attr-defined]
+_next_number = itertools.count().__next__
 
 
 class Loop(asyncio.BaseEventLoop):
     """Jumps from one moment to the next at which something happens, and lets what is ready happen in an order of the seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
         self._ready: list[asyncio.Handle] = []  # type: ignore[assignment]
-        self._order = random.Random(f"order {seed}")
-        self._by_machine = self._order.random() < 0.5  # half of the seeds keep each machine's own order, as asyncio promises
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._order = random.Random()
+        self._by_machine = True
         self.steps = 0
         self.trace = 0
         self.hub = greenlet.getcurrent()
@@ -110,6 +107,11 @@ class Loop(asyncio.BaseEventLoop):
         self.set_task_factory(self._task)
         self.set_exception_handler(self._failed)
         self.failures: list[str] = []
+
+    def become(self, seed: int) -> None:
+        """Go on in this seed's order."""
+        self._order.seed(f"order {seed}")
+        self._by_machine = self._order.random() < 0.5  # half of the seeds keep each machine's own order, as asyncio promises
 
     # -- as asyncio's
 
@@ -122,7 +124,21 @@ class Loop(asyncio.BaseEventLoop):
         return task
 
     def create_future(self) -> _Future:
-        return _Future(loop=self)
+        return _Future(self)
+
+    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:  # type: ignore[override]
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, _next_number(), timer))
+        return timer
 
     def _process_events(self, events: object) -> None: ...
     def _write_to_self(self) -> None: ...
@@ -133,38 +149,37 @@ class Loop(asyncio.BaseEventLoop):
         machine.on_signal = callback
 
     def _run_once(self) -> None:
-        if not self._ready:
-            while self._scheduled and self._scheduled[0]._cancelled:
-                heapq.heappop(self._scheduled)._scheduled = False
-            if not self._scheduled:
+        while not self._stopping:  # type: ignore[attr-defined]
+            self._run_next()
+
+    def _run_next(self) -> None:
+        timers, ready = self._timers, self._ready
+        if not ready:
+            while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+                heapq.heappop(timers)
+            if not timers or max(self._now, timers[0][0]) > ends_after_s:
                 raise Standstill
-            self._now = max(self._now, self._scheduled[0]._when)
-            if self._now > ends_after_s:
-                raise Standstill
-        while self._scheduled and self._scheduled[0]._when <= self._now:
-            timer = heapq.heappop(self._scheduled)
-            timer._scheduled = False
-            self._ready.append(timer)
-        handle = self._choose()
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            ready.append(heapq.heappop(timers)[2])
+        handle: Any = self._choose()
         machine = handle._context.get(here)
         if machine is not None and not machine.alive:
             self._kept.append(handle)
-            return
-        if handle._cancelled:
-            return
-        self.steps += 1
-        self.trace = hash((self.trace, self._now, machine.number if machine else -1))
-        handle._run()
+        elif not handle._cancelled:
+            self.steps += 1
+            self.trace = hash((self.trace, self._now, machine.number if machine else -1))
+            handle._run()
 
     def _choose(self) -> asyncio.Handle:
-        ready = self._ready
+        ready: list[Any] = self._ready
         if len(ready) == 1:
-            return ready.pop()
-        chosen = self._order.randrange(len(ready))
+            return ready.pop()  # type: ignore[no-any-return]
+        chosen = int(self._order.random() * len(ready))
         if self._by_machine:
             machine = ready[chosen]._context.get(here)
             chosen = next(at for at, handle in enumerate(ready) if handle._context.get(here) is machine)
-        return ready.pop(chosen)
+        return ready.pop(chosen)  # type: ignore[no-any-return]
 
     def note(self, *values: float) -> None:
         """Make these part of what must be the same in every run of the seed."""
@@ -301,15 +316,22 @@ def _now() -> float:
 class World:
     """What a seed decides. ``rng`` is for whoever makes things happen; the product draws from another one."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         global world
-        self.seed = seed
-        self.rng = random.Random(f"world {seed}")
-        self.bytes = random.Random(f"bytes {seed}")
-        random.seed(f"product {seed}")
+        self.rng = random.Random()
+        self.bytes = random.Random()
         world = self
-        self.loop = Loop(seed)
+        self.loop = Loop()
         self.machines = 0
+        self.become(-1)
+
+    def become(self, seed: int) -> None:
+        """Let this seed decide from now on."""
+        self.seed = seed
+        self.rng.seed(f"world {seed}")
+        self.bytes.seed(f"bytes {seed}")
+        random.seed(f"product {seed}")
+        self.loop.become(seed)
 
     def machine(self, host: Any) -> Machine:
         """A machine that has just got power."""
