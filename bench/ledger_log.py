@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.machine import family
 from medshard.consortium import answers
 from medshard_protocol import merkle
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_verifier, log_verifier
 from medshard_protocol.entries import Access, Body, Enrol, Genesis, Register, nonce_size, sign_entry
 from medshard_protocol.identity import public_key
 from medshard_protocol.ids import FileId, Key, Sha256
@@ -85,8 +86,17 @@ def _filled(folder: Path, entries: int) -> Path:
         size = tree.size
         head = Head(size, tree.root(size), b"")
         store.extend(0, size - len(data), data, tiles, head, [name_of(entry) for entry in data], own=True)
+    store.remember(tree.size, (), _published(roster, NodeKeys.load(home), tree).to_bytes())  # a node knows, and folds with no way back
     store.close()
     return home
+
+
+def _published(roster: Roster, keys: NodeKeys, tree: Tree) -> Note:
+    """A head of the whole log with its quorum, which is this one institution."""
+    assert keys.log is not None, "a trial's node may be sequencer"
+    text = Checkpoint(roster.origin, tree.size, tree.root(tree.size)).text()
+    cosigner = cosigner_verifier(roster, roster.nodes[0].id)
+    return Note(text, (log_verifier(roster).sign(text, keys.log.sign), cosigner.sign(text, keys.cosigner.sign, int(time.time()))))
 
 
 def _batches(roster: Roster, keys: NodeKeys, entries: int) -> Iterator[list[bytes]]:
