@@ -109,7 +109,7 @@ class Prover:
         proof = DocumentProof(await tiles.place(target.inclusion.index), note, opening, await tiles.place(places.enrolled))
         steps = await self._steps(node, places, checkpoint)
         stamp = await _stamp(tiles, places, checkpoint)
-        return DocumentProof(proof.register, note, opening, proof.enrolment, steps, self._first(target, note), stamp)
+        return DocumentProof(proof.register, note, opening, proof.enrolment, steps, await self._first(node, target, note), stamp)
 
     async def _get(self, node: Node, path: str, timeout_s: float = timeout_s) -> bytes:
         return await self._net.call(node, "GET", path, timeout_s=timeout_s, ok=(200,))
@@ -140,17 +140,31 @@ class Prover:
                 continue
         return b""  # today's cosigners may still be a quorum of that roster; the check will tell
 
-    def _first(self, target: Target, note: bytes) -> First | None:
-        """The checkpoint under which this vault saw the registration first, if that was some time ago."""
-        rosters = [self._genesis, *(Roster.from_bytes(link.roster) for link in self._links)]
-        for roster in rosters:
+    async def _first(self, node: Node, target: Target, note: bytes) -> First | None:
+        """The oldest checkpoint over the registration that this vault has seen or the node has kept, if that was some time ago."""
+        index, now = target.inclusion.index, self._published(note)
+        seen = [(self._published(target.inclusion.checkpoint), target.inclusion.checkpoint)]
+        try:
+            kept = await self._get(node, f"/v1/ledger/heads/{index}")
+            seen.append((self._published(kept), kept))
+        except MedshardError:
+            pass  # it has none; an index that was made anew knows nothing older either
+        old = [(head[1], head[0].size, data) for head, data in seen if head is not None and head[0].size > index]
+        if now is None or not old:
+            return None
+        time, size, oldest = min(old)
+        if time + first_older_s >= now[1]:
+            return None
+        mine = oldest == target.inclusion.checkpoint
+        return First(oldest, target.inclusion.path if mine else (await Tiles(self._net, node, size).place(index)).path)
+
+    def _published(self, note: bytes) -> tuple[Checkpoint, int] | None:
+        """A checkpoint, and when the last of its cosigners saw it; None if no quorum of a roster of this log published it."""
+        for roster in [self._genesis, *(Roster.from_bytes(link.roster) for link in self._links)]:
             try:
-                open_published(target.inclusion.checkpoint, roster)
+                return open_published(note, roster), max(cosigners(Note.from_bytes(note), roster).values())
             except (Refused, Malformed):
                 continue
-            then = max(cosigners(Note.from_bytes(target.inclusion.checkpoint), roster).values())
-            now = min(cosigners(Note.from_bytes(note), self._net.roster).values())
-            return First(target.inclusion.checkpoint, target.inclusion.path) if then + first_older_s < now else None
         return None
 
 

@@ -30,7 +30,7 @@ from medshard_protocol.messages import body_type, pack_error
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import log_header, pack_links, roster_header
 from medshard_protocol.succession import successor_path
-from storenode import clock, openapi, routes, sharing
+from storenode import clock, heads, openapi, routes, sharing
 from storenode.auditing import routes as auditing
 from storenode.auditing.auditor import Auditor
 from storenode.auditing.routes import audits_key
@@ -111,6 +111,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     app.router.add_routes(routes.routes())
     sharing.equip(app, parts.node, keys.node, parts.metrics)
     clock.equip(app, parts.node.config.data, parts.node.ledger)
+    heads.equip(app, parts.node.ledger)
     auditor = auditing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, lambda: pack_links(parts.membership.links(0)))
     repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, auditor.missing)
     app[sections_key] = {"repair": repairs.status, "audits": auditor.status}

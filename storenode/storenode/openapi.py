@@ -127,6 +127,7 @@ operations: Final = (
     Operation("GET", "/v1/ledger/history/{file}", "Every entry that names a file", "access", query=("after",)),
     Operation("POST", "/v1/ledger/times", "When entries were published", "access", body_type),
     Operation("GET", "/v1/ledger/identities", "All keys that institutions vouch for", "access", gives=json_type, query=("after",)),
+    Operation("GET", "/v1/ledger/heads/{index}", "The oldest published head kept with this entry", "proof"),
     Operation("GET", "/v1/ledger/identities/{key}", "Who vouches for a key", "access"),
     Operation("GET", "/v1/ledger/passings/{key}", "Whose the files of a key are now, and by which entries", "access"),
     Operation("GET", "/log/checkpoint", "The newest published checkpoint", "checkpoint", gives=text_type, query=("full", "roster")),

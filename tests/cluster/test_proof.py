@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +19,9 @@ from tests import c2sp
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
+from medshard.vault import Vault
+from medshard_protocol.entries import Access
+from medshard_protocol.ids import FileId, Sha256
 from medshard_protocol.roster import Roster
 from medshard_protocol.tlogproof import TlogProof
 
@@ -166,6 +171,31 @@ def test_the_log_can_be_exported_and_audited_by_any_member(trial: LocalConsortiu
         command = [sys.executable, "-m", "storenode", *map(str, (*nowhere, "log", "verify", f"{url}/log", *words))]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (refused.returncode, hint in refused.stderr) == (code, True), refused.stderr
+
+
+def test_when_it_was_registered_is_proved_after_the_index_was_made_anew(
+    trial: LocalConsortium, outsider: Outsider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes keep a head now and then, one when they start: so restarted here, and the log grows afterwards."""
+    monkeypatch.setattr("medshard.proving.first_older_s", -(10**9))
+    first = trial.roster.nodes[0]  # whom a vault asks first
+    trial.kill(first.name)
+    trial.restart(first.name)
+
+    async def proved() -> tuple[bytes, bytes]:
+        digest = Sha256(sha256(outsider.document.read_bytes()).digest())
+        async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+            index = (await vault.prove(digest))[1].index
+            kept = await vault._net.call(first, "GET", f"/v1/ledger/heads/{index}", timeout_s=5)
+            await vault._ledger.append([Access((FileId(bytes(32)),), 1, b"", os.urandom(16))])
+            await vault.reindex()
+            proof, proven = await vault.prove(digest)
+            assert proof.first is not None
+            assert proven.index == index
+            return proof.first.note, kept
+
+    note, kept = asyncio.run(proved())
+    assert note == kept
 
 
 def test_a_proof_crosses_changes_of_the_roster(trial: LocalConsortium, outsider: Outsider, tmp_path: Path) -> None:

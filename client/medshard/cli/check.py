@@ -143,7 +143,9 @@ def _tell_finding(finding: Finding) -> None:
             output.line(f"    {label}: {text}")
 
 
-@click.command(epilog=examples("medshard reindex", "medshard reindex --index 'postgresql://gateway@db.example/medshard?sslmode=verify-full'"))
+@click.command(
+    epilog=examples("medshard reindex", "medshard reindex --index 'postgresql://gateway@db.example/medshard?sslmode=verify-full'")
+)
 @dicom_index
 @shared
 def reindex(session: Session, index: str) -> int:
