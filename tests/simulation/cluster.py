@@ -161,7 +161,7 @@ class Cluster:
     @contextlib.asynccontextmanager
     async def vault(self, host: Host) -> AsyncIterator[Vault]:
         """An open vault, on its host."""
-        async with Vault._opened(Home(host.disk.folder), vault_keys(host.name)) as vault:
+        async with Vault.opened(Home(host.disk.folder), vault_keys(host.name)) as vault:
             yield vault
 
     async def append(self, host: Host, author: str, *bodies: Body) -> Any:
