@@ -424,6 +424,12 @@ async def test_metadata_are_made_while_a_series_is_in_the_spool_and_cost_no_read
     found = json.loads(body)
     assert [each["00200013"]["Value"] for each in found] == [[1], [2], [3]] * 2
     assert {each["0020000E"]["Value"][0] for each in found} == set(serieses)
+    monkeypatch.setattr(site.cache, "get", lambda _: None)  # the cache is lost: the index has them, too
+    assert (await site.get(f"/studies/{study}/metadata", "application/dicom+json"))[2] == body
+    monkeypatch.undo()
+    await site.archive.receive(Incoming(make_instance(study, serieses[0], number=4)))
+    found = json.loads((await site.get(f"/studies/{study}/metadata", "application/dicom+json"))[2])
+    assert sorted(each["00200013"]["Value"][0] for each in found) == [1, 1, 2, 2, 3, 3, 4]
 
 
 # Who may

@@ -1,12 +1,14 @@
 """What is made of an instance and costs time to make: its frame table, and its data set as DICOM JSON. Kept in the encrypted cache.
 
 Law: everything here can be made again from the instance, and is bound to its SHA-256: other bytes never get another's. Of whole series the
-JSON is kept together, so that a viewer's first question costs one record.
+JSON is kept together, so that a viewer's first question costs one record; and it is kept in the index as well, so that it costs no more
+where the cache was lost, or where another gateway has received the series.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -82,12 +84,22 @@ class Derived:
             await self.metadata(instances)
 
     async def _together(self, instances: Sequence[Instance]) -> bytes:
-        name = self._cache.name(b"metadata", _form, hashlib.sha256(b"".join(each.sha256 for each in instances)).digest())
+        mark = _form + hashlib.sha256(b"".join(each.sha256 for each in instances)).digest()
+        name = self._cache.name(b"metadata", mark)
+        first = instances[0]
         async with self._slots:  # two who ask for one series at once: the second finds what the first made
             if (kept := await asyncio.to_thread(self._cache.get, name)) is not None:
                 return await asyncio.to_thread(zlib.decompress, kept)
+            summary = await asyncio.to_thread(self._shelf.archive.catalog.summary, first.study, first.series)
+            if summary is not None and summary.startswith(mark):
+                await asyncio.to_thread(self._cache.put, name, summary[len(mark) :])
+                return await asyncio.to_thread(zlib.decompress, summary[len(mark) :])
             made = b",".join([await self._one(each) for each in instances])
-            await asyncio.to_thread(lambda: self._cache.put(name, zlib.compress(made, 1)))
+            packed = await asyncio.to_thread(zlib.compress, made, 1)
+            await asyncio.to_thread(self._cache.put, name, packed)
+            with contextlib.suppress(MedshardError):  # what is not kept is made again
+                if len(instances) == len((await self._shelf.study(first.study)).chosen(first.series)):
+                    await asyncio.to_thread(self._shelf.archive.catalog.keep_summary, first.study, first.series, mark + packed)
         return made
 
     async def _one(self, instance: Instance) -> bytes:
