@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element, fromstring
 
 import aiohttp
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 from dicomweb_client import DICOMwebClient
 from PIL import Image
 from pydicom.data import get_testdata_file
+from pydicom.datadict import keyword_for_tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, generate_uid
 from tests.gateway.conftest import make_instance
 
@@ -238,7 +240,7 @@ async def test_a_search_takes_wildcards_ranges_fields_and_pages(site: Site) -> N
         assert "more results" in response.headers["Warning"]
     for wrong in ("NoSuchThing=1", "limit=many", "Modality=CT"):
         assert (await site.get(f"/studies?{wrong}"))[0] == 400, wrong
-    assert (await site.get("/studies", "application/dicom+xml"))[0] == 406
+    assert (await site.get("/studies", "image/png"))[0] == 406
 
 
 # What a client accepts
@@ -430,6 +432,99 @@ async def test_metadata_are_made_while_a_series_is_in_the_spool_and_cost_no_read
     await site.archive.receive(Incoming(make_instance(study, serieses[0], number=4)))
     found = json.loads((await site.get(f"/studies/{study}/metadata", "application/dicom+json"))[2])
     assert sorted(each["00200013"]["Value"][0] for each in found) == [1, 1, 2, 2, 3, 3, 4]
+
+
+ns = "{http://dicom.nema.org/PS3.19/models/NativeDICOM}"
+
+
+def as_json(attributes: Element) -> dict[str, Any]:
+    """A Native DICOM Model read again, in the shape of DICOM JSON."""
+    found: dict[str, Any] = {}
+    for each in attributes.findall(ns + "DicomAttribute"):
+        kept: dict[str, Any] = {"vr": each.get("vr")}
+        keyword = keyword_for_tag(int(each.get("tag", ""), 16))
+        assert each.get("keyword", "") == keyword
+        for child in each:
+            match child.tag.removeprefix(ns):
+                case "BulkData":
+                    kept["BulkDataURI"] = child.get("uri")
+                case "InlineBinary":
+                    kept["InlineBinary"] = child.text
+                case "Item":
+                    kept.setdefault("Value", []).append(as_json(child))
+                case "PersonName":
+                    names = {group.tag.removeprefix(ns): "^".join(part.text or "" for part in group) for group in child}
+                    kept.setdefault("Value", []).append(names)
+                case "Value":
+                    kept.setdefault("Value", []).append(child.text)
+                case other:
+                    raise AssertionError(other)
+        found[each.get("tag", "")] = kept
+    return found
+
+
+def as_text(value: Any, vr: str) -> Any:
+    """DICOM JSON with all its values as text, and names as XML has them: without empty parts."""
+    if isinstance(value, dict) and vr == "PN":
+        return {group: "^".join(part for part in text.split("^")[:5] if part) for group, text in value.items()}
+    if isinstance(value, dict):
+        said = value | ({"Value": [as_text(each, value["vr"]) for each in value["Value"] if each is not None]} if "Value" in value else {})
+        return {key: as_text(each, "") if vr == "SQ" else each for key, each in said.items() if each != []}
+    return value if isinstance(value, list) else str(value)
+
+
+def texts(dataset: dict[str, Any]) -> dict[str, Any]:
+    return {tag: as_text(said, "") for tag, said in dataset.items()}
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "test-SR.dcm", "rtplan.dcm"])
+async def test_data_sets_come_as_xml_with_what_they_have_in_json(site: Site, name: str) -> None:
+    file, path = renamed(name)
+    assert (await site.post([file]))[0] == 200
+    study = path.split("/")[2]
+    xml = 'multipart/related; type="application/dicom+xml"'
+    for asked in (f"/studies?StudyInstanceUID={study}", f"{path}/metadata", f"/studies/{study}/metadata", f"/studies/{study}/instances"):
+        expected = json.loads((await site.get(asked, "application/dicom+json"))[2])
+        for accept in (xml, "application/dicom+xml", "image/png, application/dicom+json;q=0.5, application/dicom+xml;q=0.9"):
+            status, kind, body = await site.get(asked, accept)
+            assert status == 200
+            (part,) = parts_of(kind, body)
+            assert part[0] == "application/dicom+xml"
+            assert texts(as_json(fromstring(part[1]))) == texts(expected[0])
+    assert (await site.get("/studies?PatientID=nobody", xml))[0] == 204
+    assert (await site.get(f"/studies/{study}/metadata", "text/xml"))[0] == 406
+    bad = make_instance(study, PatientName="Ä<&>^B=山田^太郎", StudyDescription="a\x01b")
+    headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=b', "Accept": "application/dicom+xml"}
+    body = multipart.head("b", "application/dicom", first=True) + bad + multipart.tail("b")
+    async with site.http.post(f"{site.url}/dicom-web/studies", data=body, headers=headers) as response:
+        assert (response.status, response.content_type) == (200, "application/dicom+xml")
+        assert as_json(fromstring(await response.read()))["00081199"]["Value"]
+    _, *answer = await site.get(f"/studies/{study}/metadata", xml)
+    expected = json.loads((await site.get(f"/studies/{study}/metadata"))[2])
+    for (_, part), wanted in zip(parts_of(*answer), expected, strict=True):
+        found = texts(as_json(fromstring(part)))
+        if wanted.get("00081030", {}).get("Value") == ["a\x01b"]:  # XML cannot have it, and the rest comes all the same
+            assert found.pop("00081030")["Value"] == ["a\ufffdb"]
+        assert found == {tag: found_there for tag, found_there in texts(wanted).items() if tag in found}
+
+
+async def test_a_series_is_rendered_as_a_picture_of_each_image(site: Site) -> None:
+    study, series = generate_uid(), generate_uid()
+    assert (await site.post([make_instance(study, series, number=number) for number in range(1, 4)]))[0] == 200
+    for path in (f"/studies/{study}/rendered", f"/studies/{study}/series/{series}/rendered"):
+        for accept, wanted in (("*/*", "image/jpeg"), ('multipart/related; type="image/png"', "image/png")):
+            status, kind, body = await site.get(path + "?viewport=32,32", accept)
+            assert status == 200
+            parts = parts_of(kind, body)
+            assert [each[0] for each in parts] == [wanted] * 3
+            assert [Image.open(io.BytesIO(each[1])).size for each in parts] == [(32, 32)] * 3
+        assert (await site.get(path, "image/jpeg"))[0] == 406  # one body cannot be three pictures
+        assert (await site.get(path, "video/mp4"))[0] == 406
+    file, path = renamed("examples_ybr_color.dcm")
+    assert (await site.post([file]))[0] == 200
+    status, kind, body = await site.get(f"{path}/frames/1,3/rendered", 'multipart/related; type="image/jpeg"')
+    assert (status, len(parts_of(kind, body))) == (200, 2)
+    assert (await site.get(f"{path}/frames/1,99/rendered", 'multipart/related; type="image/jpeg"'))[0] == 404
 
 
 # Who may

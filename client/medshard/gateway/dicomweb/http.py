@@ -6,16 +6,19 @@ in the log without any value of the request.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from aiohttp import web
 
+from medshard.gateway.dicomweb import multipart
 from medshard.gateway.dicomweb.datasets import root
-from medshard.gateway.dicomweb.media import JSON, BadAccept, Range, parsed
+from medshard.gateway.dicomweb.media import JSON, MULTIPART, XML, BadAccept, Range, fits, parsed
+from medshard.gateway.dicomweb.nativemodel import document
 from medshard.gateway.part10 import is_uid
 from medshard_protocol.errors import (
     Absent,
@@ -108,12 +111,36 @@ def origin(request: web.Request) -> str:
     return f"{request.scheme}://{host}"
 
 
-def json_answer(request: web.Request, body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """DICOM JSON, with the gateway's own address in it. Raises NotAcceptable."""
-    if not any(not each.multipart and (each.media in (JSON, "application/json", "*/*", "application/*")) for each in accepted(request)):
-        raise NotAcceptable(f"this is given as {JSON}")
+def form_of(request: web.Request) -> str:
+    """How data sets are given to this client: as DICOM JSON or, where it asks for that, as XML. Raises NotAcceptable."""
+    for each in accepted(request):
+        if not each.multipart and each.media in (JSON, "application/json", "*/*", "application/*"):
+            return JSON
+        if each.media == XML or (each.multipart and fits(each.media, XML)):
+            return XML
+    raise NotAcceptable(f"this is given as {JSON}, or as {MULTIPART}; type={XML}")
+
+
+async def datasets_answer(request: web.Request, body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A data set, or a list of them, in JSON; as the client wants it, with the gateway's own address in it. Raises NotAcceptable."""
+    form = form_of(request)
     body = body.replace(root.encode(), base(request).encode())
-    return web.Response(body=body, status=status, content_type=JSON, headers=headers)
+    if form == JSON:
+        return web.Response(body=body, status=status, content_type=JSON, headers=headers)
+    found = await asyncio.to_thread(json.loads, body)
+    if isinstance(found, dict):
+        return web.Response(body=await asyncio.to_thread(document, found), status=status, content_type=XML, headers=headers)
+    if not found:
+        return web.Response(status=204, headers=headers)
+    boundary = multipart.new_boundary()
+    made = await asyncio.to_thread(_as_parts, found, boundary)
+    kind = f'{MULTIPART}; type="{XML}"; boundary={boundary}'
+    return web.Response(body=made, status=status, headers={**(headers or {}), "Content-Type": kind})
+
+
+def _as_parts(found: Sequence[Any], boundary: str) -> bytes:
+    parts = [multipart.head(boundary, XML, first=number == 0) + document(each) for number, each in enumerate(found)]
+    return b"".join([*parts, multipart.tail(boundary)])
 
 
 def dumped(value: Any) -> bytes:

@@ -149,6 +149,15 @@ def for_frames(ranges: Sequence[Range], stored: str, decodable: Iterable[str], n
     return None
 
 
+def for_pictures(ranges: Sequence[Range], offered: Sequence[str], *, single: bool) -> Choice | None:
+    """How to send pictures, one or several; None where none of the ranges can be met. Several go out as a multipart alone."""
+    for each in ranges:
+        for media in offered:
+            if fits(each.media, media) and (each.multipart or single or each.media in ("*/*", "*")):
+                return Choice(media, each.multipart or not single)
+    return None
+
+
 def first_of(ranges: Sequence[Range], offered: Sequence[str]) -> str | None:
     """The first of the media types offered that the best range lets through."""
     for each in ranges:

@@ -17,7 +17,7 @@ from pydicom.datadict import tag_for_keyword
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive
 from medshard.gateway.dicomweb import datasets
-from medshard.gateway.dicomweb.http import dumped, json_answer, path_of, uids
+from medshard.gateway.dicomweb.http import datasets_answer, dumped, form_of, path_of, uids
 from medshard.gateway.model import Query, Row
 from medshard.gateway.tags import Level
 from medshard_protocol.errors import Malformed
@@ -60,6 +60,7 @@ class Qido:
 
     async def search(self, request: web.Request) -> web.StreamResponse:
         """Search at the level that the path ends with."""
+        form_of(request)  # refuses what cannot be accepted, before anything is looked for
         level = _levels[request.path.rstrip("/").rpartition("/")[2]]
         study, series, _ = uids(request) if "study" in request.match_info else ("", None, None)
         query, wanted, remarks = asked(level, request.query, study, series or "")
@@ -72,7 +73,7 @@ class Qido:
             wanted |= {*_of_study, *(_of_series if level is Level.INSTANCE else ())}  # they are nowhere else in the answer
         found = [datasets.of_row(row.attributes, _url(level, row), _fields(level, wanted, row)) for row in rows]
         headers = {"Warning": ", ".join(f'299 medshard "{remark}"' for remark in remarks)} if remarks else {}
-        return json_answer(request, dumped(found), headers=headers)
+        return await datasets_answer(request, dumped(found), headers=headers)
 
 
 def asked(level: Level, given: MultiMapping[str], study: str = "", series: str = "") -> tuple[Query, set[int], list[str]]:

@@ -19,7 +19,8 @@ from medshard.gateway.dicomweb import media
 from medshard.gateway.dicomweb.http import NotAcceptable, accepted, uids
 from medshard.gateway.dicomweb.media import DICOM
 from medshard.gateway.dicomweb.pixels import Look, picture, picture_side_max, thumbnail_side
-from medshard.gateway.dicomweb.wado import Wado, frame, frame_numbers
+from medshard.gateway.dicomweb.wado import Wado, frame, frame_numbers, send_parts
+from medshard.gateway.media_types import uncompressed
 from medshard.gateway.model import Instance
 from medshard.gateway.part10 import is_uid
 from medshard.gateway.reading import Shelf
@@ -40,12 +41,12 @@ class Rendered:
         self._making = asyncio.Semaphore(making_max)
 
     def routes(self, prefix: str) -> list[web.RouteDef]:
-        """Pictures of instances and frames; thumbnails at every level."""
+        """Pictures and thumbnails at every level."""
         study = prefix + "/studies/{study}"
         series, instance = study + "/series/{series}", study + "/series/{series}/instances/{instance}"
         one = instance + "/frames/{frames}"
         return [
-            *(web.get(path + "/rendered", self.rendered) for path in (instance, one)),
+            *(web.get(path + "/rendered", self.rendered) for path in (study, series, instance, one)),
             *(web.get(path + "/thumbnail", self.thumbnail) for path in (study, series, instance, one)),
         ]
 
@@ -54,11 +55,25 @@ class Rendered:
         return web.get("/wado", self.wado_uri)
 
     async def rendered(self, request: web.Request) -> web.StreamResponse:
-        """One frame as a picture."""
-        chosen = media.first_of(accepted(request), pictures)
+        """Pictures of what is named: of each instance with pixels its first frame, or those frames that are named."""
+        study, series, uid = uids(request)
+        found = await self._shelf.study(study)
+        images = [each for each in found.chosen(series, uid) if pixels_at in each.attributes]
+        if not images:
+            raise Absent("there are no pixels in it")
+        numbers = frame_numbers(request.match_info.get("frames", "1"))
+        chosen = media.for_pictures(accepted(request), pictures, single=len(images) * len(numbers) == 1)
         if chosen is None:
-            raise NotAcceptable("pictures are given as image/jpeg or image/png, one at a time")
-        return await self._picture(request, replace(look(request.query), media=chosen))
+            raise NotAcceptable("pictures are given as image/jpeg or image/png; several of them as multipart/related of these")
+        if unknown := {each.transfer_syntax for each in images} - uncompressed - set(decodable):
+            raise NotAcceptable(f"what is stored in {', '.join(sorted(unknown))} is not decoded here")
+        asked = replace(look(request.query), media=chosen.media)
+        await self._shelf.check(images)
+        await self._shelf.announce(found)
+        for image in images if max(numbers) > 1 else ():
+            (await self._wado.source(image))[1].place(max(numbers))  # raises Absent, while there is still a status to say it with
+        made = (await self._made(image, number, asked) for image in images for number in numbers)
+        return await send_parts(request, made, chosen.media, chosen.media, multiple=chosen.multipart)
 
     async def thumbnail(self, request: web.Request) -> web.StreamResponse:
         """A small picture of what stands for the study, series or instance: the middle one of its images."""

@@ -21,7 +21,7 @@ from medshard.gateway import model, tags
 from medshard.gateway.archive import Archive
 from medshard.gateway.describing import describe
 from medshard.gateway.dicomweb import datasets, multipart
-from medshard.gateway.dicomweb.http import answer, dumped, json_answer, path_of, uids
+from medshard.gateway.dicomweb.http import answer, datasets_answer, dumped, path_of, uids
 from medshard.gateway.dicomweb.media import DICOM
 from medshard.gateway.model import Outcome, Verdict
 from medshard.gateway.spool import Arrival
@@ -83,7 +83,7 @@ class Stow:
         finally:
             taking.abandon()
         self._settle({(each.study, each.series) for each in verdicts if each.outcome is not Outcome.REFUSED})
-        return _answer(request, study, verdicts)
+        return await _answer(request, study, verdicts)
 
     def _settle(self, series: set[tuple[str, str]]) -> None:
         async def settle() -> None:
@@ -189,7 +189,7 @@ async def _said(verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _answer(request: web.Request, study: str, verdicts: list[Verdict]) -> web.Response:
+async def _answer(request: web.Request, study: str, verdicts: list[Verdict]) -> web.Response:
     """The store instances response (PS3.18 annex I.2), with the status that its table asks for."""
     stored, failed, studies = [], [], set()
     for each in verdicts:
@@ -218,4 +218,4 @@ def _answer(request: web.Request, study: str, verdicts: list[Verdict]) -> web.Re
     full = all(each.status == model.OUT_OF_RESOURCES for each in verdicts)
     remarks = any(each.outcome is Outcome.KEPT_BESIDE for each in verdicts)
     status = (503 if full else 409) if not stored else 202 if failed or remarks else 200
-    return json_answer(request, dumped(found), status=status)
+    return await datasets_answer(request, dumped(found), status=status)

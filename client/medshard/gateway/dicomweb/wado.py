@@ -16,7 +16,7 @@ from aiohttp import web
 from medshard.gateway.derived import Derived
 from medshard.gateway.describing import describe, pixels_at
 from medshard.gateway.dicomweb import bulk, media, multipart
-from medshard.gateway.dicomweb.http import NotAcceptable, accepted, json_answer, uids
+from medshard.gateway.dicomweb.http import NotAcceptable, accepted, datasets_answer, form_of, uids
 from medshard.gateway.dicomweb.media import DICOM, Choice, explicit_le
 from medshard.gateway.dicomweb.pixels import native
 from medshard.gateway.frames import FrameTable, shifted, unwrapped
@@ -70,11 +70,11 @@ class Wado:
         return await self._send_decoded(request, instances, choice)
 
     async def metadata(self, request: web.Request) -> web.StreamResponse:
-        """Data sets as JSON, without bulk data."""
+        """Data sets as JSON or XML, without bulk data."""
         study, instances = await self._found(request)
-        json_answer(request, b"")  # refuses what cannot be accepted, before anything is read
+        form_of(request)  # refuses what cannot be accepted, before anything is read
         await self._shelf.announce(study)
-        return json_answer(request, await self._derived.metadata(instances))
+        return await datasets_answer(request, await self._derived.metadata(instances))
 
     async def frames(self, request: web.Request) -> web.StreamResponse:
         """Some frames of one instance, each read by itself."""
