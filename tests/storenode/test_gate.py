@@ -386,6 +386,20 @@ async def test_what_was_heard_before_tells_the_age_of_an_entry_whose_checkpoint_
     await mirror.read("owner", place, **shown(mirror.note()))
 
 
+async def test_a_read_right_after_a_start_is_as_new_as_it_is(mirror):
+    """Heads of one second tell no time: the one that was remembered through the start does, and was heard at the start."""
+    _ = mirror.journal.published
+    await mirror.journal.close()
+    again = Mirror(mirror.c, mirror.folder)
+    again.written, again.time = mirror.written, mirror.time
+    await again.journal.start()
+    place = await again.store(again.c.entry("owner", access()))
+    _ = again.journal.published
+    again.publish(after_s=0)
+    await again.read("owner", place)
+    mirror.journal = again.journal
+
+
 async def test_what_is_no_note_in_base64url_is_malformed(mirror):
     place = await mirror.store(mirror.c.entry("owner", access()))
     for text in ("", "!", "A", "QUJD", "QUJD=", "A" * 8001):

@@ -96,7 +96,7 @@ class Journal:
     async def start(self) -> None:
         """Fold the entries that are on disk. What was checked before the last stop is not checked again."""
         memory = self.store.memory()
-        self._heard = memory.published
+        self._heard, self._heard_at = memory.published, time.monotonic()
         self.folding.begin(memory, self.head.size, _size_or_none(memory.published))
         self._replaying = True  # to check what is published takes its roster, and so everything before it at once
         await self.folding.replay(self.head.size)
