@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -102,3 +103,17 @@ def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700, pq: 
 def consortium() -> Callable[..., Consortium]:
     """Make a consortium: ``consortium(4)``, or ``consortium(4, nodes_each=2)``."""
     return consortium_of
+
+
+# The folders whose files run longest: started first, so that no worker is left with one of them when the others have ended.
+longest = ("simulation", "cluster", "chaos", "gateway")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that run long at the front; within a file the order stays."""
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return longest.index(folder) if folder in longest else len(longest)
+
+    items.sort(key=rank)

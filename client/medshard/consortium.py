@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
+from medshard.nursery import Nursery, Process
 from medshard_protocol.errors import Absent, Conflict, Unavailable
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.roster import Node, Roster
@@ -40,6 +41,8 @@ _poll_s = 0.05
 
 # PR_SET_PDEATHSIG follows the thread that started the child, so every child is started by one thread that lives as long as we do.
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medshard-nodes")
+_tether = Path(__file__).with_name("tether.py")
+_nursery: Nursery | None = None  # used in that thread alone
 
 
 class LocalConsortium:
@@ -52,7 +55,7 @@ class LocalConsortium:
         self._genesis = self.folder / "genesis.medshard"
         self._institutions = institutions
         self._code = code
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, Process] = {}
         self._lock: int | None = None
         self.roster: Roster | None = None
 
@@ -153,7 +156,7 @@ class LocalConsortium:
         return self._running[name].pid
 
     @property
-    def running(self) -> Mapping[str, subprocess.Popen[bytes]]:
+    def running(self) -> Mapping[str, Process]:
         """The processes of the nodes that were started and not killed, by name."""
         return self._running
 
@@ -222,17 +225,23 @@ class LocalConsortium:
 
     def _program(self, name: str) -> list[str]:
         """The command line of a node."""
-        return [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "run"]
+        return [sys.executable, "-m", "storenode", *self._arguments(name)]
+
+    def _arguments(self, name: str) -> list[str]:
+        return ["--home", str(self.home(name)), "run"]
 
     def _spawn(self, name: str) -> None:
         home = self.home(name)
-        tether = str(Path(__file__).with_name("tether.py"))
         program = self._program(name)
+        plain = program == [sys.executable, "-m", "storenode", *self._arguments(name)]
 
-        def start() -> subprocess.Popen[bytes]:
+        def start() -> Process:
+            if plain and (nursery := _loaded()):
+                with contextlib.suppress(Absent):
+                    return nursery.start(self._arguments(name), home / "log")
             with (home / "log").open("ab") as log:
                 return subprocess.Popen(
-                    [sys.executable, "-I", "-S", tether, str(os.getpid()), *program],
+                    [sys.executable, "-I", "-S", str(_tether), str(os.getpid()), *program],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -281,6 +290,14 @@ class LocalConsortium:
 def _write_private(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+
+
+def _loaded() -> Nursery | None:
+    """The program that nodes are forked from, started with the first; None where it would not be what a new process is."""
+    global _nursery
+    if _nursery is None:
+        _nursery = Nursery(_tether)
+    return _nursery if _nursery.fits else None
 
 
 def _storenode(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

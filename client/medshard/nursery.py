@@ -1,0 +1,135 @@
+"""The other end of ``python -m storenode.nursery``: starts nodes of a trial by forking a program that is loaded once.
+
+Law: what it cannot do it says by ``Absent``, and the caller starts a process of its own. Its nodes never outlive this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from medshard_protocol.errors import Absent
+
+_poll_s = 0.01
+# What acts when a program starts and cannot be set for one that is loaded.
+_at_start = ("LD_", "DYLD_", "PYTHON", "MALLOC_", "OPENSSL_", "SSL_")
+
+
+class Process(Protocol):
+    """What a consortium needs of a node's process; ``subprocess.Popen`` has it."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The same, once it has ended. Raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, sig: int) -> None:
+        """Nothing where it has ended."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+class Nursery:
+    """The program, loaded. Its process is started by the thread that makes this, and dies with it."""
+
+    def __init__(self, tether: Path) -> None:
+        self._environ = _acting_at_start()
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(tether), str(os.getpid()), sys.executable, "-m", "storenode.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs, and was started under the settings that a process started now would have."""
+        return self._process.poll() is None and self._environ == _acting_at_start()
+
+    def start(self, arguments: Sequence[str], log: Path) -> Child:
+        """Run ``storenode ARGUMENTS`` in a process of its own, its output appended to ``log``. Raises Absent."""
+        asked = {"start": list(arguments), "log": str(log), "environ": dict(os.environ)}
+        pid = self.ask(asked)
+        if pid is None:
+            raise Absent("the program that starts nodes answers nothing")
+        return Child(self, pid)
+
+    def ask(self, question: object) -> int | None:
+        """One question, one answer. Raises Absent once the program has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            try:
+                self._process.stdin.write(json.dumps(question) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except (BrokenPipeError, ValueError):
+                line = ""
+        if not line:
+            raise Absent("the program that starts nodes has ended")
+        answer: int | None = json.loads(line)
+        return answer
+
+
+class Child:
+    """A node's process, as a ``subprocess.Popen`` of it would be."""
+
+    def __init__(self, nursery: Nursery, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._nursery = nursery
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            try:
+                self.returncode = self._nursery.ask({"poll": self.pid})
+            except Absent:
+                self.returncode = -signal.SIGKILL  # it died with the program that started it
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once it has ended. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("storenode", timeout or 0.0)
+            time.sleep(_poll_s)
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        """Nothing where it has ended; until its end was asked for, its number is nobody else's."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _acting_at_start() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_at_start)}
