@@ -25,7 +25,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, evt
 from tests.gateway.conftest import make_instance
-from tests.gateway.test_kills import start
+from tests.gateway.test_kills import free_port, start
 
 from medshard.consortium import LocalConsortium
 from medshard.gateway.archive import Archive
@@ -107,11 +107,6 @@ async def listens(port: int) -> None:
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 return
             await asyncio.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @asynccontextmanager
