@@ -29,7 +29,7 @@ from medshard.gateway.describing import describe
 from medshard.gateway.indexing import catch_up
 from medshard.gateway.model import Committed, Incoming, Instance, Outcome, Place, Query, Receipt, Row, Verdict
 from medshard.gateway.objects import Objects
-from medshard.gateway.packing import places, plan_of
+from medshard.gateway.packing import framed, instance_of, places, plan_of
 from medshard.gateway.receipts import receipt_in
 from medshard.gateway.segments import Entry
 from medshard.gateway.spool import Arrival, Spool
@@ -293,7 +293,7 @@ class Archive:
         await asyncio.to_thread(self.catalog.refresh)
         if self._made != self.catalog.made:  # somebody has made it anew, and knows nothing of our spool
             with self._lock:
-                waiting = [_instance(entry) for entry in self._spooled.values()]
+                waiting = [instance_of(entry) for entry in self._spooled.values()]
             self.catalog.put(waiting)
             await asyncio.to_thread(self.catalog.flush)
             self._made = self.catalog.made
@@ -316,7 +316,7 @@ class Archive:
         self.catalog.forget_waiting(left)
 
     def _keep(self, entry: Entry) -> None:
-        instance = _instance(entry)
+        instance = instance_of(entry)
         with self._lock:
             self._spooled[instance.uid, instance.sha256] = entry
         self.catalog.put([instance])
@@ -331,6 +331,7 @@ class Archive:
             if not entries:
                 return
             began = time.monotonic()
+            entries = await asyncio.to_thread(framed, entries, self.spool)
             preparing = asyncio.create_task(self._prepare(series))
             try:
                 report = await self.vault.store(plan_of(series, entries, self.spool))
@@ -360,7 +361,7 @@ class Archive:
         for part, entry in zip(parts, entries, strict=True):
             digest, place = placed.get(part.path, (b"", None))
             if digest == entry.sha256:
-                instances.append(replace(_instance(entry), place=place))
+                instances.append(replace(instance_of(entry), place=place))
                 done.append(entry)
         if len(done) < len(entries):
             self._not_before = time.monotonic() + retry_s
@@ -389,11 +390,6 @@ class Archive:
 
     def _say(self, event: str, **about: object) -> None:
         log.info(json.dumps({"event": event, **about}))  # numbers only: nothing here names a patient
-
-
-def _instance(entry: Entry) -> Instance:
-    said = entry.attributes
-    return Instance(said["study-uid"], said["series-uid"], said["sop-uid"], entry.size, entry.sha256, entry.received, said)
 
 
 def _refused(about: Verdict, status: int, reason: str) -> Verdict:

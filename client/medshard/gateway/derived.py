@@ -19,7 +19,7 @@ from medshard.gateway.cache import BlockCache
 from medshard.gateway.describing import pixels_at
 from medshard.gateway.dicomweb import datasets
 from medshard.gateway.dicomweb.http import dumped, path_of
-from medshard.gateway.frames import FrameTable, encapsulated, native
+from medshard.gateway.frames import FrameTable, encapsulated, native, sealed
 from medshard.gateway.media_types import in_place
 from medshard.gateway.model import Instance
 from medshard.gateway.reading import Shelf
@@ -43,7 +43,7 @@ class Derived:
 
     async def frames(self, instance: Instance) -> FrameTable:
         """Where the instance's frames lie. Raises Absent for one without pixels, Malformed for broken ones."""
-        if (table := native(instance)) is not None:
+        if (table := native(instance) or sealed(instance)) is not None:
             return table
         if (known := self._tables.get(instance.sha256)) is not None:
             return known

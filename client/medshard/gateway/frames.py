@@ -1,7 +1,7 @@
 """Where each frame of an instance lies in its file, so that one frame of two hundred megabytes is a range read.
 
 Native pixels are reckoned. Of encapsulated ones the offset tables tell, basic (PS3.5 section A.4) or extended; where there is neither, the
-items are walked once, and what was found is kept.
+items are walked once. What was found while the instance was packed stands in its sealed header (docs/formats/header.md).
 
 Law: places in, places out: the pixels themselves are not looked at, but for two bytes where only a codec's start marker tells where a frame
 begins. What does not fit together is ``Malformed``.
@@ -9,6 +9,8 @@ begins. What does not fit together is ``Malformed``.
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,10 +21,13 @@ from medshard.gateway.describing import pixels_at
 from medshard.gateway.elements import Cut, explicit_be, walk
 from medshard.gateway.model import Instance
 from medshard.gateway.part10 import read_head
-from medshard_protocol.errors import Absent, Malformed
+from medshard.model import attribute_value_max, attributes_max
+from medshard_protocol.errors import Absent, Malformed, MedshardError
 
 frames_max: Final = 1_000_000
 head_read: Final = 64 * 1024
+said_frames_max: Final = 4_000  # more of them fit into no header
+frames_at: Final = ("frames-at", "frames-at-2", "frames-at-3", "frames-at-4")  # header attributes
 extended_offsets: Final = 0x7FE00001
 _item: Final = b"\xfe\xff\x00\xe0"
 _end: Final = b"\xfe\xff\xdd\xe0"
@@ -98,6 +103,46 @@ async def encapsulated(instance: Instance, read: Read) -> FrameTable:
     if count == 1:
         return FrameTable(1, items=((base, instance.size),))
     return FrameTable(count, items=await _walked(instance, read, base, count))
+
+
+def is_said(instance: Instance) -> bool:
+    """Whether a sealed header should tell where the frames lie: there are several, and they are encapsulated. Raises Malformed."""
+    encapsulated = instance.attributes.get(pixels_at, "").endswith("undefined")
+    return encapsulated and 1 < _number(instance, "number-of-frames", 1) <= said_frames_max
+
+
+async def said(instance: Instance, read: Read) -> dict[str, str]:
+    """The header attributes that tell where encapsulated frames lie; none where they do not fit. Raises as ``encapsulated``."""
+    start, _ = _pixels(instance)
+    numbers, at = [], start
+    for first, after in (await encapsulated(instance, read)).items:
+        numbers += [first - at, after - first]
+        at = after
+    text = base64.b64encode(zlib.compress(msgpack.packb(numbers), 9)).decode()
+    pieces = [text[at : at + attribute_value_max] for at in range(0, len(text), attribute_value_max)]
+    if len(pieces) > len(frames_at) or len(instance.attributes) + len(pieces) > attributes_max:
+        return {}
+    return dict(zip(frames_at, pieces, strict=False))
+
+
+def sealed(instance: Instance) -> FrameTable | None:
+    """The table in an instance's header; None where there is none, or none that fits its size."""
+    text = "".join(instance.attributes.get(name, "") for name in frames_at)
+    if not text:
+        return None
+    try:
+        stream = zlib.decompressobj()
+        numbers = msgpack.unpackb(stream.decompress(base64.b64decode(text, validate=True), 20 * said_frames_max))
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        if not stream.eof or len(pairs) != _number(instance, "number-of-frames", 1) or any(gap < 0 or length < 1 for gap, length in pairs):
+            return None
+        at, items = _pixels(instance)[0], []
+        for gap, length in pairs:
+            items.append((at + gap, at + gap + length))
+            at += gap + length
+    except (ValueError, TypeError, zlib.error, MedshardError):
+        return None  # of a later version, or of another hand: the pixels tell
+    return FrameTable(len(items), items=tuple(items)) if at <= instance.size else None
 
 
 def unwrapped(data: bytes) -> bytes:

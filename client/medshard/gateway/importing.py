@@ -14,7 +14,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -23,7 +23,7 @@ from pydicom import dcmread
 from medshard.gateway.catalog import Catalog
 from medshard.gateway.describing import Described, describe
 from medshard.gateway.model import Instance, Outcome
-from medshard.gateway.packing import media_type, members_max, name_of, places
+from medshard.gateway.packing import frames_of, media_type, members_max, name_of, places
 from medshard.model import Description
 from medshard.packs import Plan, Unit
 from medshard.source import Part
@@ -89,6 +89,9 @@ class Importer:
             try:
                 said = describe(_reader(candidate), candidate.size)
                 digest = _digest(candidate)
+                if candidate.path.is_file():  # a member of an archive would be inflated again for each frame
+                    about = Instance(said.study, said.series, said.uid, candidate.size, digest, 0, said.attributes)
+                    said = replace(said, attributes={**said.attributes, **frames_of(about, _reader(candidate))})
             except (MedshardError, OSError, zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: an encrypted member
                 tell(Imported(candidate.path, Outcome.REFUSED, reason=str(error)))
                 continue
@@ -231,7 +234,8 @@ def _begins_as_dicom(path: Path) -> bool:
 def _reader(candidate: Candidate) -> Callable[[int, int], bytes]:
     def read(start: int, stop: int) -> bytes:
         with candidate.open() as file:
-            return file.read(stop)[start:]
+            file.seek(start)
+            return file.read(stop - start)
 
     return read
 
