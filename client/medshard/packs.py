@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -46,13 +46,17 @@ class Plan:
     problems: tuple[Problem, ...]
 
 
-def plan(paths: Sequence[Path], attributes: Mapping[str, str]) -> Plan:
-    """Decide what is sealed together. ``attributes`` are added to every file's own. Never raises for a bad path: it is a Problem."""
+def plan(paths: Sequence[Path], attributes: Mapping[str, str], *, only: Collection[Path] | None = None) -> Plan:
+    """Decide what is sealed together. ``attributes`` are added to every file's own; of what lies in folders, ``only`` these are taken.
+
+    Never raises for a bad path: it is a Problem.
+    """
     units: list[Unit] = []
     problems: list[Problem] = []
     for path in paths:
         if path.is_dir():
-            parts = list(_look(_walk(path, problems), attributes, problems))
+            found = (each for each in _walk(path, problems) if only is None or each[0] in only)
+            parts = list(_look(found, attributes, problems))
             units += _group(_own_name(path), parts)
         else:
             named = _look([(path, _own_name(path))], attributes, problems)

@@ -11,12 +11,15 @@ read. A file is told as stored when its sealed key lies beside it. Format: docs/
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -29,7 +32,7 @@ from medshard.packs import Plan, Unit, plan
 from medshard.scratch import scratch_folder
 from medshard.vault import OnProgress, Vault
 from medshard_protocol import canonical
-from medshard_protocol.errors import Absent, Malformed, Refused
+from medshard_protocol.errors import Absent, Malformed, Refused, Unavailable
 from medshard_protocol.identity import public_key
 from medshard_protocol.ids import Key, key_size
 from medshard_protocol.sharing import hpke_public_size
@@ -38,6 +41,10 @@ magic: Final = "medshard/sender/v1"
 file_bytes_max: Final = 4096
 group_units_max: Final = 48  # as many as one GRANT entry names: what is cut off in the middle is sent again
 group_bytes_max: Final = 256 * 2**20
+settle_s: Final = 2.0  # a file in a watched folder that has not changed for so long is whole
+again_s: Final = 15.0  # between tries while too few nodes are up
+
+Seen: TypeAlias = tuple[int, int]  # size and time of the last change, in nanoseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +141,34 @@ class Sender:
         attributes = {f"tag:{key}": value for key, value in (tags or {}).items()}
         if policy_number is not None:
             attributes["policy-number"] = policy_number
-        planned = plan([Path(path) for path in paths], attributes)
+        return await self._send(plan([Path(path) for path in paths], attributes), progress)
+
+    async def watch(self, folder: Path, tell: Callable[[PutReport], None], *, keep: Path | None = None) -> None:
+        """Send what is put into a folder, for ever. A file leaves it once it is stored: for good, or for the same place below ``keep``.
+
+        A file counts as whole when it has not changed for ``settle_s``. One that cannot be stored stays, and is tried again when it
+        changes; while too few nodes are up, all are.
+        """
+        before: dict[Path, Seen] = {}
+        left: dict[Path, Seen] = {}
+        while True:
+            now = await asyncio.to_thread(_look, folder)
+            whole = {path for path, seen in now.items() if before.get(path) == seen and left.get(path) != seen}
+            before, pause_s = now, settle_s
+            if whole:
+                try:
+                    report = await self._send(await asyncio.to_thread(plan, [folder], {}, only=whole))
+                except Unavailable as error:
+                    report = PutReport((), tuple(Problem(path, str(error), stored=False) for path in sorted(whole)))
+                    pause_s = again_s
+                else:
+                    left = {problem.path: now[problem.path] for problem in report.problems if not problem.stored and problem.path in now}
+                for stored in report.stored:
+                    await asyncio.to_thread(_leave, stored.path, now[stored.path], folder, keep)
+                tell(report)
+            await asyncio.sleep(pause_s)
+
+    async def _send(self, planned: Plan, progress: OnProgress | None = None) -> PutReport:
         stored: list[StoredFile] = []
         problems: list[Problem] = list(planned.problems)
         total, before = sum(unit.size for unit in planned.units), 0
@@ -147,6 +181,30 @@ class Sender:
                 stored += report.stored
             before += sum(unit.size for unit in group)
         return PutReport(tuple(stored), tuple(problems))
+
+
+def _look(folder: Path) -> dict[Path, Seen]:
+    """The files below a folder but for hidden ones, each with size and time of its last change."""
+    found: dict[Path, Seen] = {}
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            with contextlib.suppress(OSError):  # it has just gone
+                if path.is_file() and not path.is_symlink():
+                    found[path] = path.stat().st_size, path.stat().st_mtime_ns
+    return found
+
+
+def _leave(path: Path, seen: Seen, folder: Path, keep: Path | None) -> None:
+    """Take a file that was stored out of its folder, unless it has changed since. Raises OSError."""
+    if (path.stat().st_size, path.stat().st_mtime_ns) != seen:
+        return
+    if keep is None:
+        path.unlink()
+        return
+    target = keep / path.relative_to(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(path, target)
 
 
 def _shifted(progress: OnProgress, before: int, total: int) -> OnProgress:

@@ -26,13 +26,17 @@ from medshard_protocol.entries import (
     Retain,
     Retire,
     Revoke,
+    Rotate,
+    Sender,
     Timestamp,
     Type,
     Withdraw,
     entry_bytes_max,
+    rotation_signed,
     signed_bytes,
 )
 from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.identity import public_key
 
 nonce = bytes(16)
 bodies = {
@@ -42,6 +46,7 @@ bodies = {
     "access": Access((b"\x05" * 32, b"\x06" * 32), Purpose.TREATMENT, b"", nonce),
     "emergency access": Access((b"\x05" * 32,), Purpose.EMERGENCY, b"r" * 1600, nonce),
     "approve": Approve(b"\x07" * 32, nonce),
+    "sender": Sender(b"\x08" * 32, b"\x09" * 32, nonce),
     "withdraw": Withdraw(b"\x08" * 32, nonce),
     "grant": Grant((b"\x05" * 32,), b"\x09" * 32, 2_000_000_000, Purpose.INSURANCE, nonce),
     "revoke": Revoke(b"\x0a" * 32, nonce),
@@ -92,6 +97,34 @@ def test_a_changed_entry_is_not_the_authors(consortium, change):
         Entry.from_bytes(entry.to_bytes()).verify("consortium.example/log")
 
 
+origin = "consortium.example/log"
+
+
+def rotation(c, *, signed_by=("old", "new"), log=origin, named=("old", "new")):
+    keys = {name: c.key(name) for name in ("old", "new", "thief")}
+    public = {name: public_key(key) for name, key in keys.items()}
+    said = rotation_signed(log, *(public[name] for name in ("old", "new")))
+    signatures = [keys[name].sign(said) for name in signed_by]
+    return c.entry("ca 0", Rotate(*(public[name] for name in named), *signatures, nonce))
+
+
+def test_a_rotation_is_signed_by_the_old_and_the_new_key_and_by_its_author(consortium):
+    c = consortium(4)
+    good = Entry.from_bytes(rotation(c).to_bytes())
+    good.verify(origin)
+    assert good.body.passes == (good.body.old, good.body.key)
+    for wrong in (
+        rotation(c, signed_by=("thief", "new")),
+        rotation(c, signed_by=("old", "thief")),
+        rotation(c, signed_by=("new", "old")),
+        rotation(c, log="consortium.example/log2"),  # signed for another log, and shown in this one
+        rotation(c, named=("old", "thief")),
+        replace(good, signature=bytes(64)),
+    ):
+        with pytest.raises(Refused):
+            Entry.from_bytes(wrong.to_bytes()).verify(origin)
+
+
 author, signature, id32 = bytes(32), bytes(64), b"\x09" * 32
 malformed = {
     "not an array": b"\x01",
@@ -111,7 +144,10 @@ malformed = {
     "token too long": encode([1, 12, [1, id32, bytes(1701), nonce], author, signature]),
     "type as a boolean": encode([1, True, [0, id32, nonce], author, signature]),
     "change as a boolean": encode([1, 1, [False, id32, nonce], author, signature]),
-    "unknown change": encode([1, 1, [4, id32, nonce], author, signature]),
+    "unknown change": encode([1, 1, [6, id32, nonce], author, signature]),
+    "rotation without signatures": encode([1, 1, [4, id32, id32, nonce], author, signature]),
+    "rotation with a short signature": encode([1, 1, [4, id32, id32, bytes(64), bytes(63), nonce], author, signature]),
+    "sender without a vault": encode([1, 1, [5, id32, nonce], author, signature]),
     "roster body empty": encode([1, 1, [], author, signature]),
     "genesis with a role": encode([1, 1, [0, id32, 1, nonce], author, signature]),
     "enrol without roles": encode([1, 1, [1, id32, nonce], author, signature]),

@@ -16,13 +16,14 @@ from tests import c2sp
 
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint
-from medshard_protocol.entries import Access, Approve, Enrol, Genesis, Register, sign_entry
+from medshard_protocol.entries import Access, Approve, Enrol, Genesis, Register, Rotate, rotation_signed, sign_entry
 from medshard_protocol.errors import Absent, Damaged, Malformed, MedshardError, Refused
 from medshard_protocol.identity import public_key
 from medshard_protocol.merkle import sha256
 from medshard_protocol.tiles import TileName, Tree, pack_bundle, tile_names, tile_width
 from storenode.logtool.audit import audit
 from storenode.logtool.export import export, policy, read_rosters
+from storenode.logtool.hashing import _unsigned
 from storenode.logtool.source import Folder, Web
 
 size = 70_100  # 273 full tiles of leaves, one full and one partial tile above, one of width 1 on top
@@ -90,6 +91,17 @@ def test_a_whole_log_passes_and_is_counted(large: SimpleNamespace) -> None:
     assert report.void_named[:2] == ((30, True), (31, False))
     assert report.pq_quorum
     assert (sorted(report.cosigned), sorted(report.cosigned_pq)) == (["node0", "node1", "node2"],) * 2
+
+
+def test_an_audit_sees_that_a_rotation_was_not_signed_by_both_keys(consortium: Callable[..., Any]) -> None:
+    c = consortium(4)
+    old, new, origin = c.key("old"), c.key("new"), c.roster.origin
+    said = rotation_signed(origin, public_key(old), public_key(new))
+    entries = [
+        c.entry("ca 0", Rotate(public_key(old), public_key(new), *signatures, bytes(16))).to_bytes()
+        for signatures in ((old.sign(said), new.sign(said)), (new.sign(said), new.sign(said)), (old.sign(said), bytes(64)))
+    ]
+    assert list(_unsigned([*entries, b"", b"\x01"], 7, ((100, origin),))) == [8, 9, 10, 11]
 
 
 def test_a_reader_written_from_the_c2sp_documents_accepts_the_export(large: SimpleNamespace) -> None:

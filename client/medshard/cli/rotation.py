@@ -15,6 +15,7 @@ from medshard_protocol.errors import MedshardError, Refused
 
 if TYPE_CHECKING:
     from medshard.home import Home
+    from medshard.model import PutReport
 
 
 @click.command(
@@ -126,4 +127,36 @@ def new(session: Session, code: str, vault: str) -> int:
         output.line(made.public.hex())
         if not session.quiet:
             output.note(f"medshard: {session.home} sends for the vault {short(made.vault)}, and reads nothing")
+    return Exit.OK
+
+
+@sender.command(
+    epilog=examples(
+        "medshard --home /srv/scanner sender watch /srv/drop", "medshard --home /srv/scanner sender watch /srv/drop --keep /srv/sent"
+    )
+)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Move what was stored here, instead of deleting it.")
+@shared
+def watch(session: Session, folder: Path, keep: Path | None) -> int:
+    """Send what is put into a FOLDER, for ever; print SHA256 PATH. Ctrl-C ends it.
+
+    A file is taken when it has not changed for two seconds, and DELETED from the folder when it is safe in the store, unless --keep says
+    where it goes. One that cannot be stored stays, and the reason is told. Names that begin with a dot are left alone.
+    """
+    from medshard.cli.store import tell_put
+    from medshard.home import Home
+    from medshard.sender import opened
+
+    if keep is not None and keep.resolve().is_relative_to(folder.resolve()):
+        raise click.UsageError("--keep must lie outside the folder that is watched")
+
+    def tell(report: PutReport) -> None:
+        tell_put(session, report)
+
+    async def work() -> None:
+        async with opened(Home(session.home)) as scanner:
+            await scanner.watch(folder, tell, keep=keep)
+
+    run(work())
     return Exit.OK
