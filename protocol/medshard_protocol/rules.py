@@ -77,7 +77,6 @@ from medshard_protocol.entries import (
 from medshard_protocol.errors import Absent, Conflict, MedshardError, Refused
 from medshard_protocol.facts import Facts, Registration
 from medshard_protocol.ids import FileId, Key
-from medshard_protocol.rights import Reason, hints, phrases
 from medshard_protocol.rosters import check_successor
 
 
@@ -159,7 +158,7 @@ def _approve(facts: Facts, body: Approve, author: Key) -> MedshardError | None:
 
 
 def _register(facts: Facts, body: Register, author: Key) -> MedshardError | None:
-    if objection := _stranger(facts, author):
+    if objection := _stranger(facts, author, sends=True):
         return objection
     known = facts.registration(body.file_id)
     if known is None:
@@ -179,8 +178,6 @@ def _grant(facts: Facts, body: Grant, author: Key) -> MedshardError | None:
             return known
         if known.erased is not None:
             return Refused("an erased file is granted to nobody")
-    if facts.sends(body.reader):
-        return Refused("that key only sends: nothing is granted to it")
     return _stranger(facts, body.reader, "no institution vouches for the reader's key")
 
 
@@ -199,8 +196,6 @@ def _revoke(facts: Facts, body: Revoke, author: Key) -> MedshardError | None:
 def _access(facts: Facts, body: Access, author: Key) -> MedshardError | None:
     if body.reason and author not in facts.roster.emergency:
         return Refused("only an identity that the roster marks for emergencies gives a reason")
-    if facts.sends(author):
-        return Refused(phrases[Reason.SENDS], hint=hints[Reason.SENDS])
     return _stranger(facts, author)
 
 
@@ -304,7 +299,8 @@ def _freeze(facts: Facts, body: Freeze, author: Key) -> MedshardError | None:
 # -- parts
 
 
-def _stranger(facts: Facts, key: Key, text: str = "no institution has enrolled this key") -> MedshardError | None:
+def _stranger(facts: Facts, key: Key, text: str = "no institution has enrolled this key", *, sends: bool = False) -> MedshardError | None:
+    """Why this key takes no part; with ``sends``, one that only sends does."""
     known = facts.identity(key)
     if known is None:
         return Refused(text, hint="join an institution first")
@@ -312,6 +308,8 @@ def _stranger(facts: Facts, key: Key, text: str = "no institution has enrolled t
         return Refused(f"{known.institution} has withdrawn this key", hint="ask it for an invitation, and run `medshard keys rotate`")
     if facts.roster.institution_named(known.institution) is None:
         return Refused(f"{known.institution}, which enrolled this key, is no longer in the roster")
+    if known.heir is not None and not sends:  # and not withdrawn, so no successor
+        return Refused("this key only sends: it reads and ends nothing", hint="do it with the vault that it sends for")
     return None
 
 
@@ -321,8 +319,6 @@ def _owned(facts: Facts, file_id: FileId, author: Key) -> Registration | Medshar
         return Absent("this file is not registered")
     if known.owner != author and facts.heir(known.owner) != author:
         return Refused("this file is another's")
-    if facts.sends(author):
-        return Refused("this key only sends: what becomes of the file is for its vault to say")
     return _stranger(facts, author) or known
 
 
@@ -330,7 +326,7 @@ def _sent(facts: Facts, file_id: FileId, sender: Key) -> Registration | Medshard
     known = facts.registration(file_id)
     if known is None:
         return Absent("this file is not registered")
-    return _stranger(facts, sender) or (known if known.owner == sender else Refused("this file is another's"))
+    return _stranger(facts, sender, sends=True) or (known if known.owner == sender else Refused("this file is another's"))
 
 
 def _not_keeper(facts: Facts, owner: Key, author: Key) -> MedshardError | None:

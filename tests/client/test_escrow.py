@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from medshard.cli.sharing import short
 from medshard.escrow import Share, combine, split
 from medshard.home import Home
 from medshard.keys import VaultKeys, create_key_file, open_key_file
 from medshard.recovery import RecoveryCode, change_passphrase
 from medshard_protocol import canonical
-from medshard_protocol.errors import Malformed, Refused
-from medshard_protocol.ids import Sha256
+from medshard_protocol.errors import Malformed, Refused, Unavailable
+from medshard_protocol.ids import Key, Sha256
 
 keys = VaultKeys.from_root(bytes(range(32)))
 
@@ -135,3 +136,15 @@ def test_a_passphrase_is_changed_and_the_key_is_not(tmp_path: Path) -> None:
     with pytest.raises(Refused):
         open_key_file(home.key_file, "old words")
     assert home.key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_too_few_shares_and_wrong_ones_end_in_an_error_that_names_who_sent_them() -> None:
+    from medshard.cli.keys import _whole
+    from medshard.escrow import Collected
+
+    good, wrong = Key(b"g" * 32), Key(b"w" * 32)
+    with pytest.raises(Unavailable) as caught:
+        _whole(Collected(None, (good,), (wrong,), 3, 0))
+    assert "1 of 3 shares are here" in str(caught.value)
+    assert f"wrong ones came from {short(wrong)}" in str(caught.value)
+    assert _whole(Collected(bytes(32), (good,), (wrong,), 3, 0)) == bytes(32)
