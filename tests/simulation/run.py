@@ -153,6 +153,11 @@ class Run:
         for number in range(self.rng.choice((1, 1, 1, 2))):
             if self.world.loop.time() < until:
                 await self._session(number, until)
+        if self.unfinished and not self.calm:  # what was begun is begun again, with other bytes under the same name, size and time
+            for path in self.unfinished[:2]:
+                if self.rng.random() < 0.7:
+                    self._change(path)
+            await self._session(9, self.world.loop.time() + self.rng.uniform(2, 6))
         self.harm.ended = True
         ending = [task for name, task in zip(names, harming, strict=True) if name != "byzantine"]
         for task in ending:
@@ -166,7 +171,7 @@ class Run:
         """The owner's program runs once, perhaps not to its end."""
         loop, owner = self.world.loop, self.owner
         working = owner.run(self._owner_works(number))
-        power_fails_at = loop.time() + self.rng.uniform(0.01, 2.0) if self.rng.random() < 0.15 else until
+        power_fails_at = loop.time() + self.rng.uniform(0.01, 1.0) if self.rng.random() < 0.25 and number == 0 else until
         while not working.done() and loop.time() < min(until, power_fails_at):
             await asyncio.sleep(look_every_s)
         if working.done():

@@ -50,11 +50,14 @@ async def test_an_erasure_destroys_keys_and_shard_and_is_receipted(node: Running
     grant = await granted(node, file_id)
     assert len(shard_files(node, file_id)) == 1
     used = node.store.used
+    for each in (file_id, other):
+        await node.store.catalog.write(lambda db, each=each: db.execute("INSERT INTO audit_tags VALUES (?, 'x', 0, 1)", (each,)))
     await node.say("owner", Erase(file_id, int(time.time()), b""))
     told = await receipt(node, file_id)
     assert (told.file_id, told.type, told.node, told.shard, told.keys) == (file_id, Type.ERASE, node.node.id, 0, 2)
     assert told.entry == await entry_of(node, file_id)
     assert abs(told.at - time.time()) < 60
+    assert [bytes(row[0]) for row in node.store.catalog.all("SELECT file_id FROM audit_tags")] == [other]
     assert node.app[sealed_key].grant(file_id, grant) is None
     assert shard_files(node, file_id) == []
     assert node.store.used == used - large

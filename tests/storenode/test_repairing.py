@@ -21,7 +21,7 @@ from storenode.repairing.leaving import Leaving
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rate import Bucket
 from storenode.repairing.repairer import Repairer
-from storenode.repairing.surveying import Case
+from storenode.repairing.surveying import Case, Surveyor
 from storenode.repairing.tending import Sick, _urgency
 from storenode.shardstore import ShardStore
 
@@ -106,6 +106,24 @@ async def test_a_row_that_makes_no_sense_is_not_in_the_way_of_its_own_repair(tmp
         assert store.bad_cells(store.shard_at(file_id, 1)) == []
     finally:
         store.close()
+
+
+async def test_what_audits_found_wrong_is_missing_whatever_its_holder_says_but_not_where_it_went_since() -> None:
+    of = case()
+    file_id, me = of.manifest.file_id, nodes[0]
+    surveyor = Surveyor(SimpleNamespace(id=me), None)  # type: ignore[arg-type]
+    surveyor.found = lambda of_file: [(0, me, 1.0), (1, of.present[1], 1.0), (2, of.present[1], 1.0)] if of_file == file_id else []
+
+    async def find(file_id: FileId) -> Case:
+        return of
+
+    async def says_yes(*_: object) -> tuple[float, bool]:
+        return 0.0, True
+
+    surveyor.find, surveyor.look_at = find, says_yes  # type: ignore[method-assign,assignment]
+    survey = await surveyor.survey(file_id)
+    assert survey.there == tuple(shard for shard in range(len(of.present)) if shard != 1)
+    assert survey.answering == frozenset(of.present)
 
 
 async def test_a_bucket_lets_through_what_it_should_and_no_more() -> None:

@@ -1,13 +1,14 @@
 """Asking the holders of a file, just now, whether each still has its shard.
 
-Law: a holder's word that it has its shard is believed for the moment, its word that it has not for good; the registered manifest says
+Law: a holder's word that it has its shard is believed for the moment, unless this node's own audits found it wrong, its word that it has
+not for good; the registered manifest says
 whose root is right, and the ledger in this node's mirror who the holders are. Nothing is moved here.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,10 +60,11 @@ class Survey(Case):
 
 
 class Surveyor:
-    """Looks at files as one node can."""
+    """Looks at files as one node can. ``found`` tells which shards of a file this node's audits found wrong, and where."""
 
     def __init__(self, node: Node, peers: Peers) -> None:
         self._node, self._peers = node, peers
+        self.found: Callable[[FileId], Iterable[tuple[int, NodeId, float]]] = lambda file_id: ()
 
     @property
     def institution(self) -> Institutions:
@@ -90,9 +92,17 @@ class Surveyor:
         """Ask all holders of a file. Raises MedshardError."""
         case = await self.find(file_id)
         looks = await asyncio.gather(*(self.look_at(case.manifest, shard, node) for shard, node in enumerate(case.present)))
-        there = sorted((took // quick_s, shard) for shard, (took, has) in enumerate(looks) if has and took is not None)
+        lacking = self.found_missing(case)
+        there = sorted(
+            (took // quick_s, shard) for shard, (took, has) in enumerate(looks) if has and took is not None and shard not in lacking
+        )
         answering = frozenset(node for node, (took, _) in zip(case.present, looks, strict=True) if took is not None)
         return Survey(case.manifest, case.known, case.moves, case.present, tuple(shard for _, shard in there), answering)
+
+    def found_missing(self, case: Case) -> set[int]:
+        """Shards that this node's audits found wrong or refused where they are now; on its own shard the disk has the last word."""
+        found = self.found(case.manifest.file_id)
+        return {shard for shard, node, _ in found if node != self._node.id and case.present[shard] == node}
 
     async def look_at(self, manifest: Manifest, shard: int, node: NodeId) -> tuple[float | None, bool]:
         """(seconds to its answer, None for none; whether it has the shard)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -36,10 +36,9 @@ look_every_s: Final = 1.0  # between two files whose holders are all asked, in t
 hints_per_s: Final = 10.0  # that one node may give
 hints_burst: Final = 40.0
 hint_s: Final = 8.0
-_held: Final = "SELECT file_id, bytes FROM manifests JOIN shards USING(file_id) WHERE file_id > ? ORDER BY file_id LIMIT ?"
-
 # What this node's audits found beyond doubt: a shard, who should hold it, and when that was found last.
 Missing: TypeAlias = Callable[[], Iterable[tuple[FileId, int, NodeId, float]]]
+_held: Final = "SELECT file_id, bytes FROM manifests JOIN shards USING(file_id) WHERE file_id > ? ORDER BY file_id LIMIT ?"
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +70,7 @@ class Tending:
     ) -> None:
         self._means, self._repairer, self._pulse, self._section, self._takes = means, repairer, pulse, section, takes
         self._missing = missing
+        means.surveyor.found = self.found
         self._me = means.node.id
         self._sick: dict[FileId, Sick] = {}
         self._doubted: set[NodeId] = set()  # nodes that were found without a shard: all theirs are asked about
@@ -169,6 +169,10 @@ class Tending:
                 self._suspect(file_id, [shard])
                 self._doubt(node)
         self._found = heard
+
+    def found(self, file_id: FileId) -> Collection[tuple[int, NodeId, float]]:
+        """What audits said of a file's shards when they were asked last: (shard, who should hold it, when it was looked at)."""
+        return self._found.get(file_id, ())
 
     def _doubt(self, node: NodeId) -> None:
         if node != self._me and not self._pulse.is_gone(node):
@@ -326,9 +330,7 @@ class Tending:
         asked = sorted(sick.suspected - gone)
         looks = await asyncio.gather(*(self._means.surveyor.look_at(case.manifest, shard, case.present[shard]) for shard in asked))
         absent = {shard for shard, (took, has) in zip(asked, looks, strict=True) if took is not None and not has}
-        # A holder's own word is not enough where this node's audits found it wrong; on this node's own shard the disk has the last word.
-        found = self._found.get(sick.file_id, set())
-        absent |= {shard for shard, node, _ in found if node != self._me and case.present[shard] == node}
+        absent |= self._means.surveyor.found_missing(case)  # a holder's own word is not enough where this node's audits found it wrong
         sick.suspected = {shard for shard, (_, has) in zip(asked, looks, strict=True) if not has} | gone | absent
         sick.missing = tuple(sorted(gone | absent))
         sick.margin, sick.size = triage.margin(case, sick.missing), case.manifest.layout.shard_size

@@ -61,6 +61,7 @@ class Endings:
                 keys += connection.execute("DELETE FROM manifests WHERE file_id = ?", (file_id,)).rowcount  # with the owner's wrapped key
                 connection.execute("DELETE FROM tags WHERE file_id = ?", (file_id,))
             connection.execute("DELETE FROM shards WHERE file_id = ?", (file_id,))
+            connection.execute("DELETE FROM audit_tags WHERE file_id = ?", (file_id,))
             connection.execute("UPDATE endings SET keys = keys + ? WHERE file_id = ?", (keys, file_id))
             if row is not None:
                 connection.execute("UPDATE endings SET idx = ?, root = ? WHERE file_id = ?", (row[0], row[1], file_id))
