@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from tests.conftest import pq_key_named
+from tests.storenode.auditing import world  # noqa: F401 - a fixture
 
 from medshard_protocol.entries import Enrol, Entry, Register
 from medshard_protocol.errors import MedshardError, Unavailable

@@ -1,178 +1,33 @@
-"""Audits among nodes in one process: what each fault comes to, what a holder gives away, what is looked at again, and the scrub."""
+"""Audits among nodes in one process: what each fault comes to, and what a holder gives away."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.conftest import consortium_of, key_named
+from tests.conftest import key_named
+from tests.storenode.auditing import World, now, owner
 
-from medshard_protocol.audit import Answer, Challenge, Claim, Verdict, sign_answer, unpack_held
+from medshard_protocol.audit import Answer, Challenge, Claim, Verdict, sign_answer
 from medshard_protocol.crosscheck import allowance, tag
-from medshard_protocol.erasure import code
-from medshard_protocol.errors import MedshardError, Refused, Unavailable
-from medshard_protocol.evidence import evidence_size
-from medshard_protocol.facts import Moved, Registration
-from medshard_protocol.ids import FileId, Key, NodeId, file_id_from_hex
-from medshard_protocol.manifest import Manifest, ShardRef
-from medshard_protocol.messages import pack_error
-from medshard_protocol.shards import Layout, digests, shard_root, split
+from medshard_protocol.errors import Refused, Unavailable
+from medshard_protocol.facts import Moved
+from medshard_protocol.manifest import Manifest
+from medshard_protocol.shards import Layout
 from storenode.auditing import answering
-from storenode.auditing import auditor as auditor_module
 from storenode.auditing import challenger as challenger_module
 from storenode.auditing.answering import Answerer, held_here
-from storenode.auditing.auditor import Auditor
-from storenode.auditing.challenger import Challenger
-from storenode.auditing.findings import Findings
-from storenode.auditing.scrub import Scrubber
-from storenode.config import AuditSection
-from storenode.evidence import Evidence, Exhibit
+from storenode.evidence import Exhibit
 from storenode.identity import Peer
-from storenode.metrics import Metrics
 from storenode.repairing import ground
-from storenode.routes import Node
-from storenode.shardstore import ShardStore
 from storenode.watching.verdict import judge
-
-owner = Key(b"o" * 32)
-now = 1_800_000_000.0
-
-
-class World:
-    """Nodes with real stores, a ledger that says what it is told, and calls that arrive at once."""
-
-    def __init__(self, folder: Path, nodes: int, code_: tuple[int, int], institutions: int | None = None) -> None:
-        institutions = institutions or nodes
-        self.roster = consortium_of(institutions, nodes // institutions).roster
-        self.k, self.n = code_
-        self.time = now
-        self.registered: dict[FileId, Registration] = {}
-        self.moved: list[tuple[int, Moved]] = []
-        self.silent: set[int] = set()
-        self.slow: dict[int, float] = {}
-        self.bent: dict[int, Callable[[Answer], Answer]] = {}
-        state: Any = SimpleNamespace(
-            registration=self.registered.get, moves=lambda file_id: {}, roster=self.roster, decided=[], genesis=self.roster
-        )
-        self.ledger: Any = SimpleNamespace(roster=self.roster, state=state)
-        self.nodes, self.findings, self.answerers = list[Node](), list[Findings](), list[Answerer]()
-        self.evidence = Evidence(folder / "evidence")
-        for number, each in enumerate(self.roster.nodes):
-            store = ShardStore(folder / str(number), capacity=10**9, small_bytes_max=1000)
-            config: Any = SimpleNamespace(data=folder / str(number))
-            self.nodes.append(Node(config, each.id, store, self.ledger))
-            self.findings.append(Findings(folder / str(number), me=each.id, silence_s=43_200))
-            self.answerers.append(
-                Answerer(self.nodes[number], key_named(f"tls {number}"), self.findings[number], Metrics(), clock=lambda: self.time)
-            )
-
-    def challenger(self, number: int) -> Challenger:
-        return Challenger(
-            self.nodes[number],
-            key_named(f"tls {number}"),
-            self.caller(number),
-            self.findings[number],
-            self.evidence,
-            Metrics(),
-            answer_s=5.0,
-            clock=lambda: self.time,
-        )
-
-    def peer(self, number: int) -> Peer:
-        node = self.roster.nodes[number]
-        return Peer(node.tls_key, node.institution, node.id)
-
-    def caller(self, number: int) -> Any:
-        async def call(node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-            other = next(i for i, each in enumerate(self.roster.nodes) if each.id == node)
-            if other in self.silent:
-                raise Unavailable("no answer")
-            await asyncio.sleep(self.slow.get(other, 0.0))
-            try:
-                file, shard = path.split("/")[3:]
-                answer = await self.answer(other, number, file_id_from_hex(file), int(shard), Challenge.from_bytes(body))
-            except MedshardError as error:
-                return pack_error(error)
-            return 200, answer.to_bytes()
-
-        return call
-
-    async def answer(self, of: int, by: int, file_id: FileId, shard: int, challenge: Challenge) -> Answer:
-        answer = await self.answerers[of].answer(file_id, shard, challenge, self.peer(by))
-        return self.bent[of](answer) if of in self.bent else answer
-
-    async def put(self, stripes: int = 3, holders: list[int] | None = None, cell: int = 2048) -> FileId:
-        file_id = FileId(os.urandom(32))
-        layout = Layout(self.k, self.n, cell, self.k * cell * stripes)
-        data = [os.urandom(layout.shard_size) for _ in range(self.k)]
-        parity = [bytearray(layout.shard_size) for _ in range(self.n - self.k)]
-        code(self.k, self.n).encode(data, parity)
-        shards = [*data, *map(bytes, parity)]
-        holders = holders or list(range(self.n))
-        refs = tuple(ShardRef(self.roster.nodes[at].id, root_of(shard, cell)) for at, shard in zip(holders, shards, strict=True))
-        manifest = Manifest(file_id, layout, "blake3", b"c" * 32, refs, owner, b"", bytes(48), (), bytes(evidence_size))
-        self.registered[file_id] = Registration(0, manifest.sha256, owner)
-        for index, (at, shard) in enumerate(zip(holders, shards, strict=True)):
-            await self.store(at, manifest, index, shard)
-        return file_id
-
-    async def store(self, at: int, manifest: Manifest, index: int, shard: bytes) -> None:
-        store = self.nodes[at].store
-        incoming = store.begin(len(shard), manifest.layout.cell_size)
-        try:
-            incoming.write([shard])
-            await store.commit_described(incoming, manifest, index)
-        finally:
-            store.abandon(incoming)
-
-    async def verdicts(self, by: int, file_id: FileId, **wishes: bool) -> dict[int, Verdict]:
-        round_ = await self.challenger(by).audit(file_id, **{"patient": False, "tagged": True, **wishes})
-        return {shard: heard.verdict for shard, (_, heard) in round_.verdicts.items()}
-
-    def path(self, at: int, file_id: FileId) -> Path:
-        store = self.nodes[at].store
-        shard = store.shard(file_id)
-        assert shard is not None
-        return store._path(file_id, shard.root)
-
-    def flip(self, at: int, file_id: FileId, every: int = 2048) -> None:
-        data = bytearray(self.path(at, file_id).read_bytes())
-        for place in range(0, len(data), every):
-            data[place] ^= 1
-        self.path(at, file_id).write_bytes(data)
-
-    async def drop(self, at: int, file_id: FileId) -> None:
-        await self.nodes[at].store.catalog.write(lambda c: c.execute("DELETE FROM shards WHERE file_id = ?", (file_id,)))
-
-    def close(self) -> None:
-        for node, findings in zip(self.nodes, self.findings, strict=True):
-            node.store.close()
-            findings.close()
-
-
-def root_of(data: bytes, cell: int) -> bytes:
-    blake3 = digests["blake3"]
-    return shard_root([blake3(part) for part in split(data, cell)], blake3)
-
-
-@pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    made = World(tmp_path, 7, (2, 6))
-    monkeypatch.setattr(ground, "given", lambda ledger, file_id: tuple(made.moved))
-    monkeypatch.setattr(challenger_module, "pauses_s", (0.0, 0.0))
-    monkeypatch.setattr(challenger_module, "slow_s", 0.2)
-    yield made
-    made.close()
-
 
 # -- verdicts
 
@@ -424,177 +279,3 @@ async def test_a_holder_answers_so_many_at_a_time_and_no_more(world: World, monk
         await world.answer(1, 0, file_id, 1, challenge)
     hold.set()
     await asyncio.gather(*tasks)
-
-
-# -- the scrub
-
-
-def scrubber(world: World, number: int, **changed: float) -> Scrubber:
-    from storenode.auditing.routes import _concerns
-
-    rates = {"bytes_per_s": 1e9, "cells_per_s": 1e9, "every_s": 1e6} | changed
-    node = world.nodes[number]
-    return Scrubber(
-        node.store, world.findings[number], node.id, Metrics(), lambda each: _concerns(node, each), clock=lambda: world.time, **rates
-    )
-
-
-async def test_the_scrub_finds_rot_cut_and_lost_files_and_lost_rows_and_takes_it_back_when_they_are_whole(world: World) -> None:
-    files = [await world.put(1) for _ in range(66)]  # more than a page
-    small = await world.put(1, cell=100)  # in the catalog
-    rotten, cut, gone, bare, digest, moved = files[:6]
-    whole = world.path(1, rotten).read_bytes()
-    world.flip(1, rotten, every=10**9)
-    os.truncate(world.path(1, cut), 100)
-    world.path(1, gone).unlink()
-    await world.drop(1, bare)
-    catalog = world.nodes[1].store.catalog
-    await catalog.write(lambda c: c.execute("UPDATE shards SET data = ? WHERE file_id = ?", (bytes(100), small)))
-    await catalog.write(lambda c: c.execute("UPDATE shards SET digests = zeroblob(32) WHERE file_id = ?", (digest,)))
-    world.registered.pop(moved)  # nobody's business
-    world.flip(1, moved)
-    await scrubber(world, 1).once()
-    found = {each.file_id: each.verdict for each in world.findings[1].missing()}
-    assert found == dict.fromkeys((rotten, cut, gone, small, digest), Verdict.DAMAGED) | {bare: Verdict.ABSENT}
-    world.path(1, rotten).write_bytes(whole)
-    await scrubber(world, 1).once()
-    assert rotten not in {each.file_id for each in world.findings[1].missing()}
-
-
-async def test_the_scrub_keeps_to_its_rate_and_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(70):
-        await world.put(2)
-    slept, sleep = 0.0, asyncio.sleep
-
-    async def counting(seconds: float) -> None:
-        nonlocal slept
-        slept += seconds
-        await sleep(0)
-
-    with monkeypatch.context() as timed:
-        timed.setattr(asyncio, "sleep", counting)
-        await scrubber(world, 1, bytes_per_s=1000.0).once()
-        by_bytes, slept = slept, 0.0
-        await scrubber(world, 1, cells_per_s=10.0).once()
-    assert 0.9 * 70 * 2 * 2048 / 1000 < by_bytes <= 70 * 2 * 2048 / 1000
-    assert 0.8 * 70 * 2 / 10 < slept <= 70 * 2 / 10
-    looked: list[FileId] = []
-    first, look = scrubber(world, 1), Scrubber.look
-
-    async def dying(this: Scrubber, file_id: FileId) -> None:
-        if len(looked) == 66:
-            raise OSError("stopped")
-        looked.append(file_id)
-        await look(this, file_id)
-
-    monkeypatch.setattr(Scrubber, "look", dying)
-    with pytest.raises(OSError, match="stopped"):
-        await first.once()
-    before = len(looked)
-    looked.append(FileId(b""))
-    await scrubber(world, 1).once()  # the page that was begun is read again, those before are not
-    assert len(looked) - before - 1 == 70 - 64
-
-
-# -- inventories and what is looked at again
-
-
-def auditor(world: World, number: int, **changed: Any) -> Auditor:
-    made = Auditor(
-        world.nodes[number],
-        world.caller(number),
-        world.findings[number],
-        world.challenger(number),
-        scrubber(world, number),
-        AuditSection(**changed),
-        clock=lambda: world.time,
-    )
-
-    async def call(node: NodeId, method: str, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        from medshard_protocol.audit import pack_held, unpack_inventory
-
-        other = next(i for i, each in enumerate(world.roster.nodes) if each.id == node)
-        if other in world.silent:
-            raise Unavailable("no answer")
-        return 200, pack_held(held_here(world.nodes[other], unpack_inventory(body)))
-
-    made._peers = call  # type: ignore[assignment]
-    return made
-
-
-async def test_an_inventory_finds_every_lost_shard_and_what_it_finds_is_asked_again_before_it_counts(world: World) -> None:
-    files = [await world.put() for _ in range(20)]
-    for file_id in files[:7]:
-        await world.drop(3, file_id)
-    world.silent.add(4)
-    made = auditor(world, 0)
-    await made._ask_about(files)
-    bad = world.findings[0].bad()
-    assert {each.file_id for each in bad} == set(files[:7])
-    assert {(each.node, each.verdict) for each in bad} == {(world.roster.nodes[3].id, Verdict.ABSENT)}
-    assert not list(world.findings[0].missing())
-    world.silent.clear()
-    assert made._due() == []
-    for _ in range(2):
-        world.time += 70
-        assert len(made._due()) == auditor_module.again_at_once
-        for each in made._due():
-            await made._audit(each.file_id, patient=False)
-    assert {each.file_id for each in world.findings[0].missing()} == set(files[:7])
-    assert unpack_held(b"\x92\x01\xc4\x01\x01", 1) == [True]
-
-
-async def test_of_a_silent_node_one_shard_is_asked_again_and_not_all(world: World) -> None:
-    for file_id in [await world.put() for _ in range(5)]:
-        world.findings[0].report(file_id, 3, world.roster.nodes[3].id, Verdict.LATE, now)
-        world.findings[0].report(file_id, 2, world.roster.nodes[2].id, Verdict.GOOD, now)
-    world.time += 4000
-    assert len(auditor(world, 0)._due()) == 1
-
-
-async def test_a_file_that_ended_is_forgotten(world: World) -> None:
-    file_id = await world.put()
-    world.findings[0].report(file_id, 3, world.roster.nodes[3].id, Verdict.ABSENT, now)
-    world.registered[file_id] = replace(world.registered[file_id], retired=5)
-    assert await auditor(world, 0)._audit(file_id, patient=False) is None
-    assert not world.findings[0].bad()
-
-
-# -- how often
-
-
-async def test_a_node_with_which_no_file_is_shared_is_asked_once_an_hour_whether_it_is_there(world: World) -> None:
-    made = auditor(world, 0)
-    assert len(made._unheard()) == auditor_module.again_at_once
-    world.silent.add(3)
-    for node in world.roster.nodes[1:]:
-        await made._knock(node.id)
-    assert made._unheard() == []
-    standing = {each.node: each.silent_since for each in world.findings[0].nodes()}
-    assert standing == {node.id: now if number == 3 else None for number, node in enumerate(world.roster.nodes) if number}
-    world.time += 3600
-    assert made._unheard()
-
-
-async def test_draws_keep_their_rate_through_restarts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    await world.put()
-    times: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        world.time += seconds
-        if len(times) % 10 == 9 and times[-1] != 0.0:
-            times.append(0.0)
-            raise OSError("a restart")
-
-    async def audited(this: Auditor, *, patient: bool) -> None:
-        times.append(world.time)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    monkeypatch.setattr(Auditor, "_one", audited)
-    while len(times) < 400:
-        with pytest.raises(OSError, match="restart"):
-            await auditor(world, 0)._drawing()
-    drawn = [each for each in times if each]
-    rate = len(drawn) / (drawn[-1] - drawn[0]) * 86_400
-    assert 0.85 * AuditSection().per_day < rate < 1.15 * AuditSection().per_day
-    assert len({round(b - a) for a, b in itertools.pairwise(drawn)}) > 50  # not all nodes at once
