@@ -44,8 +44,8 @@ format: $(READY)  ## rewrite the code in its one style
 bench: $(READY)  ## measure beside Tahoe-LAFS and Swift; writes bench/results/
 	@$(BIN)/python -m bench.run $(ARGS)
 
-soak: $(READY)  ## the long tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --timeout 3600 $(ARGS)
+soak: $(READY)  ## the long tests, with their figures (by hours; one: ARGS=tests/chaos/test_kills.py)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --timeout 3600 -rP $(ARGS)
 
 vectors: $(READY)  ## make the test vectors of the formats again, without medshard code
 	@$(BIN)/python tools/make_vectors.py

@@ -167,17 +167,22 @@ def check_traces(host: Host, reads: list[tuple[bytes, list[FileId]]]) -> None:
 
 def missing_shards(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host]]:
     """Shards that are not whole where the ledger says they are, with those who should have them. Looks at the disks themselves."""
+    return [(index, host) for index, host, is_there in _held(cluster, file_id) if not is_there]
+
+
+def truthful_shards(cluster: Cluster, file_id: FileId, liars: set[Host]) -> int:
+    """How many shards of a file are whole with those who are not among the liars."""
+    return sum(is_there and host not in liars for _, host, is_there in _held(cluster, file_id))
+
+
+def _held(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host, bool]]:
     by_id = {cluster.roster.nodes[host.number].id: host for host in cluster.nodes}
     someone = next(host for host in cluster.nodes if host.parts is not None)
     ledger = someone.parts.node.ledger
     manifest = manifest_of(cluster, file_id)
     moves = counted(manifest, ground.given(ledger, file_id), ground.institutions(ledger.state))
-    found = []
-    for index, node in enumerate(holders(manifest, moves)):
-        host = by_id[node]
-        if not _is_stored(host, manifest, index):
-            found.append((index, host))
-    return found
+    present = [by_id[node] for node in holders(manifest, moves)]
+    return [(index, host, _is_stored(host, manifest, index)) for index, host in enumerate(present)]
 
 
 def manifest_of(cluster: Cluster, file_id: FileId) -> Manifest:

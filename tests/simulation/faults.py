@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from tests.conftest import key_named
-from tests.simulation import disk
+from tests.simulation import disk, lying
 from tests.simulation.cluster import Cluster, Host
 
 from medshard.transport import Net
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, log_verifier, open_published
 from medshard_protocol.entries import Enrol, sign_entry
-from medshard_protocol.errors import MedshardError, Unavailable
+from medshard_protocol.errors import MedshardError
 from medshard_protocol.identity import public_key
 from medshard_protocol.ids import FileId
-from medshard_protocol.manifest import Manifest
 from medshard_protocol.merkle import sha256
-from medshard_protocol.shards import digests, shard_root, split
 from storenode.ledger import wire
 from storenode.ledger.channel import Channel
 from storenode.ledger.wire import Push
 from storenode.peers import Peers
-from storenode.repairing.routes import repairs_key
-from storenode.shardstore import Put
 
 
 @dataclass
@@ -39,9 +35,11 @@ class Harm:
 
     cluster: Cluster
     rng: Random
-    budget: int  # nodes that may lie or lose what they were given: fewer than would lose an acknowledged file
+    budget: int  # nodes that may lie about storing, or lose what they were given: fewer than would lose an acknowledged file
+    most: int  # nodes of which nothing good is to be had: as many as a file may lose
     byzantine: set[Host] = field(default_factory=set)
     spoiled: set[Host] = field(default_factory=set)
+    false: set[Host] = field(default_factory=set)  # those that store, and lie about what they have when somebody wants it
     done: list[str] = field(default_factory=list)
     ended: bool = False
     forked: bool = False
@@ -51,7 +49,8 @@ class Harm:
     def victim(self) -> Host | None:
         """A node that may lose data or lie, within the budget."""
         known = self.byzantine | self.spoiled
-        free = [host for host in self.cluster.nodes if host not in known] if len(known) < self.budget else sorted(known, key=str)
+        is_room = len(known) < self.budget and len(known | self.false) < self.most
+        free = [host for host in self.cluster.nodes if host not in known] if is_room else sorted(known, key=str)
         return self.rng.choice(free) if free else None
 
 
@@ -233,136 +232,33 @@ def _changed(content: bytes, rng: Random) -> bytes:
 # -- nodes that lie
 
 
-def forgets(host: Host, rng: Random) -> None:
-    """It says that it stored a shard, and did not."""
-    store = host.parts.node.store
-
-    async def commit(incoming: Any, *_: Any) -> Put:
-        incoming.finish()
-        return Put(shard_root(incoming.digests, digests["blake3"]), created=True)
-
-    async def commit_small(shard: bytes, manifest: Manifest, index: int) -> Put:
-        return Put(manifest.shards[index].root, created=True)
-
-    async def put_manifest(manifest: Manifest) -> bool:
-        return True
-
-    store.commit, store.commit_small = commit, commit_small
-    store.put_manifest = put_manifest
-
-
-def spoils_reads(host: Host, rng: Random) -> None:
-    """It gives out other bytes than it was given."""
-    store = host.parts.node.store
-    read, shard = store.read, store.shard
-
-    def wrong(shard: Any, offset: int, length: int) -> bytes:
-        data = read(shard, offset, length)
-        return _flipped(data, rng)
-
-    store.read = wrong
-    if rng.random() < 0.5:
-
-        def remade(file_id: FileId) -> Any:
-            known = shard(file_id)
-            if known is None:
-                return None
-            return replace(known, root=_flipped(known.root, rng), digests=tuple(_flipped(each, rng) for each in known.digests))
-
-        store.shard = remade
-
-
-def spoils_manifests(host: Host, rng: Random) -> None:
-    """It answers with manifests that were changed, or are of other files."""
-    store = host.parts.node.store
-    manifest = store.manifest
-
-    def wrong(file_id: FileId) -> bytes:
-        if rng.random() < 0.5:
-            return _flipped(manifest(file_id), rng)
-        rows = store.catalog.all("SELECT file_id FROM manifests ORDER BY file_id")
-        return bytes(manifest(FileId(rng.choice(rows)[0]) if rows else file_id))
-
-    store.manifest = wrong
-
-
-def counterfeits(host: Host, rng: Random) -> None:
-    """It gives out other bytes with digests that fit them, under the root that was registered."""
-    store = host.parts.node.store
-    read, shard = store.read, store.shard
-
-    def remade(file_id: FileId) -> Any:
-        known = shard(file_id)
-        if known is None:
-            return None
-        cells = split(_inverted(read(known, 0, known.size)), known.cell_size)
-        data = known.data and _inverted(known.data)
-        return replace(known, data=data, digests=tuple(digests["blake3"](cell) for cell in cells))
-
-    store.shard = remade
-    store.read = lambda known, *span: read(known, *span) if known.data is not None else _inverted(read(known, *span))
-
-
-def forges_manifests(host: Host, rng: Random) -> None:
-    """It answers with manifests that are well formed and name other shards, and sooner than others answer."""
-    host.quick = True
-    store = host.parts.node.store
-    manifest = store.manifest
-
-    def forged(file_id: FileId) -> bytes:
-        known = Manifest.from_bytes(manifest(file_id))
-        return replace(known, shards=tuple(replace(ref, root=_inverted(ref.root)) for ref in known.shards)).to_bytes()
-
-    store.manifest = forged
-
-
-def spoils_sums(host: Host, rng: Random) -> None:
-    """As a helper it adds something else."""
-    helper = host.app[repairs_key].helper  # type: ignore[attr-defined]
-    add = helper._add
-    helper._add = lambda *values: _flipped(add(*values), rng)
-
-
-def cosigns_anything(host: Host, rng: Random) -> None:
-    """As a mirror it signs every head that it is shown, stores nothing, and promises every epoch to everybody."""
-    mirror = host.parts.node.ledger.mirror
-
-    async def take(push: Push, node: Any) -> str:
-        return mirror.cosign(Note.from_bytes(push.signed).text).line() if push.signed else ""
-
-    async def promise(epoch: int, node: Any, signature: bytes) -> None: ...
-
-    mirror.take = take
-    if rng.random() < 0.5:
-        mirror.promise = promise
-
-
-def withholds(host: Host, rng: Random) -> None:
-    """It answers nothing that is asked about the ledger, or only now and then."""
-    ledger = host.parts.node.ledger
-
-    async def never(*_: Any) -> Any:
-        await asyncio.sleep(rng.choice((1.0, 60.0)))
-        raise Unavailable("no")
-
-    ledger.mirror.take = never
-    ledger.append_here = never
-
-
-lies = (
-    *(forgets, spoils_reads, spoils_manifests, spoils_sums, cosigns_anything, withholds),
-    *(counterfeits, forges_manifests) * 2,  # what only a certain file and a certain node's answer bring to light
-)
-
-
 async def byzantine(harm: Harm) -> None:
     """Some nodes lie from now on, also after a restart, until they are reformed."""
     for _ in range(harm.rng.randint(1, max(1, min(harm.budget, harm.cluster.roster.quorum.f)))):
         host = harm.victim()
         if len(harm.byzantine) < harm.cluster.roster.quorum.f and host is not None:
             harm.byzantine.add(host)
-            harm.lies[host] = list(dict.fromkeys(harm.rng.sample(lies, harm.rng.randint(1, 3))))
+            harm.lies[host] = list(dict.fromkeys(harm.rng.sample(lying.lies, harm.rng.randint(1, 3))))
             harm.done += [f"{host} {lie.__name__}" for lie in harm.lies[host]]
+    await _lie(harm)
+
+
+async def false_holders(harm: Harm) -> None:
+    """As many nodes as a file may lose lie from some time on about what they have. They store what they are given, and as mirrors they are
+    honest, of which a quorum must be."""
+    await asyncio.sleep(harm.rng.uniform(0.0, 2.0))
+    if harm.ended:
+        return
+    known = harm.byzantine | harm.spoiled
+    free = [host for host in harm.cluster.nodes if host not in known]
+    for host in harm.rng.sample(free, max(0, harm.most - len(known) - harm.rng.choice((0, 0, 1)))):
+        harm.false.add(host)
+        harm.lies[host] = harm.rng.sample(lying.of_holders, harm.rng.randint(1, 2))
+        harm.done += [f"{host} {lie.__name__}" for lie in harm.lies[host]]
+    await _lie(harm)
+
+
+async def _lie(harm: Harm) -> None:
     while harm.lies:
         for host, chosen in harm.lies.items():
             if host.parts is not None and host.lies_in is not host.machine and host not in harm.reformed:
@@ -438,18 +334,8 @@ async def _told(ledger: Any, node: Any, push: Push) -> str:
         channel.drop()
 
 
-def _inverted(data: Any) -> bytes:
-    return bytes(data).translate(bytes(255 - each for each in range(256)))
-
-
-def _flipped(data: bytes, rng: Random) -> bytes:
-    if not data:
-        return data
-    at = rng.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-
-
-kinds = {
-    each.__name__: each
-    for each in (bad_network, duplicates, partitions, halves, crashes, restarts, skewed_clocks, full_disks, bit_rot, byzantine, forks)
-}
+_of_networks = (bad_network, duplicates, partitions, halves)
+_of_machines = (crashes, restarts, skewed_clocks, full_disks, bit_rot)
+_of_people = (byzantine, false_holders, forks)
+kinds = {each.__name__: each for each in (*_of_networks, *_of_machines, *_of_people)}
+lasting = ("byzantine", "false_holders")  # which go on when all else is well again
