@@ -69,8 +69,9 @@ class Encoder:
 
     def next_burst(self) -> list[Stripe]:
         """The next few stripes. A holder that gets several cells at once wakes up once for them, which is most of what they cost it."""
+        size = min(burst_stripes, max(1, self._next))  # the first ones are short: until there is something to send, only one core works
         burst = [self.next()]
-        while self and len(burst) < burst_stripes:
+        while self and len(burst) < size:
             burst.append(self.next())
         return burst
 

@@ -34,3 +34,16 @@ def test_buffers_that_are_used_again_change_no_cell(tmp_path: Path, size: int) -
         return [bytes(column) for column in columns]
 
     assert shards(again=True) == shards(again=False)
+
+
+def test_the_first_bursts_are_short_and_all_of_them_together_are_the_file(tmp_path: Path) -> None:
+    size = 40 * 3 * 4 * 1024
+    (tmp_path / "plain").write_bytes(bytes(size))
+    layout = Layout.for_plain(size, 3, 5, 4 * 1024)
+    source = Source([Part.at(tmp_path / "plain", b"plain", Description("application/dicom"))])
+    encoder, bursts = Encoder(source, FileSeal.fresh(), layout), []
+    while encoder:
+        bursts.append([stripe.number for stripe in encoder.next_burst()])
+    source.close()
+    assert [len(burst) for burst in bursts[:5]] == [1, 1, 2, 4, 4]
+    assert [number for burst in bursts for number in burst] == list(range(layout.stripes))
