@@ -19,6 +19,8 @@ from tests.gateway.conftest import Opened, make_instance
 from medshard.gateway.archive import Archive
 from medshard.gateway.importing import Imported, Importer
 from medshard.gateway.model import Outcome
+from medshard.model import PutReport
+from medshard_protocol.errors import Unavailable
 
 real = [Path(os.path.dirname(str(package.__file__))) for package in (pydicom.data, data_store)]
 not_instances = {".py", ".pyc", ".md", ".json", ".pem", ".txt", ".toml", ".license", ".typed"}
@@ -70,6 +72,19 @@ async def test_an_archive_and_the_folder_that_it_was_made_of_are_the_same_files(
     assert {each.outcome for each in await imported(archive, folder)} == {Outcome.ALREADY}
 
 
+async def test_a_hostile_member_is_refused_by_itself_and_no_name_leads_out_of_the_archive(archive: Archive, tmp_path: Path) -> None:
+    files = [make_instance() for _ in range(3)]
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("first.dcm", files[0])
+        made.writestr("bomb.dcm", bytes(20_000_000))
+        made.writestr("/etc/second.dcm", files[1])
+        made.writestr("../third.dcm", files[2])
+    told = {each.path.name: each for each in await imported(archive, tmp_path / "odd.zip")}
+    assert "grows to 20,000,000 bytes" in told.pop("bomb.dcm").reason
+    assert {each.sha256 for each in told.values()} == {sha256(file).digest() for file in files}
+    assert all((tmp_path / "odd.zip") in each.path.parents for each in told.values())
+
+
 async def test_media_are_imported_by_their_dicomdir_and_what_it_names_in_vain_is_told(archive: Archive, tmp_path: Path) -> None:
     study, media = generate_uid(), FileSet()
     for number in range(3):
@@ -108,15 +123,23 @@ async def test_what_is_dropped_into_a_watched_folder_is_imported_when_it_is_whol
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medshard.gateway.importing.settle_s", 0.05)
+    monkeypatch.setattr("medshard.gateway.importing.retry_s", 0.05)
     drop, told = tmp_path / "drop", asyncio.Queue[Imported]()
     drop.mkdir()
     async with opened() as archive:
-        importer = Importer(archive.vault, archive.catalog)
+        importer, store = Importer(archive.vault, archive.catalog), archive.vault.store
+
+        async def away(*_: object) -> PutReport:
+            monkeypatch.setattr(archive.vault, "store", store)
+            raise Unavailable("the nodes are out of reach")
+
+        monkeypatch.setattr(archive.vault, "store", away)
         watching = asyncio.create_task(importer.watch(drop, told.put_nowait, delete=True))
         try:
             (drop / "good.dcm").write_bytes(file := make_instance())
             (drop / "bad.dcm").write_bytes(b"no image")
             async with asyncio.timeout(60):
+                assert "tried again" in (await told.get()).reason
                 outcomes = {each.path.name: each for each in (await told.get(), await told.get())}
                 while (drop / "good.dcm").exists():
                     await asyncio.sleep(0.01)

@@ -28,13 +28,14 @@ from medshard.model import Description
 from medshard.packs import Plan, Unit
 from medshard.source import Part
 from medshard.vault import Vault
-from medshard_protocol.errors import MedshardError, TooLarge
+from medshard_protocol.errors import MedshardError, TooLarge, Unavailable
 
 batch_files: Final = 4_000
 batch_bytes: Final = 2 * 2**30
 zip_members_max: Final = 1_000_000
 zip_ratio_max: Final = 200  # a member that grows more than this is no image
 directory_name: Final = "DICOMDIR"
+retry_s: Final = 10.0  # a watched folder's, when nodes are out of reach
 settle_s: Final = 2.0  # a file in a watched folder that has not changed for so long is whole
 
 
@@ -141,8 +142,13 @@ class Importer:
             now = await asyncio.to_thread(_look, folder)
             whole = [path for path, seen in now.items() if before.get(path) == seen and done.get(path) != seen]
             outcomes: list[Imported] = []
-            if whole:
-                await self.run(whole, outcomes.append)
+            try:
+                if whole:
+                    await self.run(whole, outcomes.append)
+            except Unavailable as error:  # a folder is watched for years, and nodes are out of reach now and then
+                tell(Imported(folder, Outcome.REFUSED, reason=f"not yet stored, tried again in {retry_s:.0f} s: {error}"))
+                await asyncio.sleep(retry_s)
+                continue
             failed = {outcome.path for outcome in outcomes if outcome.outcome is Outcome.REFUSED}
             for outcome in outcomes:
                 tell(outcome)
@@ -176,14 +182,14 @@ def _file(path: Path, tell: Callable[[Imported], None]) -> Iterator[Candidate]:
         if path.is_symlink() or not path.is_file():
             return
         if zipfile.is_zipfile(path) and not _begins_as_dicom(path):
-            yield from _archive(path)
+            yield from _archive(path, tell)
             return
         yield Candidate(path, path.stat().st_size, lambda: path.open("rb"), lambda name, about: Part.at(path, name, about))
     except (MedshardError, OSError, zipfile.BadZipFile) as error:
         tell(Imported(path, Outcome.REFUSED, reason=str(error)))
 
 
-def _archive(path: Path) -> Iterator[Candidate]:
+def _archive(path: Path, tell: Callable[[Imported], None]) -> Iterator[Candidate]:
     archive = zipfile.ZipFile(path)
     members = archive.infolist()
     if len(members) > zip_members_max:
@@ -192,9 +198,10 @@ def _archive(path: Path) -> Iterator[Candidate]:
     for member in members:
         if member.is_dir() or Path(member.filename).name == directory_name:
             continue
+        where = path / member.filename.lstrip("/")  # a name that begins at the root is no path of this machine
         if member.file_size > zip_ratio_max * max(1, member.compress_size):
-            raise TooLarge(f"{path}: {member.filename} grows to {member.file_size:,} bytes; this is no image")
-        where = path / member.filename
+            tell(Imported(where, Outcome.REFUSED, reason=f"it grows to {member.file_size:,} bytes; this is no image"))
+            continue
 
         def opened(member: zipfile.ZipInfo = member) -> BinaryIO:
             return cast(BinaryIO, archive.open(member))

@@ -8,6 +8,8 @@ byte. A few instances are read ahead, never a whole series.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -39,6 +41,7 @@ ahead_max: Final = 8
 piece_bytes: Final = 4 * 1024 * 1024
 read_timeout_s: Final = 300.0
 pairs_max: Final = 60  # of class and syntax in one association of ours: with their fallbacks 120 of 128 contexts
+log = logging.getLogger("medshard.gateway")
 _keys: Final = (tags.PATIENT_ID, tags.STUDY_UID, tags.SERIES_UID, tags.SOP_UID)
 
 
@@ -82,7 +85,8 @@ def move(association: Association, context: Context, command: Command, archive: 
         try:
             with peers.associated(destination, _proposals(part)) as outgoing:
                 _send_all(outgoing, part, archive, command, tally, progress, originator=association.calling)
-        except MedshardError:
+        except MedshardError as error:
+            log.warning(json.dumps({"event": "not-moved", "to": destination, "why": str(error)[:200]}))
             attempted = tally.completed + len(tally.failed) - done
             tally.failed += [each.uid for each in part[attempted:]]
     return _close(association, context, command, tally)
