@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -106,6 +108,22 @@ def test_an_audit_sees_that_a_rotation_was_not_signed_by_both_keys(consortium: C
 
 def test_a_reader_written_from_the_c2sp_documents_accepts_the_export(large: SimpleNamespace) -> None:
     assert c2sp.check_log(large.folder, c2sp.Policy((large.folder / "policy").read_text())) == size
+
+
+gocode = Path("/usr/share/gocode")  # where Debian's golang-golang-x-mod-dev puts it
+
+
+@pytest.mark.skipif(
+    not (shutil.which("go") and (gocode / "src/golang.org/x/mod/sumdb/tlog").is_dir()), reason="needs Go and golang.org/x/mod"
+)
+def test_gos_own_code_for_transparency_logs_accepts_the_export_and_finds_a_flipped_bit(small: SimpleNamespace, tmp_path: Path) -> None:
+    program, source = tmp_path / "check", Path(__file__).parents[1] / "c2sp_go" / "main.go"
+    environment = os.environ | {"GO111MODULE": "off", "GOPATH": str(gocode), "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": ""}
+    subprocess.run(["go", "build", "-o", str(program), str(source)], env=environment, check=True, timeout=240)
+    done = subprocess.run([program, small.folder], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "300 entries, 3 cosigners\n"), done.stderr
+    flip(small.folder / "tile/0/000", 1000)
+    assert subprocess.run([program, small.folder], capture_output=True, check=False, timeout=60).returncode == 1
 
 
 def test_the_c2sp_policy_asks_for_a_quorum_of_institutions_with_each_kind_of_key(consortium: Callable[..., Any]) -> None:
