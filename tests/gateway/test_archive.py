@@ -146,3 +146,24 @@ async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_st
         finally:
             watching.cancel()
         assert archive.receipt(instance.uid).sha256 == sha256(file).digest()
+
+
+async def test_an_instance_that_the_disk_has_spoiled_holds_up_no_others_and_can_be_sent_again(archive: Archive) -> None:
+    study, series = generate_uid(), generate_uid()
+    files = [make_instance(study, series, number=number) for number in range(3)]
+    bad, *good = [await archive.receive(Incoming(file)) for file in files]
+    (instance,) = archive.catalog.instances(bad.sop_uid)
+    entry = archive.entry(instance)
+    assert entry is not None
+    (path,) = archive.spool.folder.glob("*.spool")
+    with open(path, "r+b") as file:
+        file.seek(entry.offset + 100)
+        file.write(b"spoiled")
+    await archive.settle()
+    assert {archive.receipt(each.sop_uid).sop_uid for each in good} == {each.sop_uid for each in good}
+    assert (archive.waiting(), archive.damaged) == ((1, 1), {entry})
+    assert (await archive.committed([bad.sop_uid])).waiting == {bad.sop_uid}
+    assert (await archive.receive(Incoming(files[0]))).outcome is Outcome.STORED
+    await archive.settle()
+    assert archive.receipt(bad.sop_uid).sha256 == sha256(files[0]).digest()
+    assert (archive.waiting(), archive.damaged, archive.spool.used_bytes) == ((0, 0), set(), 0)

@@ -35,11 +35,12 @@ from medshard.gateway.segments import Entry
 from medshard.gateway.spool import Arrival, Spool
 from medshard.model import PutReport
 from medshard.vault import Vault
-from medshard_protocol.errors import Absent, Full, Malformed, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Damaged, Full, Malformed, MedshardError, Unavailable
 
 quiet_s: Final = 15.0  # a series to which nothing came for so long is taken to be complete
 retry_s: Final = 10.0  # after a put that failed for want of nodes
 puts_at_once: Final = 2
+check_bytes: Final = 4 * 1024 * 1024  # read at once of what may be spoiled
 commitment_patience_s: Final = 3600.0  # of nodes that are out of reach, before a peer is told that it failed
 elsewhere_s: Final = 1.0  # until it is looked again for what lies in another gateway's spool
 log = logging.getLogger("medshard.gateway")
@@ -99,6 +100,7 @@ class Archive:
         self._lock = threading.Lock()
         self._open: dict[Series, dict[Entry, float]] = {}  # what waits in the spool, and when it came (monotonic)
         self._spooled: dict[tuple[str, bytes], Entry] = {}
+        self.damaged: set[Entry] = set()  # those of the spool that cannot be read; they hold up no others
         self._turns: WeakValueDictionary[Series, asyncio.Lock] = WeakValueDictionary()  # one put of a series at a time
         self._slots = asyncio.Semaphore(puts_at_once)
         self._not_before = 0.0
@@ -252,7 +254,7 @@ class Archive:
 
     def is_safe(self, instance: Instance) -> bool:
         """Whether an instance is in the store or in this gateway's spool, and not in another one's alone."""
-        return instance.place is not None or self.entry(instance) is not None
+        return instance.place is not None or ((entry := self.entry(instance)) is not None and entry not in self.damaged)
 
     def entry(self, instance: Instance) -> Entry | None:
         """Where an instance lies in the spool; None once it is in the store."""
@@ -318,16 +320,21 @@ class Archive:
     def _keep(self, entry: Entry) -> None:
         instance = instance_of(entry)
         with self._lock:
+            before = self._spooled.get((instance.uid, instance.sha256))
             self._spooled[instance.uid, instance.sha256] = entry
         self.catalog.put([instance])
         with self._lock:
             self._open.setdefault((instance.study, instance.series), {})[entry] = time.monotonic()
+            again = before in self.damaged and self._open[instance.study, instance.series].pop(before, None) is not None
+        if before is not None and again:  # it was sent again
+            self.damaged.discard(before)
+            self.spool.done([before])
 
     async def _settle(self, series: Series) -> None:
         turn = self._turns.setdefault(series, asyncio.Lock())
         async with turn, self._slots:
             with self._lock:
-                entries = list(self._open.get(series, ()))
+                entries = [each for each in self._open.get(series, ()) if each not in self.damaged]
             if not entries:
                 return
             began = time.monotonic()
@@ -343,17 +350,34 @@ class Archive:
             finally:
                 await asyncio.wait([preparing])
             self.last_failure = ""
-            await asyncio.to_thread(self._stored, series, entries, report)
-            self._say(
-                "stored", instances=len(entries), bytes=sum(each.size for each in entries), seconds=round(time.monotonic() - began, 3)
-            )
+            done = await asyncio.to_thread(self._stored, series, entries, report)
+            about = {"instances": len(done), "bytes": sum(each.size for each in done), "seconds": round(time.monotonic() - began, 3)}
+            self._say("stored" if done else "not-stored", **about)
+        if len(done) < len(entries) and await asyncio.to_thread(self._set_aside, entries):
+            await self._settle(series)  # the others
 
     async def _prepare(self, series: Series) -> None:
         if self.prepare is not None:
             with contextlib.suppress(Exception):  # whoever asks for it later hears what is wrong
                 await self.prepare(*series)
 
-    def _stored(self, series: Series, entries: list[Entry], report: PutReport) -> None:
+    def _set_aside(self, entries: Iterable[Entry]) -> bool:
+        """Find out which of these this disk has spoiled; whether there were any. A part that cannot be read fails its whole object."""
+        found = set()
+        for entry in entries:
+            try:
+                for at in range(0, entry.size, check_bytes):
+                    self.spool.read(entry, at, at + check_bytes)
+            except Damaged as error:
+                found.add(entry)
+                self.last_failure = str(error)
+                self._say("damaged", why=str(error))
+            except Absent:
+                continue  # it was stored
+        self.damaged |= found
+        return bool(found)
+
+    def _stored(self, series: Series, entries: list[Entry], report: PutReport) -> list[Entry]:
         placed = places(self.vault, report)
         done: list[Entry] = []
         instances: list[Instance] = []
@@ -377,6 +401,7 @@ class Archive:
         self.spool.done(done)
         for problem in report.problems:
             self._say("problem", why=problem.message)
+        return done
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

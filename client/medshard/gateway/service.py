@@ -92,7 +92,13 @@ class Gateway:
         spool = self.archive.spool
         found: dict[str, Any] = {
             "up_seconds": round(time.time() - self._since),
-            "spool": {"instances": waiting, "series": open_series, "bytes": spool.used_bytes, "bytes_max": spool.bytes_max},
+            "spool": {
+                "instances": waiting,
+                "series": open_series,
+                "bytes": spool.used_bytes,
+                "bytes_max": spool.bytes_max,
+                "damaged": len(self.archive.damaged),
+            },
             "received": dict(self.archive.counts),
             "last_failure": self.archive.last_failure,
         }
