@@ -114,6 +114,7 @@ def build(parts: Parts, keys: NodeKeys) -> web.Application:
     heads.equip(app, parts.node.ledger)
     auditor = auditing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, lambda: pack_links(parts.membership.links(0)))
     repairs = repairing.equip(app, parts.node, keys.node, parts.peers, parts.metrics, auditor.missing)
+    repairs.repairer.made = auditor.findings.forget
     app[sections_key] = {"repair": repairs.status, "audits": auditor.status}
     app.router.add_routes(parts.node.ledger.routes())
     app.router.add_routes(join_routes(parts.node.config, keys, _enrol(parts, keys), _vouched(parts, keys)))

@@ -15,13 +15,14 @@ from medshard_protocol.facts import Moved
 from medshard_protocol.ids import FileId, Key, NodeId
 from medshard_protocol.repairorder import pack_drain, pack_grants, unpack_drain, unpack_grants
 from storenode.config import Config, RepairSection
+from storenode.metrics import Metrics
 from storenode.repairing import triage
 from storenode.repairing.lasting import lasting
 from storenode.repairing.leaving import Leaving
 from storenode.repairing.pulse import Pulse
 from storenode.repairing.rate import Bucket
 from storenode.repairing.repairer import Repairer
-from storenode.repairing.surveying import Case, Surveyor
+from storenode.repairing.surveying import Case, Survey, Surveyor
 from storenode.repairing.tending import Sick, _urgency
 from storenode.shardstore import ShardStore
 
@@ -124,6 +125,24 @@ async def test_what_audits_found_wrong_is_missing_whatever_its_holder_says_but_n
     survey = await surveyor.survey(file_id)
     assert survey.there == tuple(shard for shard in range(len(of.present)) if shard != 1)
     assert survey.answering == frozenset(of.present)
+
+
+async def test_what_audits_found_is_forgotten_when_the_shard_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, told = case(), []
+    survey = Survey(of.manifest, of.known, of.moves, of.present, (0, 2, 3), frozenset(of.present))
+
+    async def anyway(*_: Any) -> Any:
+        return survey
+
+    means: Any = SimpleNamespace(node=SimpleNamespace(id=nodes[1]), surveyor=SimpleNamespace(survey=anyway), metrics=Metrics())
+    repairer = Repairer(means)
+    monkeypatch.setattr(repairer, "objection", lambda *_: None)
+    monkeypatch.setattr(repairer, "_take", anyway)
+    monkeypatch.setattr("storenode.repairing.repairer.Rebuilding", lambda *_: SimpleNamespace(run=anyway))
+    monkeypatch.setattr("storenode.repairing.repairer.inherit", anyway)
+    repairer.made = lambda file_id, shard: told.append((file_id, shard))
+    assert (await repairer.begin(of.manifest.file_id)).state == "done"
+    assert told == [(of.manifest.file_id, 1)]
 
 
 async def test_a_bucket_lets_through_what_it_should_and_no_more() -> None:

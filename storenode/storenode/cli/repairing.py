@@ -31,7 +31,7 @@ def repair(session: Session, file_id: str | None, shard: int | None, dry_run: bo
     """Make a lost shard of FILE_ID again, and keep it at this node from now on. Or watch what nodes repair by themselves.
 
     The running node asks k holders in a line for it. It sees nothing but the shard; they see nothing but random sums. A MOVE entry on the
-    ledger says first that this node takes the shard over. Asking again goes on with what was left.
+    ledger says first that this node takes the shard over. Asking again begins anew, under the same entry.
 
     \b
     Examples:

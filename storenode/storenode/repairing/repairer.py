@@ -1,12 +1,14 @@
 """The replacement's part: take a shard over on the ledger, and have it made again or handed over.
 
-Law: one repair of a file runs at a time; asking again joins it or goes on with what it left. The MOVE entry is the lock: nothing is fetched
-before it is published, the latest that counts has the shard, and whoever finds a later one than its own gives up before it stores anything.
+Law: one repair of a file runs at a time; asking again joins it, or begins anew under the same entry. The MOVE entry is the lock: nothing is
+fetched before it is published, the latest that counts has the shard, and whoever finds a later one than its own gives up before it stores
+anything.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -41,6 +43,7 @@ class Repairer:
         self._jobs: dict[FileId, Job] = {}
         self._at_once = at_once
         self._slots = asyncio.Semaphore(at_once)
+        self.made: Callable[[FileId, int], None] = lambda file_id, shard: None  # told of each shard that is here now; may block
 
     @property
     def free(self) -> int:
@@ -165,7 +168,7 @@ class Repairer:
         job.enter("summing", _now())
         await Rebuilding(self._means, survey, job, lambda: self._is_ours(survey, job)).run()
         await inherit(self._means, survey, [survey.present[shard] for shard in survey.there])
-        job.enter("done", _now())
+        await self._is_made(job)
 
     async def _receive(self, job: Job, giver: NodeId) -> None:
         case, shard = await self._surveyor.find(job.file_id), job.shard
@@ -187,6 +190,12 @@ class Repairer:
         job.enter("fetching", _now())
         await fetch(self._means, case.manifest, job, giver, lambda: self._is_ours(case, job))
         await inherit(self._means, case, [giver, *case.present])
+        await self._is_made(job)
+
+    async def _is_made(self, job: Job) -> None:
+        assert job.shard is not None, "chosen or named"
+        with contextlib.suppress(MedshardError):  # what audits found before is stale, and no more
+            await asyncio.to_thread(self.made, job.file_id, job.shard)
         job.enter("done", _now())
 
     def _ended(self, job: Job, task: asyncio.Task[Job]) -> None:
