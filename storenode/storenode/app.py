@@ -205,7 +205,7 @@ async def serve(config: Config) -> bool:
         await following.start()
         stamping.start()
         app[repairs_key].start()
-        tasks.append(start(watch, config.limits.watch_every_s))
+        tasks.append(start(watch, config.limits.watch_every_s, parts.node.traffic.lull))
         auditor = app[audits_key].auditor
         auditor.start()
         async with serve_metrics(config, metrics, lambda: _gauge(parts, auditor)):

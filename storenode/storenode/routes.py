@@ -11,7 +11,7 @@ import functools
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
@@ -47,6 +47,7 @@ from storenode.ledger import Ledger
 from storenode.lending import Gone, Stalled
 from storenode.shardstore import Incoming, Shard, ShardStore, StoredFile
 from storenode.shardstore.store import check_size
+from storenode.traffic import Traffic
 from storenode.watching.inside import watch_key
 from storenode.wire import Connection, body_size
 
@@ -64,6 +65,7 @@ class Node:
     id: NodeId
     store: ShardStore
     ledger: Ledger
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 node_key: Final = web.AppKey("node", Node)
@@ -114,7 +116,8 @@ async def put_shard(request: web.Request) -> web.Response:
     stall_s, connection = node.config.limits.body_stall_s, request.transport
     try:
         if isinstance(connection, Connection) and connection.body_size:
-            await _receive_aside(connection, incoming, stall_s)
+            with node.traffic.body():
+                await _receive_aside(connection, incoming, stall_s)
         else:
             await _receive(request, incoming, stall_s)
         put = await node.store.commit(incoming, file_id, index, owner)
@@ -184,7 +187,7 @@ async def get_shard(request: web.Request) -> web.StreamResponse:
     end = min(cells.stop * shard.cell_size, shard.size)
     if end - start <= block_bytes:
         return web.Response(body=prefix + await _read(node, shard, start, end - start), content_type=body_type)
-    with node.store.open(shard) as file:  # before the answer's head: a shard that is gone is an error
+    with node.traffic.body(), node.store.open(shard) as file:  # before the answer's head: a shard that is gone is an error
         response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
         await response.prepare(request)
         await response.write(prefix)

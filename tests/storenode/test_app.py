@@ -8,6 +8,7 @@ import io
 import os
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ from storenode.metrics import Metrics
 from storenode.peers import Peers
 from storenode.routes import Node
 from storenode.shardstore import ShardStore
+from storenode.traffic import Traffic
 from storenode.watching.inside import node_watch
 from storenode.watching.watch import Trust
 from storenode.wire import TlsSite
@@ -188,6 +190,22 @@ async def test_a_shard_goes_in_and_comes_back_with_its_digests(node: Running, si
     assert head.digests == b"".join(digests["blake3"](part) for part in split(data, cell))
     status, _, headers = await node.ask("HEAD", f"/v1/shards/{file_id.hex()}/0")
     assert (status, headers[root_header]) == (204, root_of(data).hex())
+
+
+async def test_long_bodies_count_as_traffic_both_ways(node: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Traffic] = []
+    body = Traffic.body
+
+    def counting(traffic: Traffic) -> AbstractContextManager[None]:
+        counted.append(traffic)
+        return body(traffic)
+
+    monkeypatch.setattr(Traffic, "body", counting)
+    file_id = FileId(os.urandom(32))
+    await node.put(os.urandom(1_500_000), file_id)
+    assert len(counted) == 1
+    await node.ask("GET", f"/v1/shards/{file_id.hex()}/0")
+    assert len(counted) == 2
 
 
 async def test_single_cells_come_with_merkle_paths_that_lead_to_the_root(node: Running) -> None:

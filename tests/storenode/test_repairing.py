@@ -25,6 +25,7 @@ from storenode.repairing.repairer import Repairer
 from storenode.repairing.surveying import Case, Survey, Surveyor
 from storenode.repairing.tending import Sick, _urgency
 from storenode.shardstore import ShardStore
+from storenode.traffic import Traffic
 
 k, n = 2, 4
 nodes = [NodeId(bytes([i]) * 16) for i in range(8)]
@@ -173,7 +174,7 @@ class Answering:
 async def test_a_node_is_gone_after_the_time_of_grace_and_not_where_most_are_silent() -> None:
     roster: Any = SimpleNamespace(nodes=[SimpleNamespace(id=node) for node in nodes[:5]])
     peers: Any = Answering(1, 2, 3)
-    pulse = Pulse(nodes[0], peers, lambda: roster, grace_s=0.05)
+    pulse = Pulse(nodes[0], peers, lambda: roster, 0.05, Traffic().lull)
     await pulse.beat()
     assert not pulse.gone
     assert not pulse.answers(nodes[4])

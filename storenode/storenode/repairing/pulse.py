@@ -17,6 +17,7 @@ from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Roster
 from storenode.peers import Peers
 from storenode.repairing.lasting import lasting
+from storenode.traffic import Lull
 
 every_s: Final = 15.0
 answer_s: Final = 5.0
@@ -27,8 +28,9 @@ log = logging.getLogger(__name__)
 class Pulse:
     """Asks every node of the roster for its health. Lives in one event loop."""
 
-    def __init__(self, me: NodeId, peers: Peers, roster: Callable[[], Roster], grace_s: float) -> None:
+    def __init__(self, me: NodeId, peers: Peers, roster: Callable[[], Roster], grace_s: float, lull: Lull) -> None:
         self._me, self._peers, self._roster, self._grace_s = me, peers, roster, grace_s
+        self._lull = lull
         self._answered: dict[NodeId, float] = {}  # when each node answered last, or was first missed
         self._silent: set[NodeId] = set()
         self._gone: frozenset[NodeId] = frozenset()
@@ -46,6 +48,7 @@ class Pulse:
 
     async def _run(self) -> None:
         while True:
+            await self._lull()
             await self.beat()
             await asyncio.sleep(self.every_s)
 

@@ -87,7 +87,7 @@ def equip(app: web.Application, node: Node, key: Ed25519PrivateKey, peers: Peers
     section = node.config.repair
     means = Means(node, key, peers, metrics, Surveyor(node, peers), Bucket(section.rate_bytes_per_s))
     repairer, giver = Repairer(means, section.at_once), Giver(means)
-    pulse = Pulse(node.id, peers, lambda: node.ledger.roster, section.grace_s)
+    pulse = Pulse(node.id, peers, lambda: node.ledger.roster, section.grace_s, node.traffic.lull)
     tending = Tending(means, repairer, pulse, section, lambda: not leaving.drains, missing)
     leaving = Leaving(means, giver, pulse, section, tending.held, tending.is_sick)
     repairs = app[repairs_key] = Repairs(means, Helper(node, key, peers, metrics, means.bucket), repairer, giver, pulse, tending, leaving)

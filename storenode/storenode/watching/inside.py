@@ -13,6 +13,7 @@ from aiohttp import web
 
 from medshard_protocol.errors import Damaged
 from storenode.evidence import evidence_in
+from storenode.traffic import Lull
 from storenode.watching.memory import memory_name
 from storenode.watching.sources import Ask, Mirror, Source
 from storenode.watching.watch import Trust, Watch
@@ -42,9 +43,9 @@ def node_watch(data: Path, trust: Callable[[], Trust], ask: Ask, *, log: Path | 
         return Watch(trust, sources, evidence_in(data), path, sample=sample)
 
 
-def start(watch: Watch, every_s: float) -> asyncio.Task[None]:
+def start(watch: Watch, every_s: float, lull: Lull) -> asyncio.Task[None]:
     """Run it in the background. To be cancelled at the end."""
-    task = asyncio.create_task(watch.run(every_s), name="watch")
+    task = asyncio.create_task(watch.run(every_s, lull), name="watch")
     task.add_done_callback(_report_end)
     return task
 

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -92,10 +92,12 @@ class Watch:
         self.found: Counter[str] = Counter()  # by kind: how often something was found that was not there in the round before
         self.last: Report | None = None
 
-    async def run(self, pause_s: float = every_s) -> None:
-        """Go around for ever. Only a full or broken disk is told and survived; a bug ends the task."""
+    async def run(self, pause_s: float = every_s, lull: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Go around for ever, each time after a ``lull``. Only a full or broken disk is told and survived; a bug ends the task."""
         while True:
             await asyncio.sleep(pause_s * random.uniform(0.7, 1.3))
+            if lull is not None:
+                await lull()
             try:
                 await self.round()
             except (MedshardError, OSError) as error:
