@@ -167,21 +167,33 @@ class Shares:
         targets = {target.manifest.file_id: target}
         if copy := await self._lookup.alone(sha256):
             targets.setdefault(copy.manifest.file_id, copy)
-        names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])
         told: dict[int, Happened] = {}
         for file_id, each in targets.items():
-            history = await self._rights.history(file_id)
-            for author in {entry.author for entry in history.entries.values()}:
-                names.institutions[author] = await self._institution(author)
-            teller = Teller(self._net.roster, names)
-            teller.own(file_id, each.manifest.owner)
-            for key in await self._rights.heirs_in(history):
-                for index, entry in await self._rights.passings(key):
-                    teller.passed(index, entry)
-            for index, entry in sorted(history.entries.items()):
-                if happened := teller.tell(index, entry, sha256=sha256, file_id=file_id, time=history.time):
-                    told[index] = happened
+            told |= {happened.index: happened for happened in await self._happened(file_id, each.manifest.owner, sha256)}
         return await self._timed([told[index] for index in sorted(told)])
+
+    async def told(self, file_id: FileId, sha256: bytes) -> list[Happened]:
+        """What the ledger says of one object of this vault, in which a document is. As ``log``."""
+        owner = (await self._lookup.file(file_id)).manifest.owner  # perhaps an earlier key of this vault
+        return await self._timed(await self._happened(file_id, owner, sha256))
+
+    def objects_of(self, hashes: Sequence[bytes]) -> list[Row]:
+        """Every object of this vault that these documents are in: second puts, and copies that were made to be shared alone."""
+        return [row for sha256 in dict.fromkeys(hashes) for row in self._index.by_tag(self._keys.tag(sha256))]
+
+    async def _happened(self, file_id: FileId, owner: Key, sha256: bytes) -> list[Happened]:
+        names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])
+        history = await self._rights.history(file_id)
+        for author in {entry.author for entry in history.entries.values()}:
+            names.institutions[author] = await self._institution(author)
+        teller = Teller(self._net.roster, names)
+        teller.own(file_id, owner)
+        for key in await self._rights.heirs_in(history):
+            for index, entry in await self._rights.passings(key):
+                teller.passed(index, entry)
+        entries = sorted(history.entries.items())
+        told = [teller.tell(index, entry, sha256=sha256, file_id=file_id, time=history.time) for index, entry in entries]
+        return [happened for happened in told if happened]
 
     async def audit(self, auditors: PrivateKey | None, progress: OnProgress | None = None) -> Audited:
         """Everything that ever happened to any file, from the whole log; with the auditors' key, why it was read in emergencies."""

@@ -233,6 +233,12 @@ class Vault:
             pairs.append((target, path))
         return await self._restore(pairs, None, progress, purpose, break_glass)
 
+    async def get_to(self, pairs: Sequence[tuple[bytes, Path]], *, purpose: int, progress: OnProgress | None = None) -> None:
+        """Restore files to these paths, whose folders are there; what is in the way is replaced. Raises as ``get_many``."""
+        targets = await self._lookup.targets([sha256 for sha256, _ in pairs])
+        chosen = [(target, path) for target, (_, path) in zip(targets, pairs, strict=True)]
+        await self._restore(chosen, None, progress, purpose, None)
+
     async def read(self, sha256: bytes, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
         return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length, purpose=purpose)

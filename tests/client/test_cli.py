@@ -362,7 +362,7 @@ def test_the_command_tree_is_whole() -> None:
         "consents",
     }
     custody = {"retain", "hold", "release", "kept", "retire", "erase", "certificate", "check-certificate", "keys", "recover", "proposals"}
-    custody |= {"sender"}
+    custody |= {"sender", "export"}
     departments = {"report", "policy", "claim", "gateway", "receipt", "import"}
     assert set(command.commands) == keeping | sharing | custody | departments
 

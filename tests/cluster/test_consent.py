@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -22,8 +23,11 @@ from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consent import Consents, Wish
 from medshard.consortium import LocalConsortium
+from medshard.patients import export
+from medshard.policies.archive import Policies
+from medshard.policies.model import Terms
 from medshard_protocol.entries import Purpose
-from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError, Refused
+from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError, Refused, Unavailable
 
 passphrase = "three words suffice"
 
@@ -178,3 +182,73 @@ def test_the_commands_do_the_same(trial: LocalConsortium, tmp_path: Path, capsys
     assert (tmp_path / "use.csv").read_text().startswith("month,reader")
     assert "usage" in json.loads(run(owner, "consents", "usage", "--json")[1])
     assert run(asker, "request", "--from", key, "--study-date", "someday")[0] == Exit.USAGE
+
+
+async def test_all_that_concerns_a_patient_is_handed_over_whole_and_nobody_elses(
+    trial: LocalConsortium,
+    vaults: tuple[Vault, Vault],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, asker = vaults
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number, name in enumerate(("Export^Pat", "Export^Pat", "Other^Person")):
+        scan = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+        scan.PatientName, scan.PatientID = name, "P-77" if name == "Export^Pat" else "P-78"
+        scan.SOPInstanceUID = scan.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        scan.save_as(folder / f"<b>{number}.dcm")
+    await owner.put([folder])
+    letter = tmp_path / "letter.pdf"
+    letter.write_bytes(b"%PDF-1.7\n" + os.urandom(3000))
+    (stored,) = (await Policies(owner).put([letter], Terms(number="VN-77", holder="Pat Export"))).stored
+    await owner.shares.share([stored.sha256], asker.keys.public, purpose=Purpose.INSURANCE)
+    await asker.get(stored.sha256, tmp_path / "read", purpose=Purpose.INSURANCE)
+    owner.links.make([stored.sha256], label="for Pat")
+    target = tmp_path / "out"
+    whole, calls = owner.prove, []
+
+    async def cut_off(digest: bytes) -> object:
+        calls.append(digest)
+        if len(calls) == 2:
+            raise Unavailable("somebody pulled the plug")
+        return await whole(digest)
+
+    monkeypatch.setattr(owner, "prove", cut_off)
+    with pytest.raises(Unavailable):
+        await export(owner, "pat export", target)
+    assert not (target / "manifest.json").exists()
+    done = await export(owner, "pat export", target)
+    assert (done.documents, done.fetched, done.proofs, len(calls)) == (3, 0, 3, 4)  # what was there was neither fetched nor proved again
+    manifest = json.loads((target / "manifest.json").read_text())
+    originals = {sha256((folder / f"<b>{n}.dcm").read_bytes()).hexdigest() for n in (0, 1)} | {stored.sha256.hex()}
+    assert {each["sha256"] for each in manifest["documents"]} == originals
+    for each in manifest["documents"]:
+        assert sha256((target / each["path"]).read_bytes()).hexdigest() == each["sha256"]
+    assert {path.name for path in (target / "documents").iterdir()} == {Path(each["path"]).name for each in manifest["documents"]}
+    assert [each["what"] for each in manifest["history"] if each["author"] == asker.keys.public.hex()] == ["read"]
+    assert [each["peer"] for each in manifest["grants"]] == [asker.keys.public.hex()]
+    assert [each["state"] for each in manifest["links"]] == ["open"]
+    page = (target / "report.html").read_text()
+    assert "&lt;b&gt;0.dcm" in page
+    assert "<b>" not in page
+    assert "Other" not in page
+    proof, document = target / manifest["documents"][0]["proof"], target / manifest["documents"][0]["path"]
+    assert main(["check-proof", str(proof), str(document), "--genesis", str(target / "genesis.medshard")]) == Exit.OK
+    (target / manifest["documents"][0]["path"]).write_bytes(b"changed")
+    assert (await export(owner, "pat export", target)).fetched == 1
+    with pytest.raises(Conflict, match="another patient"):
+        await export(owner, "P-78", target)
+    with pytest.raises(Conflict, match="not empty"):
+        await export(owner, "P-78", folder)
+    with pytest.raises(Absent, match="nothing of a patient"):
+        await export(owner, "nobody", tmp_path / "none")
+    monkeypatch.setenv("MEDSHARD_PASSPHRASE", trial.passphrase)
+    capsys.readouterr()
+    words = ["--home", str(trial.vault_home), "export", "patient", "P-77", "-o", str(tmp_path / "p.zip")]
+    assert await asyncio.to_thread(main, [*words, "--no-proofs", "--json"]) == Exit.OK
+    assert json.loads(capsys.readouterr().out)["documents"] == 2
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
+        assert {name.partition("/")[0] for name in archive.namelist()} >= {"manifest.json", "report.html", "documents", "SHA256SUMS"}
+    assert await asyncio.to_thread(main, words) == Exit.LOCAL
