@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import aiohttp
 import pytest
+from tests.browser import browser, chromium
 
 from medshard import Vault
 from medshard.cli.exits import Exit
@@ -137,6 +138,50 @@ async def test_guesses_of_a_passcode_are_counted_and_few(vault: Vault, base: str
     assert sum(isinstance(each, Refused) for each in outcomes) == wrong_max - 3
     with pytest.raises(Absent, match="locked"):
         await fetch(link, tmp_path / "locked", "right 4711")
+
+
+@pytest.mark.skipif(chromium is None, reason="Chromium is not installed")
+async def test_a_browser_opens_a_link_with_its_passcode_and_saves_the_very_bytes(vault: Vault, base: str, tmp_path: Path) -> None:
+    stored = await put(vault, tmp_path / "study", 30_000, 9_000)
+    note = vault.links.make(list(stored), passcode="korrekt", label=label, until=int(time.time()) + 86_400)
+    async with browser(tmp_path) as page:
+        await page.open(note.link(base).to_text(f"{base}/link"))
+        assert await page.run("document.title") == label
+        await page.picture(tmp_path / "1-asked.png")
+        for left in ("9 tries are left", "8 tries are left"):
+            await page.run("document.getElementById('passcode').value = 'falsch'; document.getElementById('open').click()")
+            await page.until(f"document.getElementById('told').textContent.includes({left!r})")
+        assert await page.run("document.getElementById('list').children.length") == 0
+        await page.picture(tmp_path / "2-wrong.png")
+        await page.run("document.getElementById('passcode').value = 'korrekt'; document.getElementById('open').click()")
+        await page.until("document.getElementById('list').children.length === 2")
+        await page.picture(tmp_path / "3-open.png")
+        await page.run("document.getElementById('all').click()")
+        await eventually(lambda: all((tmp_path / f"letter-{number}.pdf").exists() for number in range(2)))
+        await eventually(lambda: not list(tmp_path.glob("*.crdownload")))
+        saved = [(tmp_path / f"letter-{number}.pdf").read_bytes() for number in range(2)]
+        assert {sha256(each).digest(): each for each in saved} == stored
+        guarded = vault.links.make(list(stored), passcode="korrekt")
+        await page.open(guarded.link(base).to_text(f"{base}/link"))
+        for _ in range(wrong_max):
+            await page.until("!document.getElementById('open').disabled")
+            await page.run("document.getElementById('passcode').value = 'x'; document.getElementById('open').click()")
+            await page.until(
+                "document.getElementById('told').className === 'wrong' && document.getElementById('told').textContent !== 'seen'"
+            )
+            last = await page.run("document.getElementById('told').textContent")
+            await page.run("document.getElementById('told').textContent = 'seen'")
+        assert "locked" in last
+        assert await page.run("document.getElementById('open').disabled")
+        await page.open(guarded.link(base).to_text(f"{base}/link")[:-30])
+        assert "cut" in await page.run("document.getElementById('told').textContent")
+    assert uses(await vault.shares.log(next(iter(stored)))) >= 1
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.05)
 
 
 async def test_links_are_to_own_documents_that_are_there(vault: Vault, base: str, tmp_path: Path) -> None:
