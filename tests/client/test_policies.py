@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from pypdf import PdfWriter
+from pypdf.generic import DictionaryObject, NameObject, TextStringObject
 
 from medshard.describe import Described, describe
 from medshard.policies import attributes
@@ -65,6 +66,15 @@ def test_a_bad_date_costs_only_the_date() -> None:
     described = told(policy(CreationDate="last Tuesday"))
     assert described.problem is None
     assert "created" not in described.description.attributes
+    assert "title" in described.description.attributes
+
+
+def test_a_policy_with_scripts_is_stored_as_it_is_and_nothing_in_it_runs() -> None:
+    writer = PdfWriter(clone_from=io.BytesIO(policy()))
+    script = DictionaryObject({NameObject("/S"): NameObject("/JavaScript"), NameObject("/JS"): TextStringObject("while (true) {}")})
+    writer.root_object[NameObject("/OpenAction")] = script
+    described = told(written(writer))
+    assert (described.description.media_type, described.problem) == ("application/pdf", None)
     assert "title" in described.description.attributes
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from medshard.grants import Happened, Shared
 from medshard.patients.gathering import Gathered
 from medshard.reports.model import moment
+from medshard.text import shown
 
 _style: Final = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 70rem; margin: 2rem auto; padding: 0 1.5rem; }
@@ -20,7 +21,7 @@ p.lead { color: #53616e; margin-top: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; } dt { color: #53616e; } dd { margin: 0; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; } th { text-align: left; background: #1f5f8b; color: #fff; }
 th, td { padding: .35rem .6rem; vertical-align: top; overflow-wrap: anywhere; } tr:nth-child(odd) td { background: #f1f5f8; }
-code { font-size: .82rem; } .alert td { background: #fdeceb !important; }
+code { font-size: .82rem; } td code { font-size: .7rem; } td.short { white-space: nowrap; } .alert td { background: #fdeceb !important; }
 @media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
 """
 _attributes: Final = ("modality", "study-date", "study-description", "policy-number", "policy-product", "title")
@@ -49,7 +50,8 @@ def page(told: Mapping[str, Any], gathered: Gathered) -> str:
         _documents(told["documents"]),
         "<h2>Who may read them</h2>",
         _table(
-            ("document", "reader", "institution", "purpose", "until", "state"), (_grant(each, gathered.made) for each in gathered.grants)
+            ("document", "reader", "institution", "purpose", "until", "state"),
+            (_grant(each, gathered.made) for each in sorted(gathered.grants, key=lambda each: each.grant_index)),
         ),
     ]
     for heading, columns, rows in _more(told):
@@ -81,8 +83,8 @@ def _documents(documents: Sequence[Mapping[str, Any]]) -> str:
         about = ", ".join(str(each["attributes"][name]) for name in _attributes if name in each["attributes"])
         kept = each["retained_until"][:10] + (", on hold" if each["holds"] else "")
         name = f'<a href="{_text(each["path"])}">{_text(each["name"])}</a>'
-        cells = [name, _text(about), f"{each['size']:,}", each["stored"], kept, f"<code>{each['sha256']}</code>"]
-        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        short = "".join(f'<td class="short">{cell}</td>' for cell in (f"{each['size']:,}", each["stored"], kept))
+        lines.append(f"<tr><td>{name}</td><td>{_text(about)}</td>{short}<td><code>{each['sha256']}</code></td></tr>")
     head = "".join(f"<th>{column}</th>" for column in columns)
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
@@ -111,7 +113,7 @@ def _more(told: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
 def _grant(each: Shared, now: int) -> tuple[str, ...]:
     state = "in force" if _stands(each, now) else f"ended by entry {each.ended}" if each.ended else "run out"
     who = each.peer_name or f"{each.peer.hex()[:16]}…"
-    return (each.sha256.hex()[:16] + "…", who, each.institution, each.purpose, moment(each.until) or "no end", state)
+    return (shown(each.name), who, each.institution, each.purpose, moment(each.until) or "no end", state)
 
 
 def _stands(each: Shared, now: int) -> bool:
