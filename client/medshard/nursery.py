@@ -5,6 +5,7 @@ Law: what it cannot do it says by ``Absent``, and the caller starts a process of
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -59,6 +60,12 @@ class Nursery:
             text=True,
             start_new_session=True,
         )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End it, and with it what it started."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
     @property
     def fits(self) -> bool:
