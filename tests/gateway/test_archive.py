@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -15,6 +16,7 @@ from medshard.gateway import archive as archives
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive, Rules
 from medshard.gateway.model import Committed, Incoming, Outcome, Query
+from medshard.gateway.packing import instances_of
 from medshard.gateway.tags import Level
 from medshard.ledger import LedgerClient
 from medshard_protocol.entries import Entry
@@ -71,6 +73,18 @@ async def test_what_was_said_yes_to_is_there_after_a_restart(opened: Opened) -> 
         await archive.settle()
         (instance,) = archive.instances(study)
         assert await (await archive.open(instance)).read() == file
+
+
+async def test_copies_that_were_made_to_be_given_away_are_not_served(archive: Archive) -> None:
+    file = make_instance(study := generate_uid())
+    await archive.receive(Incoming(file))
+    await archive.settle()
+    (instance,) = archive.instances(study)
+    assert instance.place
+    (row,) = archive.vault.rows_of(instance.place.file_id)
+    assert len(instances_of([row])) == 1
+    for mark in ({"tag:deidentified": "keep-uids"}, {"copy": "shared"}):
+        assert not instances_of([replace(row, attributes={**row.attributes, **mark})])
 
 
 async def test_a_name_in_two_scripts_is_found_by_either(archive: Archive) -> None:

@@ -19,12 +19,14 @@ from medshard.gateway.segments import Entry, chunk_plain
 from medshard.gateway.spool import Spool
 from medshard.model import Description, PutReport, Row
 from medshard.packs import Plan, Unit
+from medshard.shares import copy_mark, copy_shared
 from medshard.source import Part
 from medshard.vault import Vault
 from medshard_protocol.errors import MedshardError
 
 members_max: Final = 4_000  # a header of 1 KiB for each still fits into a manifest
 media_type: Final = "application/dicom"
+deidentified: Final = "tag:deidentified"  # as medshard.dicom.copies marks what it makes
 
 
 def plan_of(series: tuple[str, str], entries: Sequence[Entry], spool: Spool) -> Plan:
@@ -81,10 +83,15 @@ def places(vault: Vault, report: PutReport) -> dict[Path, tuple[bytes, Place]]:
 
 
 def instances_of(rows: Iterable[Row]) -> list[Instance]:
-    """The DICOM instances among the rows of one object."""
+    """The DICOM instances among the rows of one object. Copies that were made to be given away are not the archive's.
+
+    A de-identified one may have kept the UIDs of its original, and must not be served in its place.
+    """
     found = []
     for row in rows:
         said = row.attributes
+        if said.get(copy_mark) == copy_shared or deidentified in said:
+            continue
         if row.media_type == media_type and all(said.get(tags.known[tag].name) for tag in (tags.STUDY_UID, tags.SERIES_UID, tags.SOP_UID)):
             place = Place(row.file_id, row.member, row.ledger_index)
             uids = said["study-uid"], said["series-uid"], said["sop-uid"]
