@@ -42,8 +42,15 @@ from medshard_protocol.errors import MedshardError
 
 class _InOrder(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order a newcomer needs them."""
+        """In the order of their sections."""
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Section by section."""
+        room = 2 * (formatter.width - 6 - max(map(len, self.commands)))  # two lines rather than half a sentence
+        for title, parts in _sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(part.name or "", part.get_short_help_str(room)) for part in parts], col_max=20)
 
 
 @click.group(
@@ -67,53 +74,41 @@ def command(context: click.Context, home: Path | None, json: bool, quiet: bool) 
     context.obj = Session(home or Path.home() / ".medshard", json, quiet)
 
 
-for _part in (
-    store.put,
-    store.get,
-    look.ls,
-    look.find,
-    look.info,
-    sharing.share,
-    sharing.revoke,
-    sharing.shared_files,
-    links.links,
-    consents.request,
-    consents.requests,
-    consents.consents,
-    deidentify.deidentify,
-    history.log,
-    sharing.key,
-    keys.keys,
-    keys.recover,
-    rotation.sender,
-    sharing.contacts,
-    history.auditor_key,
-    policy.policy,
-    policy.claim,
-    report.report,
-    custody.retain,
-    custody.hold,
-    custody.release,
-    proposals.proposals,
-    custody.kept,
-    custody.retire,
-    custody.erase,
-    custody.certificate,
-    custody.check_certificate,
-    export.export,
-    prove.prove,
-    prove.check_proof,
-    check.verify,
-    check.doctor,
-    check.reindex,
-    gateway.gateway,
-    gateway.import_files,
-    gateway.receipt,
-    local.join,
-    local.up,
-    local.demo,
-):
-    command.add_command(_part)
+# In the order a newcomer needs them.
+_sections: dict[str, tuple[click.Command, ...]] = {
+    "Start here": (local.demo, local.up, local.join),
+    "Files": (store.put, store.get, look.ls, look.find, look.info, check.verify, check.doctor, check.reindex),
+    "Sharing": (
+        sharing.share,
+        sharing.revoke,
+        sharing.shared_files,
+        links.links,
+        consents.request,
+        consents.requests,
+        consents.consents,
+        deidentify.deidentify,
+        export.export,
+        history.log,
+    ),
+    "DICOM": (gateway.gateway, gateway.import_files, gateway.receipt),
+    "Insurance": (policy.policy, policy.claim),
+    "Keeping and destroying": (
+        custody.retain,
+        custody.hold,
+        custody.release,
+        proposals.proposals,
+        custody.kept,
+        custody.retire,
+        custody.erase,
+        custody.certificate,
+        custody.check_certificate,
+    ),
+    "Proof": (prove.prove, prove.check_proof, report.report),
+    "Keys": (keys.keys, keys.recover, rotation.sender, sharing.key, sharing.contacts, history.auditor_key),
+}
+for _parts in _sections.values():
+    for _part in _parts:
+        command.add_command(_part)
 
 
 keys.keys.add_command(rotation.rotate)
