@@ -310,6 +310,22 @@ async def test_room_that_a_slow_sender_has_announced_is_there_for_others(node: R
     await asyncio.gather(*slow, return_exceptions=True)
 
 
+async def test_an_upload_that_finds_the_room_gone_is_507_and_leaves_nothing(node: Running, tmp_path: Path) -> None:
+    async def sending() -> AsyncIterator[bytes]:
+        yield bytes(900_000)
+        async with asyncio.timeout(20):
+            while not any(each.received for each in node.store._coming):
+                await asyncio.sleep(0.01)
+        node.store.used += 49_000_000
+        yield bytes(1_000_000)
+
+    path = f"/v1/shards/{os.urandom(32).hex()}/0"
+    status, body, _ = await node.ask("PUT", path, sending(), Medshard_Cell_Size=str(cell), Content_Length="1900000")
+    assert (status, decode(body, bytes_max=4096, what="error")[1]) == (507, "full")
+    assert not node.store._coming
+    assert list((tmp_path / "home" / "data" / "tmp").iterdir()) == []
+
+
 async def test_a_broken_off_body_leaves_nothing(node: Running, tmp_path: Path) -> None:
     async def breaking() -> AsyncIterator[bytes]:
         yield bytes(500_000)
