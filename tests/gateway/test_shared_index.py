@@ -83,8 +83,9 @@ async def test_what_one_gateway_receives_the_other_serves(gateways: Gateways) ->
         assert [await (await here.open(each)).read() for each in here.instances(study)] == files
         for file in files:
             assert (await there.receive(Incoming(file))).outcome is Outcome.ALREADY
-        await there.catch_up()  # whose vault knows nothing of the other one's files, which is no reason to forget them
-        assert len(there.instances(study)) == 3
+        async with gateways("late") as late:  # whose vault knows nothing of the other ones' files, which is no reason to forget them
+            assert [await (await late.open(each)).read() for each in late.instances(study)] == files
+        assert len(here.instances(study)) == 3
 
 
 async def test_what_is_erased_at_one_gateway_is_gone_at_all(gateways: Gateways, trial: LocalConsortium) -> None:
