@@ -34,7 +34,7 @@ from medshard.model import Description
 from medshard.packs import Plan, Unit
 from medshard.source import Part
 from medshard_protocol import canonical
-from medshard_protocol.errors import Damaged, Refused, Unavailable
+from medshard_protocol.errors import Conflict, Damaged, Refused, Unavailable
 
 if TYPE_CHECKING:
     from medshard.vault import Vault
@@ -49,32 +49,39 @@ async def rotate(home: Home, passphrase: str, code: str, *, fast_kdf: bool = Fal
 
     Raises Refused for a wrong passphrase or an invitation of another institution, and what joining raises.
     """
-    finish(home)
+    if finish(home):
+        return open_key_file(home.key_file, passphrase)
     old = open_key_file(home.key_file, passphrase)
     if len(old.former) >= former_max:
         raise Refused(f"this vault's key was rotated {former_max} times", hint="Make a new vault and share the files with it.")
-    if home.next_key.exists():
-        new = open_root(home.next_key.read_bytes(), passphrase)
-    else:
-        new = create_key_file(home.next_key, passphrase, fast=fast_kdf)
+    fresh = not home.next_key.exists()
+    new = create_key_file(home.next_key, passphrase, fast=fast_kdf) if fresh else open_root(home.next_key.read_bytes(), passphrase)
     sealed_here = home.index.exists() or home.contacts.exists()
     new = new.remember([keys.root for keys in old.line], old.at_home.root if sealed_here else None)
     write_durably(former_path(home.folder, new.public), seal_former(new), mode=0o600)
-    write_durably(home.next_certificate, await enrolment.rotate(home, old, new, code))
+    try:
+        certificate = await enrolment.rotate(home, old, new, code)
+    except (Refused, Conflict):
+        if fresh:  # nobody has taken the new key, and nobody will with this code
+            home.next_key.unlink(missing_ok=True)
+            former_path(home.folder, new.public).unlink(missing_ok=True)
+        raise
+    write_durably(home.next_certificate, certificate)
     finish(home)
     return new
 
 
-def finish(home: Home) -> None:
-    """Put keys in place that the ledger has taken. Of several processes that do so at once, each finds it done."""
+def finish(home: Home) -> bool:
+    """Put keys in place that the ledger has taken; whether there were any. Of several processes that do so at once, each finds it done."""
     if not home.next_certificate.exists():
-        return
+        return False
     with suppress(FileNotFoundError):
         os.replace(home.next_key, home.key_file)
     fsync_folder(home.folder)  # the key first: without its certificate it is found again, the other way round it would be lost
     with suppress(FileNotFoundError):
         os.replace(home.next_certificate, home.certificate)
     fsync_folder(home.folder)
+    return True
 
 
 async def keep_former(vault: Vault) -> None:

@@ -25,28 +25,35 @@ if TYPE_CHECKING:
         "medshard keys rotate MEDSHARD1… --kit kit.txt   # on a new machine, after a theft",
     ),
 )
-@click.argument("code", metavar="CODE")
+@click.argument("code", metavar="[CODE]", required=False)
 @click.option(
     "--kit", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Begin with what `keys kit` wrote; the home is new."
 )
 @shared
-def rotate(session: Session, code: str, kit: Path | None) -> int:
+def rotate(session: Session, code: str | None, kit: Path | None) -> int:
     """Draw new keys for this vault, with the consent of its institution: an invitation CODE.
 
     From that entry of the ledger on the old key reads, stores and shares nothing at any node, and the new one has every file and every
     share of it, given and received. A key that was stolen: let the institution withdraw it first (`storenode withdraw KEY`), then do this.
-    Run it again if it was cut off. Kits from before no longer bring the vault back: make a new one.
+    Run it again if it was cut off; without CODE, it does what is left to do after the ledger has taken the new key (the custodians' shares,
+    the former keys in the store). Kits from before no longer bring the vault back: make a new one.
     """
     from medshard.cli import passphrase as asking
     from medshard.home import Home
+    from medshard.keys import open_key_file
+    from medshard.rotation import finish
     from medshard.rotation import rotate as rotate_keys
 
     home = Home(session.home)
+    if code is None:
+        finish(home)
     fresh = kit is not None and not home.key_file.exists()
     secret = asking.new(session.home) if fresh else asking.known(session.home)
-    if kit is not None:
+    if kit is not None and code is not None:
         _begin(home, kit, code, secret)
-    keys = run(rotate_keys(home, secret, code))
+    keys = run(rotate_keys(home, secret, code)) if code is not None else open_key_file(home.key_file, secret)
+    if not keys.former:
+        raise click.UsageError("name the invitation: CODE, from `storenode invite`")
     if not session.quiet:
         output.note(f"medshard: {session.home} is the vault {short(keys.public)} from now on, and was {short(keys.former[0].public)}")
     custodians, files, trouble = run(_afterwards(session.home, secret, whole=kit is not None))
