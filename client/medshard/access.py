@@ -20,6 +20,7 @@ from typing import Final, TypeAlias
 
 import aiohttp
 
+from medshard.asking import Answer
 from medshard.envelopes import seal_reason
 from medshard.ledger import LedgerClient
 from medshard.quorum import no_quorum, waiting_for_the_ledger
@@ -45,7 +46,7 @@ from medshard_protocol.sharing import (
 
 ticket_s: Final = 540.0  # nodes honour 600 s, counted from a checkpoint before the entry; a minute is for idle heads and the way
 pass_files_max: Final = tickets_max * access_files_max
-fresh_s: Final = 2.0  # nodes are told within a tenth of a second what is published; so long a read tells them itself
+fresh_s: Final = 2.0  # nodes are told within half a second what is published; so long a read tells them itself
 show_timeout_s: Final = 3.0
 emergency_wait_s: Final = 30.0  # nodes want 10 s of silence from the ledger before they serve without it
 emergency_pause_s: Final = 0.5
@@ -131,15 +132,19 @@ class Pass:
         self._net = net
         self._purpose = purpose
         self._held = list(tickets_held)
+        self._packed: tuple[list[Ticket], bool, dict[str, str]] | None = None  # what was shown last, and for which tickets
         self._showing: dict[NodeId, asyncio.Task[bool]] = {}
         self._renewing: asyncio.Task[None] | None = None
 
     def headers(self) -> dict[str, str]:
         """What goes with each request for shards: the places, and while they are new the checkpoint that shows that they are published."""
-        shown = {access_header: pack_tickets(ticket.inclusion.index for ticket in self._held)}
-        if self._is_fresh and (checkpoint := pack_checkpoint(self._held[-1].inclusion.checkpoint)):
-            shown[checkpoint_header] = checkpoint
-        return shown
+        held, fresh, packed = self._held, self._is_fresh, self._packed
+        if packed is None or packed[0] is not held or packed[1] is not fresh:
+            shown = {access_header: pack_tickets(ticket.inclusion.index for ticket in held)}
+            if fresh and (checkpoint := pack_checkpoint(held[-1].inclusion.checkpoint)):
+                shown[checkpoint_header] = checkpoint
+            packed = self._packed = held, fresh, shown
+        return packed[2]
 
     def is_known_to(self, node: NodeId) -> bool:
         """Whether this node has stored the newest entry: it cosigned it, or has had the time."""
@@ -255,6 +260,9 @@ class Admitted(Net):
                 if not await self.helped(node, error, tries):
                     raise
             tries += 1
+
+    async def _post(self, node: Node, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> Answer:
+        return await super()._post(node, path, body, {**headers, **self.shard_headers()}, timeout_s)
 
     @asynccontextmanager
     async def _open(

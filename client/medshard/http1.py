@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from typing import Final
 
 from medshard_protocol.errors import Malformed
+from medshard_protocol.rosters import roster_header
 
 head_bytes_max: Final = 16 * 1024  # of a status line and all headers; ours take 300
 length_digits_max: Final = 15  # of Content-Length: 1 PB, above any shard
 _start: Final = b"HTTP/1.1 "
 _end: Final = b"\r\n\r\n"
+_roster: Final = roster_header.lower().encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What precedes an answer's body: status, the body's bytes, and whether the connection may be used again after them."""
+    """What precedes an answer's body: status, the body's bytes, whether the connection may be used again after them, and which roster the
+    node says it goes by."""
 
     status: int
     length: int
     keep: bool
+    roster: str = ""
 
 
 def request_head(method: str, host: str, path: str, headers: Mapping[str, str]) -> bytes:
@@ -54,7 +58,7 @@ def _parse(head: bytes) -> Head:
     if not (len(status) == 3 and status.isdigit() and rest[3:4] in (b" ", b"")) or status < b"200":
         raise Malformed("not an answer of HTTP/1.1")
     lengths: list[bytes] = []
-    keep = True
+    keep, roster = True, ""
     for line in lines:
         name, colon, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
@@ -66,6 +70,8 @@ def _parse(head: bytes) -> Head:
             lengths.append(value)
         if name == b"connection":
             keep = value.lower() == b"keep-alive"
+        if name == _roster:
+            roster = value.decode("ascii", "replace")
     if len(lengths) != 1 or not lengths[0].isdigit() or len(lengths[0]) > length_digits_max:
         raise Malformed("an answer says its length once, as a number")
-    return Head(int(status), int(lengths[0]), keep)
+    return Head(int(status), int(lengths[0]), keep, roster)

@@ -93,11 +93,11 @@ class Line:
                 yield from self.fill()
         yield from self._flush()
 
-    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Steps[None]:
-        """Send the head of a request. Its body is sent next, if it has one, and then the answer read to its end."""
+    def ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Steps[None]:
+        """Send the head of a request, and a short ``body`` with it; a long one is sent next. Then the answer is read to its end."""
         self.touched = self._keep = False
         host, port = self.place.host
-        self._tls.write(request_head(method, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", path, headers))
+        self._tls.write(request_head(method, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", path, headers) + body)
         yield from self._flush()
 
     def send(self, data: memoryview) -> Steps[bool]:

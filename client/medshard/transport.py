@@ -17,10 +17,11 @@ from typing import Final, Self
 
 import aiohttp
 
+from medshard import asking
 from medshard.health import Health
 from medshard.line import BrokenOff, Lines, Place
 from medshard.tls import context_for
-from medshard_protocol.errors import Absent, MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused, Unavailable
 from medshard_protocol.identity import is_issued_by, node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
@@ -30,6 +31,7 @@ from medshard_protocol.rosters import roster_header
 answer_bytes_max: Final = 96 * 1024 * 1024  # no answer that is read whole is larger; a hostile node must not fill our memory
 connect_timeout_s: Final = 10.0
 piece_bytes: Final = 256 * 1024  # a larger body goes out in pieces, so that other connections get their turn
+over_lines: Final = frozenset({"/v1/read", "/v1/files", "/v1/lookup", "/v1/ledger/append"})  # what small puts and gets consist of
 
 
 class Net:
@@ -99,6 +101,11 @@ class Net:
     ) -> bytes:
         """One request, its whole answer; ``anonymous``: without our certificate. Raises what the node answered, or Unavailable when it
         did not."""
+        if path in over_lines and method == "POST" and not anonymous and len(body) <= piece_bytes:
+            answer = await self._post(node, path, body, {}, timeout_s)
+            if answer.status not in ok:
+                raise unpack_error(answer.status, answer.body, node.name)
+            return answer.body
         headers = {"Content-Length": str(len(body))} if len(body) > piece_bytes else {}
         content = _pieces(body) if headers else body or None
         async with self._open(node, method, path, content, headers, timeout_s, anonymous=anonymous) as response:
@@ -186,16 +193,31 @@ class Net:
                 yield response
         except MedshardError:
             raise
-        except TimeoutError:
-            self.health.suspect(node.id)
-            raise Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
-            self.health.suspect(node.id)
-            if not anonymous and hung_up(error):  # perhaps because of a change that we have not heard of
-                await self.follow()
-                self.check_inside()
-            raise Unavailable(f"{node.name}: {explain(error)}") from None
+        except (TimeoutError, aiohttp.ClientError, OSError, ssl.SSLError) as error:
+            raise await self._failed(node, error, timeout_s, anonymous=anonymous) from None
         self.health.well(node.id)
+
+    async def _post(self, node: Node, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> asking.Answer:
+        """A short request over a line."""
+        place = self.place(node)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await asking.post(self.lines, place, path, headers, body, answer_bytes_max)
+        except (TimeoutError, BrokenOff, OSError, Malformed, Unavailable) as error:
+            raise await self._failed(node, error, timeout_s) from None
+        self._hear(answer.roster)
+        self.health.well(node.id)
+        return answer
+
+    async def _failed(self, node: Node, error: Exception, timeout_s: float | None, *, anonymous: bool = False) -> MedshardError:
+        """What to tell of a request that got no answer. Raises Refused where it never could have."""
+        self.health.suspect(node.id)
+        if isinstance(error, TimeoutError):
+            return Unavailable(f"{node.name}: no answer within {timeout_s or connect_timeout_s:g} s")
+        if not anonymous and hung_up(error):  # perhaps because of a change that we have not heard of
+            await self.follow()
+            self.check_inside()
+        return Unavailable(f"{node.name}: {explain(error)}")
 
 
 def _outside(roster: Roster, certificate: bytes) -> str | None:
@@ -210,7 +232,7 @@ def _outside(roster: Roster, certificate: bytes) -> str | None:
 def hung_up(error: BaseException | None) -> bool:
     """Whether a node ended the connection without an answer, as it does where it knows nobody who vouches for our certificate: under
     TLS 1.3 that comes to light after the handshake."""
-    while error is not None and not isinstance(error, ssl.SSLError | aiohttp.ServerDisconnectedError | ConnectionResetError):
+    while error is not None and not isinstance(error, ssl.SSLError | aiohttp.ServerDisconnectedError | ConnectionResetError | BrokenOff):
         error = error.__cause__ or error.__context__
     return error is not None
 
