@@ -186,7 +186,7 @@ async def get_shard(request: web.Request) -> web.StreamResponse:
     start = cells.start * shard.cell_size
     end = min(cells.stop * shard.cell_size, shard.size)
     if end - start <= block_bytes:
-        return web.Response(body=prefix + await _read(node, shard, start, end - start), content_type=body_type)
+        return web.Response(body=prefix + await node.store.fetch(shard, start, end - start), content_type=body_type)
     with node.traffic.body(), node.store.open(shard) as file:  # before the answer's head: a shard that is gone is an error
         response = web.StreamResponse(headers={"Content-Length": str(len(prefix) + end - start), "Content-Type": body_type})
         await response.prepare(request)
@@ -228,7 +228,7 @@ async def read_files(request: web.Request) -> web.Response:
     for file_id, index in wanted:
         try:
             shard = node.store.shard_at(file_id, index)
-            data = await _read(node, shard, 0, shard.size) if shard.size <= room else None
+            data = await node.store.fetch(shard, 0, shard.size) if shard.size <= room else None
         except MedshardError:  # absent or damaged: the others of this answer are neither
             data = None
         room -= len(data or b"")
@@ -295,6 +295,10 @@ async def status(request: web.Request) -> web.Response:
 async def read_body(request: web.Request, bytes_max: int) -> bytes:
     """A whole small body, counted as it comes: ``client_max_size`` does not bound it. Raises TooLarge."""
     check_size(request.content_length or 0, bytes_max, "a body")
+    if request.content.is_eof():  # all of it came with the head
+        data = request.content.read_nowait()
+        check_size(len(data), bytes_max, "a body")
+        return data
     chunks: list[bytes] = []
     total = 0
     with _Watch(request, request.app[node_key].config.limits.body_stall_s) as watch:
@@ -365,12 +369,6 @@ class _Watch:
             self._timer = self._loop.call_later(left, self._look)
         else:
             self._request.content.set_exception(TimeoutError())  # wakes whoever waits for the next chunk
-
-
-async def _read(node: Node, shard: Shard, offset: int, length: int) -> bytes:
-    if shard.data is not None:
-        return node.store.read(shard, offset, length)
-    return await asyncio.to_thread(node.store.read, shard, offset, length)
 
 
 def _widen(connection: Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
 from medshard_protocol.ids import FileId, Key, NodeId, Tag
 from medshard_protocol.manifest import Manifest, ShardRef
 from medshard_protocol.shards import Layout, digests, shard_root, split
-from storenode.shardstore import ShardStore
+from storenode.shardstore import Shard, ShardStore
 from storenode.shardstore.store import reserve_bytes
 
 owner = Key(b"o" * 32)
@@ -260,3 +261,23 @@ async def test_one_failing_write_does_not_undo_its_neighbours(store: ShardStore)
     results = await asyncio.gather(*good[:2], store.catalog.write(bad), *good[2:], return_exceptions=True)
     assert sum(isinstance(result, Conflict) for result in results) == 1
     assert store.catalog.all("SELECT count(*) FROM tags") == [(5,)]
+
+
+async def test_a_quick_disk_is_read_without_a_thread_and_a_slow_one_keeps_nobody_waiting(
+    store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, file_id, readers = os.urandom(9000), FileId(os.urandom(32)), list[int]()
+    assert await put(store, data, file_id)
+    shard, read = store.shard_at(file_id, 0), ShardStore.read
+
+    def noted(self: ShardStore, shard: Shard, offset: int, length: int) -> bytes:
+        readers.append(threading.get_ident())
+        return read(self, shard, offset, length)
+
+    monkeypatch.setattr(ShardStore, "read", noted)
+    assert await store.fetch(shard, 10, 8000) == data[10:8010]
+    store._typical_read_s = 0.0
+    assert await store.fetch(shard, 0, 9000) == data
+    store._typical_read_s = 0.1
+    assert await store.fetch(shard, 0, 9000) == data
+    assert [reader == threading.get_ident() for reader in readers] == [False, True, False]
