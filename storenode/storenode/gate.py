@@ -178,8 +178,10 @@ class Gate:
             return
         if checkpoint is not None:
             self._hear(unpack_checkpoint(checkpoint), min(places))
-        await self._wait(lambda: self._pending(places) if self._unreadable(caller, places, file_ids) else None)
         refusal = self._unreadable(caller, places, file_ids)
+        if refusal is not None and refusal.reason in not_yet:
+            await self._wait(lambda: self._pending(places) if self._unreadable(caller, places, file_ids) else None)
+            refusal = self._unreadable(caller, places, file_ids)
         if refusal is not None:
             raise _Denied(refusal)
 

@@ -292,9 +292,17 @@ class Journal:
         size = _claimed_size(note)
         if self._heard and _claimed_size(self._heard) >= size:
             self._check_heard()
-        if self._published is None or self._published.checkpoint.size < size:
-            self.open_published(note)
+        if self._published is not None and self._published.checkpoint.size >= size:
+            return
+        checkpoint = self.open_published(note)
+        if size > self.head.size or self._replaying or (self._published is None and self._heard):
             self.hear(note)
+            return
+        if self._heard and _claimed_size(self._heard) <= size:
+            self._heard = b""
+        self._heard_at = time.monotonic()
+        self._take_published(checkpoint, note)
+        self._later("remember", remember_after_s, self._remember_soon)
 
     def hear(self, note: bytes) -> None:
         """Take note of a checkpoint that somebody says has its quorum. It is checked when it is needed."""
@@ -314,13 +322,17 @@ class Journal:
                 return  # cosigned by others before this node has the entries; kept until they come
             note, self._heard = self._heard, b""
             checkpoint = self.open_published(note)
-            if self._tree.root(checkpoint.size) != checkpoint.root:
-                raise Damaged(f"a quorum cosigned another history of {checkpoint.size} entries than this node has")
         except MedshardError as error:
             self._heard = b""
             _log.error("a checkpoint that was announced as published is not believed: %s", error)
             return
-        if self._published is None or checkpoint.size >= self._published.checkpoint.size:
+        self._take_published(checkpoint, note)
+
+    def _take_published(self, checkpoint: Checkpoint, note: bytes) -> None:
+        """Believe a checkpoint that a quorum cosigned, if it is of this log."""
+        if self._tree.root(checkpoint.size) != checkpoint.root:
+            _log.error("a quorum cosigned another history of %d entries than this node has: not believed", checkpoint.size)
+        elif self._published is None or checkpoint.size >= self._published.checkpoint.size:
             self._set_published(Published(checkpoint, note))
 
     def open_published(self, note: bytes) -> Checkpoint:
@@ -342,7 +354,6 @@ class Journal:
 
     def _set_published(self, published: Published) -> None:
         self._published = published
-        self.folding.state.settle(published.checkpoint.size)
         self.news.tell()
         for listener in self.on_published:
             listener(published, self._heard_at)
@@ -364,6 +375,8 @@ class Journal:
     async def _remember(self) -> None:
         async with self._disk:
             if not self._closed:
+                if self._published is not None:
+                    self.folding.state.settle(self._published.checkpoint.size)  # once for many, and the tables forget it with the same save
                 await self._write(self.store.remember, *self._memory())
                 await self.folding.save()
 
