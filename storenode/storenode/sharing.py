@@ -45,6 +45,7 @@ from storenode.shardstore import Endings, Sealed
 
 shared_room_bytes: Final = 16 * 1024 * 1024  # manifests in one answer; what finds no room is fetched by itself
 obey_every_s: Final = 0.2
+due_every_s: Final = 1.0  # what comes due by the cosigners' clocks is looked for so often
 ended_at_once: Final = 1000  # files destroyed between two looks at the log
 identities_max: Final = 1000  # in one answer
 grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
@@ -278,9 +279,18 @@ async def _obey(ledger: Ledger, sealed: Sealed, endings: Endings) -> None:
     published = asyncio.Event()
     published.set()  # what happened before the start counts
     ledger.journal.on_published.append(lambda *_: published.set())
+    loop, obeyed, look_at = asyncio.get_running_loop(), tuple[int, ...](), 0.0
     while True:
         await published.wait()
         published.clear()
+        state = ledger.journal.folding.state
+        ended = tuple(map(state.count, (Type.REVOKE, Type.RETIRE, Type.ERASE)))
+        if ended == obeyed and loop.time() < look_at:  # most entries end nothing
+            if state.size < ledger.journal.head.size:
+                published.set()
+            await asyncio.sleep(obey_every_s)
+            continue
+        obeyed, look_at = ended, loop.time() + due_every_s
         try:
             done = await obey_once(ledger, sealed, endings)
         except Exception:  # the disk may be full today and have room tomorrow; keys that should be gone must not stay for that
