@@ -35,6 +35,7 @@ Sign: TypeAlias = Callable[[bytes], bytes]  # makes a signature with a key that 
 
 note_bytes_max = 2 << 20  # 256 institutions with an Ed25519 and an ML-DSA-44 cosignature each take 1 MiB
 signatures_max = 600
+remembered_max = 64  # signatures of this process
 remembered_bytes_max = 64 * 1024  # of a note that was parsed a moment ago
 size_max = 2**63 - 1
 time_max = 2**63 - 1  # seconds since 1970
@@ -192,11 +193,7 @@ class Verifier:
 
     def verify(self, text: str, signature: Signature) -> int:
         """Check a signature and give its time (0 where the type has none). Raises Malformed or Refused."""
-        value, time = signature.value, 0
-        message = text.encode()
-        if self.type != log_signature:
-            time, value = int.from_bytes(value[:8], "big"), value[8:]
-            message = self._cosigned(text, time)
+        time, value, message = self._taken_apart(text, signature)
         try:
             if time > time_max:
                 raise ValueError
@@ -204,6 +201,19 @@ class Verifier:
         except (InvalidSignature, ValueError):
             raise Refused(f"the signature of {self.name} does not hold") from None
         return time
+
+    def remember(self, text: str, signature: Signature) -> None:
+        """Take a signature as verified that the caller has just made, with this very key."""
+        _, value, message = self._taken_apart(text, signature)
+        _own[self.key, value] = message
+        if len(_own) > remembered_max:
+            del _own[next(iter(_own))]
+
+    def _taken_apart(self, text: str, signature: Signature) -> tuple[int, bytes, bytes]:
+        if self.type == log_signature:
+            return 0, signature.value, text.encode()
+        time = int.from_bytes(signature.value[:8], "big")
+        return time, signature.value[8:], self._cosigned(text, time)
 
     def made(self, signature: Signature) -> bool:
         """Say whether a line claims to be by this key."""
@@ -307,12 +317,17 @@ def _cosigners(roster: Roster, pq: bool) -> dict[tuple[str, bytes], tuple[NodeId
     return {(verifier.name, verifier.key_id): (node, verifier) for node, verifier in verifiers}
 
 
+_own: dict[tuple[bytes, bytes], bytes] = {}  # what this process signed lately: message by key and signature
+
+
 @lru_cache(maxsize=256)
 def _verify(kind: int, key: bytes, signature: bytes, message: bytes) -> None:
     """Raise InvalidSignature unless this key signed this. What held is remembered for a while: one head goes through many hands here.
 
     Ed25519 by libsodium, in half the time that OpenSSL takes; a read waits for a dozen of these in each holder (docs/decisions/0036).
     """
+    if _own.get((key, signature)) == message:
+        return
     if kind == cosignature_pq:
         _pq_public(key).verify(signature, message)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -132,13 +133,19 @@ class Entry:
         """Check that the author signed this entry for this log, and whoever else its body says has signed. Raises Refused."""
         body = self.body
         try:
-            Ed25519PublicKey.from_public_bytes(self.author).verify(self.signature, signed_bytes(origin, body))
+            _verify(self.author, self.signature, signed_bytes(origin, body))
             if isinstance(body, Rotate):
                 signed = rotation_signed(origin, body.old, body.key)
                 Ed25519PublicKey.from_public_bytes(body.old).verify(body.old_signature, signed)
                 Ed25519PublicKey.from_public_bytes(body.key).verify(body.key_signature, signed)
         except (InvalidSignature, ValueError):
             raise Refused("entry: the author's signature does not hold") from None
+
+
+@lru_cache(maxsize=256)
+def _verify(author: Key, signature: bytes, message: bytes) -> None:
+    """Raise InvalidSignature or ValueError unless this author signed this. What held is remembered for a while, as for checkpoints."""
+    Ed25519PublicKey.from_public_bytes(author).verify(signature, message)
 
 
 def signed_bytes(origin: str, body: Body) -> bytes:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medshard_protocol import checkpoint
 from medshard_protocol.checkpoint import (
     Checkpoint,
     Note,
@@ -227,6 +228,22 @@ def test_a_signature_that_takes_the_first_bytes_of_its_text_along_does_not_hold(
     with pytest.raises(Refused, match="does not hold"):
         verifier.verify(text, Signature(verifier.name, verifier.key_id, value + b"x"))
     assert verifier.verify("x" + text, Signature(verifier.name, verifier.key_id, value)) == 0
+
+
+def test_what_this_process_signed_it_does_not_verify_and_nothing_else_is_taken_for_it(consortium, monkeypatch):
+    c = consortium(4)
+    verifier, text = cosigner_verifier(c.roster, c.roster.nodes[2].id), c.checkpoint([b"just signed"]).text()
+    signature, looked = verifier.sign(text, c.key("cosigner 2").sign, 1234), []
+    verifier.remember(text, signature)
+    monkeypatch.setattr(checkpoint, "crypto_sign_open", lambda signed, key: looked.append(signed))
+    assert verifier.verify(text, signature) == 1234
+    assert looked == []
+    verifier.verify(c.checkpoint([b"another"]).text(), signature)
+    verifier.verify(text, replace(signature, value=signature.value[:-1] + bytes([signature.value[-1] ^ 1])))
+    verifier.verify(text, replace(signature, value=(1235).to_bytes(8, "big") + signature.value[8:]))
+    cosigner_verifier(c.roster, c.roster.nodes[1].id).verify(text, signature)
+    assert len(looked) == 4
+    checkpoint._verify.cache_clear()  # it holds what the stand-in let pass
 
 
 def test_a_cosignature_of_a_time_out_of_range_is_refused(consortium):

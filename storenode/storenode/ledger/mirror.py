@@ -192,6 +192,7 @@ class Mirror:
             raise Refused("this node's key must not cosign: it has lost what it cosigned, or the roster lists another key")
         self._mark()
         signature = self._verifier.sign(text, self._key.sign, int(self._clock()))
+        self._verifier.remember(text, signature)
         self.signed(text, signature)
         return signature
 
