@@ -295,10 +295,10 @@ async def test_a_member_of_a_pack_is_read_by_only_the_stripes_it_lies_in(
     asked: list[str] = []
     ask = Line.ask
 
-    def noting(self: Line, method: str, path: str, headers: Mapping[str, str]) -> Steps[None]:
+    def noting(self: Line, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Steps[None]:
         if method == "GET":
             asked.append(path)
-        return ask(self, method, path, headers)
+        return ask(self, method, path, headers, body)
 
     monkeypatch.setattr(Line, "ask", noting)
     await vault.get(report.stored[6].sha256, tmp_path / "back")
