@@ -8,6 +8,7 @@ all bytes in order or breaks; a lost packet is a late one, and while a partition
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import itertools
 import random
@@ -391,6 +392,36 @@ class Poll:
         return [(number, found) for number, events in self._wanted.items() if (found := sockets[number].events(events))]
 
 
+class Watched:
+    """What an event loop is asked to watch: a socket of a world, for one event, as long as it is ready for it."""
+
+    def __init__(self) -> None:
+        self._watched: dict[tuple[int, int], object] = {}
+
+    def add(self, loop: worlds.Loop, number: int, event: int, callback: Callable[[], None]) -> None:
+        name, mark, context = (number, event), object(), contextvars.copy_context()
+        self._watched[name] = mark
+
+        def look() -> None:
+            known = network().sockets.get(number)
+            if self._watched.get(name) is not mark or known is None:
+                return
+            if known.events(event):
+                loop.call_soon(go_on, context=context)
+            else:
+                known._wakes.append(look)
+
+        def go_on() -> None:
+            if self._watched.get(name) is mark:
+                callback()
+                look()
+
+        look()
+
+    def remove(self, number: int, event: int) -> bool:
+        return self._watched.pop((number, event), None) is not None
+
+
 class Context(ssl.SSLContext):
     """In the place of a TLS context: what it would prove is known."""
 
@@ -466,6 +497,11 @@ def install(made: worlds.World) -> Network:
     aiohttp.connector.aiohappyeyeballs.start_connection = _start_connection  # type: ignore[assignment]
     worlds.Loop.create_connection = _create_connection  # type: ignore[method-assign,assignment]
     worlds.Loop.create_server = _create_server  # type: ignore[method-assign,assignment]
+    watched = Watched()
+    worlds.Loop.add_reader = lambda self, number, callback: watched.add(self, number, select.POLLIN, callback)  # type: ignore
+    worlds.Loop.add_writer = lambda self, number, callback: watched.add(self, number, select.POLLOUT, callback)  # type: ignore
+    worlds.Loop.remove_reader = lambda self, number: watched.remove(number, select.POLLIN)  # type: ignore
+    worlds.Loop.remove_writer = lambda self, number: watched.remove(number, select.POLLOUT)  # type: ignore
     sockets = SimpleNamespace(**vars(socket))
     sockets.socket, sockets.socketpair = Socket, socketpair
     selects = SimpleNamespace(**vars(select))
