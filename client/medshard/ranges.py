@@ -91,6 +91,11 @@ class MemoryBlocks:
             _, gone = self._kept.popitem(last=False)
             self._bytes -= len(gone)
 
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        self._kept.clear()
+        self._bytes = 0
+
 
 @dataclass(slots=True)
 class _Course:

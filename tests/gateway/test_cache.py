@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from medshard.gateway.blocks import CachedBlocks
 from medshard.gateway.cache import BlockCache
+from medshard.gateway.sweeping import Sweeper
 from medshard_protocol.errors import Conflict
+from medshard_protocol.ids import FileId
+
+if TYPE_CHECKING:
+    from medshard.custody import Custody
 
 key = b"k" * 32
 
@@ -97,4 +106,32 @@ def test_two_processes_do_not_share_one(tmp_path: Path) -> None:
     cache = opened(tmp_path)
     with pytest.raises(Conflict, match="another gateway"):
         opened(tmp_path)
+    cache.close()
+
+
+async def test_nothing_of_what_was_erased_stays_also_if_no_gateway_ran_then(tmp_path: Path) -> None:
+    ended: list[object] = []
+    custody = cast("Custody", SimpleNamespace(all_ended=lambda: ended))
+    cache = opened(tmp_path / "cache")
+    blocks = CachedBlocks(cache)
+    file_id = FileId(b"f" * 32)
+
+    async def kept() -> list[bytes | None]:
+        return [await blocks.get(file_id, 0), cache.get(cache.name(b"frames"))]
+
+    async def fill() -> None:
+        await blocks.put(file_id, 0, b"plain")
+        await asyncio.to_thread(cache.put, cache.name(b"frames"), b"table")
+
+    await fill()
+    await Sweeper(custody, blocks, tmp_path / "swept").sweep()
+    assert await kept() == [b"plain", b"table"]
+    ended.append(object())
+    for _ in range(2):  # the second finds nothing to do
+        await Sweeper(custody, blocks, tmp_path / "swept").sweep()
+    assert await kept() == [None, None]
+    assert not list((tmp_path / "cache").glob("*.cache"))
+    await fill()
+    await Sweeper(custody, blocks, tmp_path / "swept").sweep()
+    assert await kept() == [b"plain", b"table"]
     cache.close()

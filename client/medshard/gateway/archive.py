@@ -107,6 +107,7 @@ class Archive:
         self.prepare: Callable[[str, str], Awaitable[None]] | None = None  # what is made of a series before it leaves the spool
         self.last_failure = ""  # why the last put failed; empty after one that did not
         self._tasks: set[asyncio.Task[None]] = set()
+        self.after_changes: list[Callable[[], Awaitable[None]]] = []  # called when others have changed what the vault has
         self._behind = True  # whether the vault may have what the catalog has not
         self._made = catalog.made
 
@@ -301,6 +302,8 @@ class Archive:
             self._made = self.catalog.made
         if self._behind:
             await asyncio.to_thread(catch_up, self.vault, self.catalog)
+            for act in self.after_changes:
+                await act()
             self._behind = False
 
     def _recover(self) -> None:

@@ -40,5 +40,10 @@ class CachedBlocks:
         await self._memory.put(file_id, number, plain)
         await asyncio.to_thread(self._cache.put, self._name(file_id, number), plain)
 
+    async def clear(self) -> None:
+        """Keep nothing any more, nor whatever else lies in the cache on disk."""
+        self._memory.clear()
+        await asyncio.to_thread(self._cache.clear)
+
     def _name(self, file_id: FileId, number: int) -> bytes:
         return self._cache.name(b"stripe", file_id, number.to_bytes(8))

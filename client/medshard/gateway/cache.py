@@ -83,6 +83,14 @@ class BlockCache:
             raise Conflict(f"another gateway works in {folder}", hint="stop it first, or give this one another --dir") from None
         self._recover()
 
+    def clear(self) -> None:
+        """Delete every record, from the disk too."""
+        with self._lock:
+            while self._segments:
+                _, segment = self._segments.popitem()
+                self._delete(segment)
+            self._open = None
+
     def close(self) -> None:
         """Let go of the folder. What is in it is found again."""
         with self._lock:

@@ -27,6 +27,7 @@ from medshard.gateway.dimse.server import DimseServer, Listening, loopback
 from medshard.gateway.indexing import gateway_id, open_catalog
 from medshard.gateway.objects import StoreObjects
 from medshard.gateway.spool import Spool
+from medshard.gateway.sweeping import Sweeper
 from medshard.gateway.web import WebRules, serving
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
@@ -137,7 +138,10 @@ async def serve(vault: Vault, settings: Settings) -> None:
         if settings.web is not None:
             cache = BlockCache(settings.folder / "cache", cache_key(vault.keys), bytes_max=max(settings.cache_bytes_max, cache_bytes_least))
             stack.callback(cache.close)
-            vault.ranges.blocks = CachedBlocks(cache)
+            vault.ranges.blocks = blocks = CachedBlocks(cache)
+            sweeper = Sweeper(vault.custody, blocks, settings.folder / "swept")
+            await sweeper.sweep()
+            archive.after_changes.append(sweeper.sweep)
             where["http"] = await stack.enter_async_context(serving(archive, cache, settings.web))
         if dimse is not None:
             dimse.start()
