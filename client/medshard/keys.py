@@ -40,15 +40,15 @@ scrypt_fast_log2_n: Final = 12  # for passphrases that a machine drew at random:
 
 @dataclass(frozen=True, slots=True)
 class VaultKeys:
-    """What one root key gives. ``public`` is the vault's identity everywhere."""
+    """What one root key gives. ``public`` is the vault's identity everywhere, and all that is shown of it."""
 
-    root: bytes
-    signing: Ed25519PrivateKey
+    root: bytes = field(repr=False)
+    signing: Ed25519PrivateKey = field(repr=False)
     public: Key
-    vault: bytes
-    lookup: bytes
-    index: bytes
-    hpke_seed: bytes
+    vault: bytes = field(repr=False)
+    lookup: bytes = field(repr=False)
+    index: bytes = field(repr=False)
+    hpke_seed: bytes = field(repr=False)
     former: list[VaultKeys] = field(default_factory=list, compare=False, repr=False)  # newest first; more may be found on the nodes
     home: VaultKeys | None = field(default=None, compare=False, repr=False)  # of them, what lies on this disk is sealed under; None: these
 
