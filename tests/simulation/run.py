@@ -239,7 +239,10 @@ class Run:
         """Let the reader read, and perhaps not any more."""
         if self.reader is None:
             self.reader = self.cluster.vault_host("reader")
-            first = next(host for host in self.cluster.nodes if host.parts is not None)
+            first = next((host for host in self.cluster.nodes if host.parts is not None), None)
+            if first is None:
+                self.reader = None
+                raise Unavailable("no node is up to enrol the reader at")
             await first.run(self.cluster.append(first, "ca 0", self.cluster.enrol("reader")))
             await self.reader.run(self._publishes_key())
         reader = vault_keys("reader").public
@@ -353,7 +356,8 @@ class Run:
         if self.rng.random() < 0.6:
             await self._on_node(lambda host: trespassing.node_grabs(self.cluster, host, self._file_ids()[:1]))
         honest = [host for host in self.cluster.nodes if host not in byzantine]
-        checks.check_traces(max(honest, key=checks.published), [(reader, self.files[sha256]) for reader, sha256 in self.reads])
+        reads = [(reader, self.files[sha256]) for reader, sha256 in self.reads]
+        checks.check_traces(max(honest, key=checks.published), reads, set(self._file_ids()))
         self.witness.check(byzantine)
         if self.world.loop.failures:
             self.result.told += self.world.loop.failures[:3]
