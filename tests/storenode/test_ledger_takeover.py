@@ -229,6 +229,27 @@ async def test_an_entry_that_the_sequencer_leaves_out_is_evidence_and_another_no
     await net.until(lambda: net.ledgers[1].status()["left_out"] == 0)
 
 
+async def test_a_sequencer_that_takes_nothing_and_keeps_the_logs_time_is_replaced(net, monkeypatch):
+    """No other entry shows that it leaves one out; its heads do, which grow newer and no longer."""
+    net.standbys = {1}
+    monkeypatch.setattr(forwarding, "left_out_after_s", 0.5)
+    monkeypatch.setattr(forwarding, "watch_every_s", 0.1)
+    monkeypatch.setattr(sequencer, "fresh_after_s", 0.2)
+    await net.start(0, 1, 2, 3)
+    await net.enrol()
+    await net.until(lambda: net.published(1) == 2)
+    unwanted = net.register()
+
+    async def idle(_entries):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(net.ledgers[0]._sequencer, "append", idle)
+    (inclusion,) = await asyncio.wait_for(net.ledgers[1].append([unwanted]), 20)
+    assert inclusion.verify(net.roster)[1] == unwanted
+    assert net.ledgers[1].leads
+    assert Evidence(net.folder / "node1" / "evidence").files("left-out")
+
+
 async def test_a_frozen_log_takes_no_more_and_names_its_successor(net):
     await net.start(0, 1, 2, 3)
     await net.enrol()

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from medshard_protocol.checkpoint import Note, cosigned_times
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import NodeId
@@ -30,6 +33,7 @@ append_wait_s = 12.0  # the sequencer gives up first, and says why
 leaderless_wait_s = 6.0  # a takeover takes two seconds
 retry_s = 0.05
 left_out_after_s = 10.0
+unheard_s = 60.0  # without a head for so long there is no quorum, and nobody to accuse
 again_after_s = 3.0
 again_wait_s = 2.0
 again_max = 16  # handed in again at once
@@ -48,6 +52,10 @@ class _Watched:
     leader: NodeId | None  # to whom it was handed in
     sent: float  # monotonic
     overdue: bool = False
+
+
+def _median(times: Mapping[NodeId, int]) -> float:
+    return float(statistics.median(times.values())) if times else 0.0
 
 
 class Unreachable(Unavailable):
@@ -128,9 +136,10 @@ class Forwarding:
                 _log.info("what was handed in cannot be looked for: %s", error)
                 continue
             for name, item in due.items():
-                if name in found or not self._is_left_out(item):
+                left_out = None if item.overdue else self._is_left_out(item)
+                if name in found or left_out is False or (item.overdue and not self._has_right(item)):
                     del self._watched[name]
-                elif not item.overdue and time.monotonic() - item.since > left_out_after_s:
+                elif left_out:
                     item.overdue = True
                     self._accuse(item)
             self.left_out = sum(item.overdue for item in self._watched.values())
@@ -158,14 +167,23 @@ class Forwarding:
         except (MedshardError, TimeoutError) as error:
             _log.info("an entry was handed in again in vain: %s", error or "no answer in time")
 
-    def _is_left_out(self, item: _Watched) -> bool:
-        """Whether other entries were published meanwhile, and this one had, and has, every right to be."""
-        published = self._ledger.published
-        if time.monotonic() - item.since <= left_out_after_s:
-            return True  # not yet, so it stays
-        if published is None or published.checkpoint.size <= item.size:
+    def _is_left_out(self, item: _Watched) -> bool | None:
+        """Whether heads were published meanwhile that could have this entry, and it has every right to be in them; None if that cannot
+        be said yet. A head of as many entries as before counts too: who only keeps the log's time orders nothing."""
+        published, waited = self._ledger.published, time.monotonic() - item.since
+        if waited <= left_out_after_s:
+            return None
+        if not self._has_right(item):
             return False
-        return self._has_right(item)
+        if published is not None and published.checkpoint.size > item.size:
+            return True
+        if published is not None and published.note != item.published:
+            before, after = (
+                _median(cosigned_times(Note.from_bytes(note), self._ledger.roster)) for note in (item.published, published.note)
+            )
+            if after - before > left_out_after_s:
+                return True
+        return None if waited < unheard_s else False
 
     def _has_right(self, item: _Watched) -> bool:
         try:
