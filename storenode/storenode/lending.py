@@ -222,7 +222,7 @@ class Threads:
 
 
 async def _ready(wire: socket.socket, events: int, stall_s: float) -> None:
-    loop = asyncio.get_running_loop()
+    loop, watched = asyncio.get_running_loop(), wire.fileno()  # a socket would be written out in words at each call
     ready = loop.create_future()
 
     def tell() -> None:
@@ -230,11 +230,11 @@ async def _ready(wire: socket.socket, events: int, stall_s: float) -> None:
             ready.set_result(None)
 
     add, remove = (loop.add_reader, loop.remove_reader) if events == select.POLLIN else (loop.add_writer, loop.remove_writer)
-    add(wire, tell)
+    add(watched, tell)
     try:
         async with asyncio.timeout(stall_s):
             await ready
     except TimeoutError:
         raise Stalled from None
     finally:
-        remove(wire)
+        remove(watched)

@@ -290,7 +290,9 @@ async def _obey(ledger: Ledger, sealed: Sealed, endings: Endings) -> None:
                 published.set()
             await asyncio.sleep(obey_every_s)
             continue
-        obeyed, look_at = ended, loop.time() + due_every_s
+        checked = ledger.journal.checked
+        covered = checked is not None and checked.checkpoint.size >= state.size  # else what was counted may not be published yet
+        obeyed, look_at = ended if covered else (), loop.time() + due_every_s
         try:
             done = await obey_once(ledger, sealed, endings)
         except Exception:  # the disk may be full today and have room tomorrow; keys that should be gone must not stay for that

@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -82,6 +83,7 @@ def talk(port: int, reports: Reports, files: list[bytes], request: Dataset, wait
         status, _ = association.send_n_action(request, 1, COMMITMENT, instance)
         assert status.Status == 0x0000
         wait()
+        time.sleep(0.5)  # the answer goes out after the report was told; pynetdicom fails where it asks for the release before that
     finally:
         association.release()
 
