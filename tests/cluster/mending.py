@@ -26,7 +26,7 @@ from medshard_protocol.roster import Node
 from storenode.asking import exchange
 from storenode.identity import NodeKeys
 
-settle_s = 60.0  # on a machine that does other things too
+settle_s = 90.0  # on a machine that does other things too
 
 
 class Repairing(LocalConsortium):
