@@ -27,7 +27,7 @@ from medshard.consortium import LocalConsortium
 from medshard.demo import insured, policy_number, policy_pdf
 from medshard.home import Home
 from medshard.query import Query
-from medshard_protocol.entries import Entry, Purpose
+from medshard_protocol.entries import Entry, Purpose, Type
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.roster import Roster
 
@@ -220,6 +220,12 @@ async def everything(trial: LocalConsortium, files: list[Path], folder: Path) ->
         path.unlink()
     async with Vault.open(trial.vault_home, trial.passphrase) as owner:
         await owner.get(some, folder / "looked up")
+        await owner.custody.hold([some])
+        await owner.custody.release([some])
+        (ended,) = await owner.custody.end([some])  # what stays of an erased file on ledger and nodes is searched, too
+        assert (ended.type, ended.missing) == (Type.ERASE, ())
+        with pytest.raises(MedshardError):
+            await owner.get(some, folder / "erased")
 
 
 async def test_nothing_that_tells_a_patient_leaves_a_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
