@@ -359,6 +359,8 @@ class Custody:
             for row in self._index.by_tag(self._keys.row_tag(sha256)):
                 if FileId(row.file_id) not in objects:
                     objects[FileId(row.file_id)] = await self._lookup.file(FileId(row.file_id))
+        for file_id, opened in (await self._lookup.homes(list(dict.fromkeys(hashes)))).items():  # an index that was lost knows not all
+            objects.setdefault(file_id, opened)
         return list(objects.values())
 
     async def _all_standing(self, objects: Sequence[Opened]) -> dict[FileId, Standing]:

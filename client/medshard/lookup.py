@@ -108,6 +108,23 @@ class Lookup:
                 continue
         raise Absent(f"no node that answers has the manifest of file {file_id.hex()[:16]}…", hint="Try again when more nodes are up.")
 
+    async def homes(self, hashes: Sequence[bytes]) -> dict[FileId, Opened]:
+        """All own objects that nodes know these plaintexts to lie in, whatever the index says: after it was lost it knows some of them."""
+        opened: dict[bytes, Opened | None] = {}
+        found: dict[FileId, Opened] = {}
+        most = max(1, lookup_tags_max // 16 // len(self._keys.line))  # a node answers some megabytes of manifests at once
+        for group in (hashes[at : at + most] for at in range(0, len(hashes), most)):
+            for answer in asyncio.as_completed([self._ask(node, group) for node in self._net.roster.nodes]):
+                try:
+                    candidates = await answer
+                except MedshardError:
+                    continue  # what w nodes acknowledged, others that answer know too
+                for wanted, file in ((wanted, file) for wanted, files in zip(group, candidates, strict=True) for file in files):
+                    if target := await self._first_good([file], wanted, opened):
+                        manifest = target.manifest
+                        found.setdefault(manifest.file_id, Opened(manifest, target.seal, target.header, target.inclusion))
+        return found
+
     def remember(self, manifest: Manifest, inclusion: Inclusion) -> None:
         """Keep a manifest and its proof beside the index, so that the next restore need not ask for them."""
         self._index.put_manifest(manifest.file_id, canonical.encode([manifest.to_bytes(), inclusion.to_value()]))
