@@ -141,15 +141,16 @@ class Consents:
     async def requests(self) -> list[Request]:
         """What others have asked of this vault and what it has asked of others, with answers; the oldest first."""
         await self._vault.shares.sync()
-        answers, own, found = await self._answers(), self._vault.keys.public, []
+        answers, found = await self._answers(), []
         for row in [*self._rows(request_type, received=True), *self._rows(request_type, received=False)]:
             try:
                 request = self._parse(row.sha256, await self._read(row))
             except (Malformed, Damaged):
                 continue
-            if request.asker == (Key(row.owner) if row.owner else own):
+            own = self._vault.keys.of(request.asker) is not None  # under its present key or one before
+            if own if not row.owner else request.asker == row.owner:
                 # Who was asked answers, and nobody else: this vault where others ask, and where it asks, whom it let read the request.
-                answerers = [own] if request.asker != own else self._vault.shares.readers(row.file_id)
+                answerers = self._vault.shares.readers(row.file_id) if own else [self._vault.keys.public]
                 answer, why, files = next((answers[row.sha256, each] for each in answerers if (row.sha256, each) in answers), ("", "", 0))
                 found.append(Request(request.sha256, request.asker, request.wish, request.at, answer, why, files))
         return sorted(found, key=lambda request: (request.at, request.sha256))
@@ -219,7 +220,7 @@ class Consents:
 
     async def _open_request(self, sha256: bytes) -> Request:
         request = next((each for each in await self.requests() if each.sha256 == sha256), None)
-        if request is None or request.asker == self._vault.keys.public:
+        if request is None or self._vault.keys.of(request.asker) is not None:
             raise Absent("nobody has made such a request of this vault", hint="`medshard requests ls` lists them.")
         if request.answer:
             raise Conflict(f"this request was {request.answer} already")

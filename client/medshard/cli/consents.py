@@ -81,7 +81,7 @@ def list_requests(session: Session) -> int:
             consents = Consents(vault)
             found = []
             for each in await consents.requests():
-                own = each.asker == vault.keys.public
+                own = vault.keys.of(each.asker) is not None
                 found.append((each, own, 0 if own else len(consents.meeting(each))))
             return found
 
