@@ -38,6 +38,7 @@ def main() -> int:
             answer = _fork(asked["log"])
             if answer == 0:
                 return _run(asked["start"], asked["environ"])
+            ended.pop(answer, None)  # a number that was another child's before
         print(json.dumps(answer), flush=True)
     return 0
 
@@ -48,7 +49,7 @@ def _poll(pid: int, ended: dict[int, int]) -> int | None:
         if done == 0:
             return None
         ended[pid] = os.waitstatus_to_exitcode(status)
-    return ended.pop(pid)
+    return ended[pid]
 
 
 def _fork(log: str) -> int:
