@@ -191,6 +191,32 @@ async def test_a_node_is_gone_after_the_time_of_grace_and_not_where_most_are_sil
     assert not pulse.gone
 
 
+async def test_time_in_which_this_node_was_cut_off_or_stood_still_is_nobodys_silence() -> None:
+    now = 1000.0
+    roster: Any = SimpleNamespace(nodes=[SimpleNamespace(id=node) for node in nodes[:6]])
+    peers: Any = Answering(1, 2, 3, 4, 5)
+    pulse = Pulse(nodes[0], peers, lambda: roster, 3600.0, Traffic().lull, lambda: now)
+
+    async def beats(minutes: float, *up: int) -> None:
+        nonlocal now
+        peers.up = {nodes[i] for i in up}
+        for _ in range(int(minutes * 4)):
+            now += 15.0
+            await pulse.beat()
+
+    await beats(1, 1, 2, 3, 4, 5)
+    await beats(90)  # this node's line is cut
+    await beats(1, 1, 2, 3)  # and not everybody is heard at once when it is mended
+    assert not pulse.gone
+    now += 7200.0  # the machine was suspended
+    await beats(1, 1, 2, 3)
+    assert not pulse.gone
+    await beats(57, 1, 2, 3)
+    assert not pulse.gone
+    await beats(3, 1, 2, 3)
+    assert pulse.gone == {nodes[4], nodes[5]}
+
+
 async def test_work_that_fails_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storenode.repairing.lasting.pause_s", 0.0)
     times = 0

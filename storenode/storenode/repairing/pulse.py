@@ -1,8 +1,8 @@
 """Which nodes answer at all, and since when some do not.
 
 Law: a node is gone when the roster does not list it, or when it has not answered once for the whole time of grace. One answer in that
-time is enough: slow is not gone. Where most are silent, it is this node that is cut off, and nobody is gone. What is known here is this
-node's own experience and goes to nobody.
+time is enough: slow is not gone. Where most are silent, it is this node that is cut off: nobody more is gone, and that time, like time in
+which this process stood still, counts for nobody's silence. What is known here is this node's own experience and goes to nobody.
 """
 
 from __future__ import annotations
@@ -21,18 +21,25 @@ from storenode.traffic import Lull
 
 every_s: Final = 15.0
 answer_s: Final = 5.0
+late_s: Final = 10.0  # that a beat may come after its time, for a lull and answers that do not come; what is beyond was this node's own
 
 log = logging.getLogger(__name__)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class Pulse:
     """Asks every node of the roster for its health. Lives in one event loop."""
 
-    def __init__(self, me: NodeId, peers: Peers, roster: Callable[[], Roster], grace_s: float, lull: Lull) -> None:
+    def __init__(
+        self, me: NodeId, peers: Peers, roster: Callable[[], Roster], grace_s: float, lull: Lull, clock: Callable[[], float] = _now
+    ) -> None:
         self._me, self._peers, self._roster, self._grace_s = me, peers, roster, grace_s
-        self._lull = lull
-        self._answered: dict[NodeId, float] = {}  # when each node answered last, or was first missed
-        self._silent: set[NodeId] = set()
+        self._lull, self._clock = lull, clock
+        self._silent: dict[NodeId, float] = {}  # for how long each has been missed that did not answer last, as far as that counts
+        self._beaten = 0.0  # when everybody was asked last
         self._gone: frozenset[NodeId] = frozenset()
         self._task: asyncio.Task[None] | None = None
 
@@ -72,19 +79,17 @@ class Pulse:
 
     async def beat(self) -> None:
         """Ask everybody once."""
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
+        passed, self._beaten = min(now - self._beaten, self.every_s + late_s), now
         nodes = [each.id for each in self._roster().nodes if each.id != self._me]
-        for node, is_up in zip(nodes, await asyncio.gather(*map(self._ask, nodes)), strict=True):
-            if is_up:
-                self._silent.discard(node)
-                self._answered[node] = asyncio.get_running_loop().time()
-            else:
-                self._silent.add(node)
-                self._answered.setdefault(node, now)
-        silent = [node for node in nodes if node in self._silent]
-        if 2 * len(silent) > len(nodes):  # more likely it is this node that is cut off
+        are_up = await asyncio.gather(*map(self._ask, nodes))
+        silent = [node for node, is_up in zip(nodes, are_up, strict=True) if not is_up]
+        is_cut_off = 2 * len(silent) > len(nodes)  # more likely than that most others are gone
+        before, counted = self._silent, 0.0 if is_cut_off else passed
+        self._silent = {node: before[node] + counted if node in before else 0.0 for node in silent}
+        if is_cut_off:
             return
-        gone = frozenset(node for node in silent if now - self._answered[node] >= self._grace_s)
+        gone = frozenset(node for node, seconds in self._silent.items() if seconds >= self._grace_s)
         for node in gone - self._gone:
             log.warning("a node has been silent too long: its shards count as lost", extra={"node_failed": node.hex()[:16]})
         self._gone = gone
