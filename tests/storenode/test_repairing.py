@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 
 from medshard_protocol.errors import Conflict, Damaged, Malformed, Refused, Unavailable
-from medshard_protocol.facts import Moved
-from medshard_protocol.ids import FileId, Key, NodeId
+from medshard_protocol.facts import Granted, Moved
+from medshard_protocol.ids import FileId, Key, NodeId, Sha256
 from medshard_protocol.repairorder import pack_drain, pack_grants, unpack_drain, unpack_grants
 from storenode.config import Config, RepairSection
 from storenode.metrics import Metrics
 from storenode.repairing import triage
+from storenode.repairing.inheriting import inherit
 from storenode.repairing.lasting import lasting
 from storenode.repairing.leaving import Leaving
 from storenode.repairing.pulse import Pulse
@@ -24,7 +26,7 @@ from storenode.repairing.rate import Bucket
 from storenode.repairing.repairer import Repairer
 from storenode.repairing.surveying import Case, Survey, Surveyor
 from storenode.repairing.tending import Sick, _urgency
-from storenode.shardstore import ShardStore
+from storenode.shardstore import Sealed, ShardStore
 from storenode.traffic import Traffic
 
 k, n = 2, 4
@@ -144,6 +146,31 @@ async def test_what_audits_found_is_forgotten_when_the_shard_is_made_again(monke
     repairer.made = lambda file_id, shard: told.append((file_id, shard))
     assert (await repairer.begin(of.manifest.file_id)).state == "done"
     assert told == [(of.manifest.file_id, 1)]
+
+
+@pytest.mark.parametrize(
+    ("revoked", "of_it", "erased", "kept"),
+    [(None, True, None, True), (5, True, None, False), (None, False, None, False), (None, True, 5, False)],
+)
+async def test_sealed_keys_are_inherited_of_grants_that_stand_when_they_come(
+    tmp_path: Path, revoked: int | None, of_it: bool, erased: int | None, kept: bool
+) -> None:
+    of, grant = case(), Sha256(b"g" * 32)
+    file_id = of.manifest.file_id
+    granted = Granted(1, Key(bytes(32)), Key(bytes(32)), 0, 1, (file_id,) if of_it else (FileId(b"x" * 32),))
+    facts = SimpleNamespace(grant=lambda id_: granted if id_ == grant else None, registration=lambda id_: SimpleNamespace(erased=None))
+
+    async def peers(*_: object) -> tuple[int, bytes]:  # what is heard while the answer is on its way counts
+        facts.grant, facts.registration = lambda id_: replace(granted, revoked=revoked), lambda id_: SimpleNamespace(erased=erased)
+        return 200, pack_grants({grant: b"sealed"})
+
+    store = ShardStore(tmp_path, capacity=10_000_000)
+    try:
+        node = SimpleNamespace(store=store, id=nodes[7], ledger=SimpleNamespace(state=facts))
+        await inherit(SimpleNamespace(node=node, peers=peers), of, of.present)  # type: ignore[arg-type]
+        assert (Sealed(store.catalog).grant(file_id, grant) is not None) == kept
+    finally:
+        store.close()
 
 
 async def test_a_bucket_lets_through_what_it_should_and_no_more() -> None:

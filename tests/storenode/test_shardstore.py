@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, Malformed
-from medshard_protocol.ids import FileId, Key, NodeId, Tag
+from medshard_protocol.ids import FileId, Key, NodeId, Sha256, Tag
 from medshard_protocol.manifest import Manifest, ShardRef
 from medshard_protocol.shards import Layout, digests, shard_root, split
-from storenode.shardstore import Shard, ShardStore
+from storenode.shardstore import Sealed, Shard, ShardStore
 from storenode.shardstore.store import reserve_bytes
 
 owner = Key(b"o" * 32)
@@ -248,6 +248,23 @@ async def test_a_shard_that_its_manifest_does_not_name_is_refused(store: ShardSt
     with pytest.raises(Damaged):
         await store.commit_small(os.urandom(900), manifest_for(os.urandom(900), file_id), 0)
     assert store.shard(file_id) is None
+
+
+async def test_a_shard_that_is_handed_on_leaves_no_key_behind(store: ShardStore, tmp_path: Path) -> None:
+    data, sealed = os.urandom(100), Sealed(store.catalog)
+    for number in (1, 2):
+        file_id = FileId(bytes([number]) * 32)
+        await store.commit_small(data, manifest_for(data, file_id, wrap=b"the owner's wrapped key, 48 bytes of it" + file_id[:9]), 0)
+        await sealed.put_grant(file_id, Sha256(bytes([number]) * 32), b"a sealed key of " + file_id)
+    await store.remove(store.shard_at(file_id, 0))
+    assert store.counts() == (1, 1)
+    assert store.used == len(data)
+    assert store.catalog.all("SELECT hex(grant_id) FROM sealed_grants") == [("01" * 32,)]
+    store.catalog.all("PRAGMA wal_checkpoint(TRUNCATE)")
+    left = b"".join(path.read_bytes() for path in tmp_path.glob("store.sqlite*"))
+    assert b"a sealed key of \1" in left
+    assert b"a sealed key of \2" not in left
+    assert b"bytes of it\2" not in left
 
 
 async def test_one_failing_write_does_not_undo_its_neighbours(store: ShardStore) -> None:

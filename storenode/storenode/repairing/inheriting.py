@@ -66,5 +66,6 @@ async def give(means: Means, file_id: FileId, to: NodeId | None) -> bytes:
 
 
 def _stands(facts: Facts, file_id: FileId, grant: Sha256) -> bool:
-    granted = facts.grant(grant)
-    return granted is not None and granted.revoked is None and file_id in granted.file_ids
+    granted, known = facts.grant(grant), facts.registration(file_id)
+    is_there = known is not None and known.erased is None  # it may have ended since the others were asked
+    return is_there and granted is not None and granted.revoked is None and file_id in granted.file_ids

@@ -376,7 +376,7 @@ class ShardStore:
         return len(stale)
 
     async def remove(self, shard: Shard) -> None:
-        """Delete a shard that another node has now, and its manifest."""
+        """Delete a shard that another node has now, with all that lies beside it: its manifest and the sealed keys of grants."""
         await self._delete(shard.file_id, shard.root)
         self.used -= shard.size
 
@@ -385,6 +385,7 @@ class ShardStore:
             connection.execute("DELETE FROM shards WHERE file_id = ?", (file_id,))
             connection.execute("DELETE FROM tags WHERE file_id = ?", (file_id,))
             connection.execute("DELETE FROM manifests WHERE file_id = ?", (file_id,))
+            connection.execute("DELETE FROM sealed_grants WHERE file_id = ?", (file_id,))  # who leaves may not hear when they are revoked
 
         # Row first: a file without a row is only lost space, a row without a file would be a shard that cannot be read.
         await self.catalog.write(change)
