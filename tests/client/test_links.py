@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from medshard.links import jwe
-from medshard.links.model import Link, Note, wrong_max
-from medshard.links.opening import _name
+from medshard.links.model import Link, Note, label_chars_max, wrong_max
+from medshard.links.opening import _name, _tries
 from medshard_protocol.errors import Damaged, Malformed
 
 
@@ -81,6 +82,27 @@ def test_a_note_comes_back_and_says_why_a_link_is_closed() -> None:
     assert "wrong passcodes" in locked.state(0)
     assert b"4711" not in note.to_bytes()
     assert Note.fresh((bytes(32),)).fits("anything")
+
+
+def test_a_label_that_is_too_long_makes_no_link_and_costs_the_others_nothing() -> None:
+    """One note that could not be read would stop the list of links, and every export with it."""
+    with pytest.raises(Malformed, match="80 characters"):
+        Note.fresh((bytes(32),), label="x" * (label_chars_max + 1))
+    before = replace(Note.fresh((bytes(32),)), label="x" * 95)  # as an earlier version has stored them
+    assert Note.from_bytes(before.to_bytes()).label == "x" * label_chars_max
+
+
+def test_no_links_name_is_taken_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([bytes([0xFB]) * 32, bytes([0xF8]) * 32, b"0" * 32, b"k" * 32])
+    monkeypatch.setattr("medshard.links.model.os.urandom", lambda size: next(drawn))
+    assert Note.fresh((bytes(32),)).name[0] != "-"
+
+
+@pytest.mark.parametrize(
+    ("left", "says"), [(2, "2 tries are left"), (1, "1 try is left"), (0, "locked"), ("<b>", "compare"), (None, "compare")]
+)
+def test_the_tries_that_are_left_are_told_in_words(left: object, says: str) -> None:
+    assert says in _tries(left)
 
 
 @pytest.mark.parametrize(

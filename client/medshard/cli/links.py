@@ -40,7 +40,11 @@ def make(
     qr: Path | None,
 ) -> int:
     """Make a link, print it, draw its QR code."""
+    from medshard.links.model import label_chars_max
+
     base = _base(url)
+    if len(label) > label_chars_max:
+        raise click.UsageError(f"--label: {label_chars_max} characters at most; this has {len(label)}")
     if qr is not None and qr.suffix.lower() not in (".svg", ".png"):
         raise click.UsageError("--qr: the name must end with .svg or .png")
     passcode = _passcode(twice=True) if wants_passcode else ""

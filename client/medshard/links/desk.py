@@ -65,7 +65,7 @@ class Desk:
     # -- the owner's side
 
     def make(self, hashes: Sequence[bytes], *, until: int = 0, passcode: str = "", uses_max: int = 0, label: str = "") -> Note:
-        """Make a link to documents of this vault. Raises Absent, Refused for another's, Malformed for too many."""
+        """Make a link to documents of this vault. Raises Absent, Refused for another's, Malformed for too many or too long a label."""
         hashes = tuple(dict.fromkeys(hashes))
         if not 1 <= len(hashes) <= documents_max:
             raise Malformed(f"a link is to 1 to {documents_max} documents")

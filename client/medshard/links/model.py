@@ -90,11 +90,16 @@ class Note:
 
     @classmethod
     def fresh(cls, documents: tuple[bytes, ...], *, until: int = 0, uses_max: int = 0, passcode: str = "", label: str = "") -> Note:
-        """Draw a link's address and key."""
+        """Draw a link's address and key. Raises Malformed for a label that is too long."""
+        if len(label) > label_chars_max:
+            raise Malformed(f"a label has {label_chars_max} characters at most, and this one {len(label)}")
+        id_ = os.urandom(id_size)
+        while _base64(id_)[0] == "-":  # its first letters are its name, and a command would take such a name for an option
+            id_ = os.urandom(id_size)
         salt = os.urandom(16) if passcode else b""
         stretched = _stretched(passcode, salt) if passcode else b""
         now = int(time.time())
-        return cls(os.urandom(id_size), os.urandom(key_size), documents, now, until, uses_max, 0, salt, stretched, 0, 0, label)
+        return cls(id_, os.urandom(key_size), documents, now, until, uses_max, 0, salt, stretched, 0, 0, label)
 
     def to_bytes(self) -> bytes:
         """The canonical form, to be sealed."""
@@ -109,8 +114,8 @@ class Note:
         id_, key, documents = f.bytes(exactly=id_size), f.bytes(exactly=key_size), tuple(f.list(most=documents_max))
         numbers = Fields(f.list(most=6), count=6, what="link")
         made, until, uses_max, uses, wrong, revoked = (numbers.uint(most=2**53) for _ in range(6))
-        salt, passcode, label = f.bytes(most=16), f.bytes(most=32), f.text(most=label_chars_max)
-        return cls(id_, key, documents, made, until, uses_max, uses, salt, passcode, wrong, revoked, label)
+        salt, passcode, label = f.bytes(most=16), f.bytes(most=32), f.text(most=link_chars_max)
+        return cls(id_, key, documents, made, until, uses_max, uses, salt, passcode, wrong, revoked, label[:label_chars_max])
 
     def state(self, now: float) -> str:
         """Open, or why it is not."""

@@ -61,8 +61,7 @@ async def _manifest(session: aiohttp.ClientSession, link: Link, passcode: str | 
     async with session.post(link.url, json=asked, allow_redirects=False) as response:
         data = await _bounded(response, manifest_bytes_max)
         if response.status == 401:
-            left = _json(data).get("remainingAttempts", 0)
-            raise Refused("that is not the link's passcode", hint=f"{left} tries are left; then the link is locked")
+            raise Refused("that is not the link's passcode", hint=_tries(_json(data).get("remainingAttempts")))
         if response.status == 404:
             why = _json(data).get("error", "")
             raise Absent(str(why)[:200] or "this link opens nothing any more", hint="ask whoever gave it to you for another")
@@ -105,6 +104,15 @@ def _name(told: object, number: int, media_type: str) -> str:
     name = re.sub(r"[\x00-\x1f\x7f/\\:]+", "_", told).strip(". ")[-200:] if isinstance(told, str) else ""
     endings = {"application/pdf": ".pdf", "application/dicom": ".dcm", "application/json": ".json"}
     return name or f"document-{number}{endings.get(media_type, '')}"
+
+
+def _tries(left: object) -> str:
+    """What to do after a wrong passcode, by what whoever serves the link says is left."""
+    if not isinstance(left, int):
+        return "compare it with what you were told"
+    if left <= 0:
+        return "that was the last try: the link is locked; ask whoever gave it to you for another"
+    return f"{left} {'try is' if left == 1 else 'tries are'} left; then the link is locked"
 
 
 def _json(data: bytes) -> dict[str, Any]:
