@@ -118,10 +118,14 @@ class Shares:
         """Whom this vault lets read an object now, as far as it knows."""
         return [known.peer for known in self._index.grants(file_id) if known.given and not known.ended]
 
-    async def share_objects(self, file_ids: Sequence[bytes], reader: Key) -> None:
-        """Let another vault read whole objects of this one for good, whatever lies in them. Raises as ``share``."""
+    async def share_objects(
+        self, file_ids: Sequence[bytes], reader: Key, *, until: int = 0, purpose: int = Purpose.UNSPECIFIED
+    ) -> list[Shared]:
+        """Let another vault read whole objects of this one, whatever lies in them and wherever else that lies. Raises as ``share``."""
         files = [await self._lookup.file(FileId(file_id)) for file_id in dict.fromkeys(file_ids)]
-        await self._sharing.grant(files, reader, 0, Purpose.UNSPECIFIED)
+        granted = await self._sharing.grant(files, reader, until, purpose)
+        institution = await self._institution(reader)
+        return [self._listed(known, row.sha256, row.name, institution) for known in granted for row in self._rows_of(known)]
 
     async def share_again(self, file_id: FileId, hashes: Sequence[bytes]) -> None:
         """Give whoever may read this object the same right to the ones that these documents have been moved to."""
@@ -133,15 +137,25 @@ class Shares:
             await self._sharing.grant(whole, known.peer, known.until, known.purpose, None)
 
     async def revoke(self, hashes: Sequence[bytes], reader: Key | None, grant: Sha256 | int | None = None) -> list[Shared]:
-        """Take files back from a reader, or end the one grant with this id or place. What was read stays read."""
-        targets = await self._lookup.targets(list(dict.fromkeys(hashes)))
-        by_file: dict[FileId, Target] = {}
-        for target in targets:
-            given = {known.file_id for known in self._index.grants(target.manifest.file_id) if known.given}
-            copy = None if given else await self._lookup.alone(target.sha256)
-            by_file[(copy or target).manifest.file_id] = copy or target
-        ended = await self._sharing.revoke(list(by_file), reader, grant)
-        return [self._told(by_file[known.file_id], known, "") for known in ended]
+        """Take files back from a reader, or end the one grant with this id or place; every document that the reader loses by it.
+
+        Wherever the files lie: alone, in a pack or a claim that was shared whole, or as a copy. What was read stays read.
+        """
+        objects: dict[FileId, Target] = {}
+        for target in await self._lookup.targets(list(dict.fromkeys(hashes))):
+            homes = list(dict.fromkeys([target.manifest.file_id, *(FileId(row.file_id) for row in self.objects_of([target.sha256]))]))
+            await self._sharing.refresh(homes)
+            given = [known for home in homes for known in self._index.grants(home) if known.given and not known.ended]
+            meant = [each.file_id for each in given if reader in (None, each.peer) and (grant is None or grant in (each.index, each.grant))]
+            if not meant:  # an index that was lost knows of no grants: the ledger is asked of the likeliest
+                meant = [(await self._lookup.alone(target.sha256) or target).manifest.file_id]
+            objects |= dict.fromkeys(meant, target)
+        ended = await self._sharing.revoke(list(objects), reader, grant)
+        return [each for known in ended for each in self._lost(known, objects[known.file_id])]
+
+    def _lost(self, known: KnownGrant, target: Target) -> list[Shared]:
+        rows = self._rows_of(known)
+        return [self._listed(known, row.sha256, row.name, "") for row in rows] or [self._told(target, known, "")]
 
     def readers(self, file_id: bytes) -> list[Key]:
         """Whom this vault has let read an object, whether they still may or not, as far as its index knows."""
@@ -162,14 +176,18 @@ class Shares:
         return listed
 
     async def log(self, sha256: bytes) -> list[Happened]:
-        """What the ledger says of one file: who read it, when, under whose grant. Proved, and by more institutions than could conspire."""
+        """What the ledger says of one file, wherever it lies: who read it, when, under whose grant.
+
+        Proved, and by more institutions than could conspire.
+        """
         (target,) = await self._lookup.targets([sha256])
-        targets = {target.manifest.file_id: target}
-        if copy := await self._lookup.alone(sha256):
-            targets.setdefault(copy.manifest.file_id, copy)
+        owners = {target.manifest.file_id: target.manifest.owner}
+        for file_id in dict.fromkeys(FileId(row.file_id) for row in self.objects_of([sha256])):
+            if file_id not in owners:
+                owners[file_id] = (await self._lookup.file(file_id)).manifest.owner
         told: dict[int, Happened] = {}
-        for file_id, each in targets.items():
-            told |= {happened.index: happened for happened in await self._happened(file_id, each.manifest.owner, sha256)}
+        for file_id, owner in owners.items():
+            told |= {happened.index: happened for happened in await self._happened(file_id, owner, sha256)}
         return await self._timed([told[index] for index in sorted(told)])
 
     async def told(self, file_id: FileId, sha256: bytes) -> list[Happened]:
@@ -179,7 +197,7 @@ class Shares:
 
     def objects_of(self, hashes: Sequence[bytes]) -> list[Row]:
         """Every object of this vault that these documents are in: second puts, and copies that were made to be shared alone."""
-        return [row for sha256 in dict.fromkeys(hashes) for row in self._index.by_tag(self._keys.tag(sha256))]
+        return [row for sha256 in dict.fromkeys(hashes) for row in self._index.by_tag(self._keys.row_tag(sha256))]
 
     async def _happened(self, file_id: FileId, owner: Key, sha256: bytes) -> list[Happened]:
         names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])

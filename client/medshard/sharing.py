@@ -167,9 +167,10 @@ class Sharing:
     async def refresh_given(self, progress: OnProgress | None = None) -> None:
         """Learn which grants that this vault gave others have ended."""
         file_ids = list(dict.fromkeys(known.file_id for known in self._index.grants() if known.given and not known.ended))
-        await self._refresh(file_ids, progress)
+        await self.refresh(file_ids, progress)
 
-    async def _refresh(self, file_ids: Sequence[FileId], progress: OnProgress | None = None) -> None:
+    async def refresh(self, file_ids: Sequence[FileId], progress: OnProgress | None = None) -> None:
+        """Learn which grants of these files have ended."""
         done = 0
 
         async def one(file_id: FileId) -> None:
@@ -198,7 +199,7 @@ class Sharing:
             gone = [
                 known for known in self._index.grants() if not known.given and not known.ended and (known.grant, known.file_id) not in told
             ]
-            await self._refresh(list(dict.fromkeys(known.file_id for known in gone)))
+            await self.refresh(list(dict.fromkeys(known.file_id for known in gone)))
 
     async def _sync_with(self, node: Node, told: set[tuple[Sha256, FileId]], *, whole: bool) -> bool:
         cursor = -1 if whole else self._index.cursor(node.id)

@@ -7,7 +7,8 @@ import csv
 import json
 import os
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from medshard.policies.archive import Policies
 from medshard.policies.importing import import_csv
 from medshard.policies.model import Terms
 from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Refused, Unavailable
+from medshard_protocol.ids import Key
 
 passphrase = "three words suffice"
 year = datetime.now(UTC).year
@@ -72,10 +74,11 @@ async def test_a_claim_is_handed_over_whole_and_checked_without_its_owner(trial:
     await policies.put([pdf(tmp_path / "policy.pdf")], Terms("VN-2", "John Roe", valid_from="2020-01-01"))
     (tmp_path / "scan.dcm").write_bytes(os.urandom(300_000))
     pdf(tmp_path / "letter.pdf")
-    with pytest.raises(Malformed):
+    with pytest.raises(OSError, match="no such file"):
         await policies.put_claim("C-1", "VN-2", [tmp_path / "scan.dcm", tmp_path / "nowhere"])
-    with pytest.raises(Absent):
+    with pytest.raises(Absent, match="VN-404"):
         await policies.put_claim("C-1", "VN-404", [tmp_path / "scan.dcm"])
+    (alone,) = (await vault.put([tmp_path / "scan.dcm"])).stored  # it was stored before, as scans of a hospital are
     report = await policies.put_claim("C-1", "VN-2", [tmp_path / "scan.dcm", tmp_path / "letter.pdf"])
     assert len({stored.file_id for stored in report.stored}) == 1
     with pytest.raises(Conflict):
@@ -84,17 +87,55 @@ async def test_a_claim_is_handed_over_whole_and_checked_without_its_owner(trial:
     assert [row.name for row in rows] == [b"claim.json", b"001-scan.dcm", b"002-letter.pdf"]
     async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
         await insurer.shares.publish_key()
-        await vault.shares.share([row.sha256 for row in rows], insurer.keys.public)
-        await insurer.shares.sync()
+        shared = await policies.share_claim("C-1", insurer.keys.public)
+        assert {each.file_id for each in shared} == {rows[0].file_id}
+        assert [each.sha256 for each in shared] == [row.sha256 for row in rows]
         record = await Policies(insurer).check_claim("C-1")
         assert (record["claim"], record["policy"], record["checked"]) == ("C-1", "VN-2", 2)
         assert [each["version"] for each in record["in_force"]] == [1]
         with pytest.raises(Absent):  # the policy itself was not granted
             await insurer.get(policies.history("VN-2")[0].row.sha256, tmp_path / "no")
+        with pytest.raises(Refused, match="only its owner"):
+            await Policies(insurer).share_claim("C-1", vault.keys.public)
+        await vault.shares.share([alone.sha256], insurer.keys.public)
+        lost = await vault.shares.revoke([alone.sha256], insurer.keys.public)  # by itself, and in the claim
+        assert {each.sha256 for each in lost} == {row.sha256 for row in rows}
+        assert {each.file_id for each in lost} == {alone.file_id, rows[0].file_id}
     async with asyncio.timeout(20):  # mirrors beyond the quorum hear of a read a moment later
         while not (told := [each for each in await vault.shares.log(rows[1].sha256) if each.what == "read"]):
             await asyncio.sleep(0.1)
     assert told[-1].institution
+    assert told[-1].purpose == "insurance"
+
+
+async def test_claims_of_one_number_are_told_apart_by_whose_they_are(vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = Policies(vault)
+    with pytest.raises(Absent, match="VN-9"):
+        await policies.put_claim("C-9", "VN-9", [pdf(tmp_path / "invoice.pdf")])
+    await policies.put_claim("C-9", "VN-9", [tmp_path / "invoice.pdf"], elsewhere=True)
+    mine = policies.claim("C-9")
+    record = json.loads(await vault.read(mine[0].sha256, 0, mine[0].size))
+    assert (record["policy"], record["in_force"], record["day"]) == ("VN-9", [], str(datetime.now(UTC).date()))
+    theirs = [[replace(row, owner=key, file_id=key) for row in mine] for key in (b"1" * 32, b"2" * 32)]
+    known = [*theirs[0], *theirs[1]]
+    monkeypatch.setattr(Policies, "find", lambda self, **wanted: iter(known))
+    with pytest.raises(Conflict, match="several have shared"):
+        policies.claim("C-9")
+    assert policies.claim("C-9", Key(b"2" * 32)) == theirs[1]
+    with pytest.raises(Absent):
+        policies.claim("C-9", Key(b"3" * 32))
+    await policies.put_claim("C-9", "VN-9", [tmp_path / "invoice.pdf"], elsewhere=True)  # another's claim of that number stops nobody
+    known = [*mine, *known]
+    assert policies.claim("C-9") == mine
+
+
+async def test_a_claim_names_what_was_in_force_on_its_day(vault: Vault, tmp_path: Path) -> None:
+    policies = Policies(vault)
+    await policies.put([pdf(tmp_path / "policy.pdf")], Terms("VN-11", valid_from="2020-01-01", valid_to="2021-12-31"))
+    await policies.put([pdf(tmp_path / "change.pdf")], Terms("VN-11", kind="endorsement", valid_from="2022-01-01"))
+    await policies.put_claim("C-11", "VN-11", [pdf(tmp_path / "letter.pdf")], on=date(2021, 5, 1))
+    record = await policies.check_claim("C-11")
+    assert (record["day"], [each["version"] for each in record["in_force"]]) == ("2021-05-01", [1])
 
 
 async def test_a_record_that_names_what_is_not_there_is_damaged(vault: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from medshard.policies.importing import Summary
     from medshard.policies.model import Version
 
+_Value = TypeVar("_Value")
 _paths = click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+_owner = click.option("--from", "owner", metavar="KEY|NAME", help="Whose claim, where several have shared one of that number.")
 _retain = "10y, 18m or 90d after the end of the policy (or from today), or a day: 2036-12-31."
 
 
@@ -120,13 +122,9 @@ def show(session: Session, number: str) -> int:
 @shared
 def find_policy(session: Session, number: str | None, holder: str | None, product: str | None, on: str | None) -> int:
     """Find policies by number, holder, product and day. Every condition given must hold; case and accents do not matter."""
-    from medshard.policies.model import Terms, day
-    from medshard_protocol.errors import Malformed
+    from medshard.policies.model import Terms
 
-    try:
-        wanted = None if on is None else day(on)
-    except Malformed as error:
-        raise click.BadParameter(str(error), param_hint="--in-force") from None
+    wanted = _day("--in-force", on)
 
     async def work() -> None:
         from medshard.policies.archive import Policies
@@ -188,43 +186,55 @@ def claim() -> None:
     """Claims: what belongs to one, stored as one object with one entry in the ledger, and handed over as a whole."""
 
 
-@claim.command("put", epilog=examples("medshard claim put C-17 --policy VN-7 scan.dcm letter.pdf --retain 10y"))
+@claim.command(
+    "put",
+    epilog=examples(
+        "medshard claim put C-17 --policy VN-7 scan.dcm letter.pdf --retain 10y",
+        "medshard claim put 2026-118 --policy VN-7 --policy-elsewhere --on 2026-10-02 scan.dcm invoice.pdf   # a hospital that bills",
+    ),
+)
 @click.argument("number", metavar="CLAIM")
 @_paths
-@click.option("--policy", "policy_number", required=True, metavar="NUMBER", help="The policy that it is about; it must be stored here.")
+@click.option("--policy", "policy_number", required=True, metavar="NUMBER", help="The policy that it is about.")
+@click.option("--policy-elsewhere", "elsewhere", is_flag=True, help="The policy is the insurer's, and nothing of it is here.")
+@click.option("--on", metavar="DAY", help="The day that the claim is about: the record names the versions in force then [today].")
 @click.option("--retain", metavar="WHEN", default="", help=f"Kept until then: {_retain}")
 @shared
-def put_claim(session: Session, number: str, paths: tuple[Path, ...], policy_number: str, retain: str) -> int:
-    """Store what belongs to a claim, with a record that lists it and the versions of the policy that are in force today."""
+def put_claim(
+    session: Session, number: str, paths: tuple[Path, ...], policy_number: str, elsewhere: bool, on: str | None, retain: str
+) -> int:
+    """Store what belongs to a claim, with a record that lists it and the versions of the policy that were in force."""
     from medshard.policies.model import retained
-    from medshard_protocol.errors import Malformed
 
-    try:
-        keep = retained(retain, "", datetime.now(UTC).date()) if retain else ""
-    except Malformed as error:
-        raise click.BadParameter(str(error), param_hint="--retain") from None
+    keep = _checked("--retain", lambda: retained(retain, "", datetime.now(UTC).date()) if retain else "")
+    about = _day("--on", on)
 
     async def work() -> PutReport:
         from medshard.policies.archive import Policies
 
         async with session.vault() as vault:
             with output.meter(wanted=not (session.quiet or session.json)) as progress:
-                return await Policies(vault).put_claim(number, policy_number, paths, retain_until=keep, progress=progress)
+                return await Policies(vault).put_claim(
+                    number, policy_number, paths, retain_until=keep, on=about, elsewhere=elsewhere, progress=progress
+                )
 
     return tell_put(session, run(work()))
 
 
-@claim.command("show", epilog=examples("medshard claim show C-17"))
+@claim.command("show", epilog=examples("medshard claim show C-17", "medshard claim show C-17 --from Hospital"))
 @click.argument("number", metavar="CLAIM")
+@_owner
 @shared
-def show_claim(session: Session, number: str) -> int:
+def show_claim(session: Session, number: str, owner: str | None) -> int:
     """List the documents of a claim, own or shared with this vault."""
 
     async def work() -> list[Row]:
         from medshard.policies.archive import Policies
 
         async with session.vault() as vault:
-            return Policies(vault).claim(number)
+            policies = Policies(vault)
+            await policies.learn(number)
+            return policies.claim(number, vault.contacts.key(owner) if owner else None)
 
     return _list(session, run(work()))
 
@@ -233,7 +243,7 @@ def show_claim(session: Session, number: str) -> int:
 @click.argument("number", metavar="CLAIM")
 @click.option("--to", "reader", required=True, metavar="KEY|NAME", help="Who may read: a key, or a contact.")
 @click.option("--until", "end", type=until, default=None, metavar="WHEN", help="30d, 2026-12-31 [for good].")
-@purpose("What for, as the ledger will say.")
+@purpose("What for, as the ledger will say [insurance].")
 @shared
 def share_claim(session: Session, number: str, reader: str, end: int | None, purpose: int) -> int:
     """Let an insurer read exactly the documents of one claim.
@@ -245,8 +255,8 @@ def share_claim(session: Session, number: str, reader: str, end: int | None, pur
         from medshard.policies.archive import Policies
 
         async with session.vault() as vault:
-            hashes = [row.sha256 for row in Policies(vault).claim(number)]
-            return await vault.shares.share(hashes, vault.contacts.key(reader), until=end or 0, purpose=purpose)
+            terms = {"until": end or 0} | ({"purpose": purpose} if purpose else {})
+            return await Policies(vault).share_claim(number, vault.contacts.key(reader), **terms)
 
     granted = run(work())
     if session.json:
@@ -257,29 +267,48 @@ def share_claim(session: Session, number: str, reader: str, end: int | None, pur
     return Exit.OK
 
 
-@claim.command("check", epilog=examples("medshard claim check C-17", "medshard claim check C-17 --json"))
+@claim.command("check", epilog=examples("medshard claim check C-17", "medshard claim check C-17 --from Hospital --json"))
 @click.argument("number", metavar="CLAIM")
+@_owner
 @shared
-def check_claim(session: Session, number: str) -> int:
+def check_claim(session: Session, number: str, owner: str | None) -> int:
     """Read every document of a claim and compare it with the claim's record and the ledger."""
 
     async def work() -> dict[str, Any]:
         from medshard.policies.archive import Policies
 
         async with session.vault() as vault:
-            return await Policies(vault).check_claim(number)
+            return await Policies(vault).check_claim(number, vault.contacts.key(owner) if owner else None)
 
     record = run(work())
     if session.json:
         output.document({"holds": True, **record})
         return Exit.OK
     output.line(
-        f"claim {record['claim']} of policy {record['policy']}: {record['checked']} documents are whole, as recorded {record['day']}"
+        f"claim {record['claim']} of policy {record['policy']} on {record['day']}: {record['checked']} documents are whole, as recorded"
     )
     output.line(f"ledger entry {record['ledger_index']}, cosigned by {', '.join(record['cosigners'])}")
+    if not record["in_force"]:
+        output.line("  it names no version of the policy")
     for each in record["in_force"]:
         output.line(f"  policy version {each['version']} ({each['kind']}) was in force: {each['sha256']}")
     return Exit.OK
+
+
+def _checked(option: str, parse: Callable[[], _Value]) -> _Value:
+    """The value of an option, or a word to whoever gave it."""
+    from medshard_protocol.errors import Malformed
+
+    try:
+        return parse()
+    except Malformed as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _day(option: str, text: str | None) -> date | None:
+    from medshard.policies.model import day
+
+    return _checked(option, lambda: None if text is None else day(text))
 
 
 def _list(session: Session, rows: Iterable[Row]) -> int:

@@ -11,6 +11,7 @@ that lists them with their hashes and the versions of the policy that were in fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from medshard.describe import describe
+from medshard.grants import Shared
 from medshard.model import Description, OnProgress, Problem, PutReport, Row
 from medshard.packs import Plan, Unit
 from medshard.policies.model import Terms, Version, end_of, versions
@@ -29,9 +31,12 @@ from medshard.restoring import Nowhere
 from medshard.source import Part, hash_file
 from medshard.text import fold
 from medshard.vault import Vault
-from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed
+from medshard_protocol.entries import Purpose
+from medshard_protocol.errors import Absent, Conflict, Damaged, Refused
+from medshard_protocol.ids import Key
 
 record_name: Final = b"claim.json"
+in_force_kinds: Final = ("policy", "endorsement")
 record_bytes_max: Final = 16 * 1024 * 1024
 
 
@@ -92,59 +97,102 @@ class Policies:
     # -- claims
 
     async def put_claim(
-        self, claim: str, number: str, paths: Sequence[Path], *, retain_until: str = "", progress: OnProgress | None = None
+        self,
+        claim: str,
+        number: str,
+        paths: Sequence[Path],
+        *,
+        retain_until: str = "",
+        on: date | None = None,
+        elsewhere: bool = False,
+        progress: OnProgress | None = None,
     ) -> PutReport:
-        """Store what belongs to a claim as one object, with its record. Raises Conflict for a claim that is there, Malformed, or Absent."""
+        """Store what belongs to a claim as one object, with its record of the versions that were in force ``on`` a day, or today.
+
+        ``elsewhere`` says that the policy is another's and need not be known here. Raises Conflict for a claim that this vault has, OSError
+        for a file that cannot be read, Malformed, or Absent for a policy that is not known.
+        """
         terms = Terms(number, kind="claim", claim=claim, retain_until=retain_until).checked()
-        if next(self.find(claim=terms.claim), None) is not None:
+        if any(not row.owner for row in self.find(claim=terms.claim)):
             raise Conflict(f"claim {terms.claim} is stored already", hint="Give what came later a number of its own, such as C-17/2.")
-        today = datetime.now(UTC).date()
-        covered = [each for each in self.history(number) if each.terms.kind in ("policy", "endorsement") and each.terms.in_force(today)]
+        on = on or datetime.now(UTC).date()
+        covered = [each for each in self._known(number, elsewhere) if each.terms.kind in in_force_kinds and each.terms.in_force(on)]
         parts, problems = [], []
         for place, path in enumerate(paths, 1):
             part, problem = _part(path, f"{place:03}-".encode() + os.fsencode(path.name), terms.attributes)
             if part is None:
-                raise Malformed(f"{path}: {problem.message if problem else 'not a file'}; the claim is stored whole or not at all")
+                assert problem is not None, "else there is a part"
+                why = f"{problem.message}; the claim is stored whole or not at all"
+                raise OSError(errno.EINVAL, why, os.fspath(path))
             parts.append(part)
             problems += [problem] if problem else []
-        record = _record(terms, today, parts, covered)
-        about = Description("application/json", terms.attributes)
-        beside = parts[0].path.parent / record_name.decode()
-        parts.insert(0, Part.holding(record, record_name, about, beside))
+        record = _record(terms, on, parts, covered)
+        parts.insert(0, Part.holding(record, record_name, Description("application/json", terms.attributes)))
         unit = Unit(terms.claim.encode().replace(b"/", b"-"), tuple(parts), is_pack=True)
         report = await self._vault.store(Plan((unit,), tuple(problems)), progress)
         await self.retain([stored.sha256 for stored in report.stored], terms.retain_until)
         return report
 
-    def claim(self, claim: str) -> list[Row]:
-        """The documents of a claim, own or shared, its record first. Raises Absent."""
-        found = sorted(self.find(claim=claim), key=lambda row: (row.ledger_index, row.member or 0))
-        if not found:
+    def _known(self, number: str, elsewhere: bool) -> list[Version]:
+        try:
+            return self.history(number)
+        except Absent as error:
+            if elsewhere:
+                return []
+            hint = "Is the number right? Where the insurer has the policy and this vault has not, say --policy-elsewhere."
+            raise Absent(str(error), hint=hint) from None
+
+    def claim(self, claim: str, owner: Key | None = None) -> list[Row]:
+        """The documents of a claim, its record first: this vault's own, or else the one that was shared with it, by ``owner`` if given.
+
+        Raises Absent, or Conflict where several owners have shared one of that number.
+        """
+        known = [row for row in self.find(claim=claim) if owner in (None, row.owner or self._vault.keys.public)]
+        if not known:
             raise Absent(f"no claim {claim} is known", hint="`medshard shared` learns what others have shared with this vault.")
+        found = [row for row in known if not row.owner] or known
+        if len(owners := dict.fromkeys(row.owner for row in found)) > 1:
+            names = self._vault.contacts.names()
+            said = ", ".join(names.get(Key(each), f"{each.hex()[:16]}…") for each in owners)
+            raise Conflict(f"several have shared a claim {claim}: {said}", hint="Say whose with --from.")
+        found.sort(key=lambda row: (row.ledger_index, row.member or 0))
         return [row for row in found if row.file_id == found[0].file_id]
 
-    async def check_claim(self, claim: str) -> dict[str, Any]:
+    async def learn(self, claim: str) -> None:
+        """Look for what others have shared of late, where no such claim is known."""
+        if not any(self.find(claim=claim)):
+            await self._vault.shares.sync()
+
+    async def share_claim(self, claim: str, reader: Key, *, until: int = 0, purpose: int = Purpose.INSURANCE) -> list[Shared]:
+        """Let another vault read exactly the documents of one claim of this vault. Raises Refused for another's, and as ``share``."""
+        rows = self.claim(claim)
+        if rows[0].owner:
+            raise Refused(f"claim {claim} was shared with this vault: only its owner shares it further")
+        return await self._vault.shares.share_objects([rows[0].file_id], reader, until=until, purpose=purpose)
+
+    async def check_claim(self, claim: str, owner: Key | None = None) -> dict[str, Any]:
         """Read a claim's record and every document of it, and compare; the record, with what the ledger proves.
 
         Whoever was granted the claim needs nobody else for this. Each read stands in the ledger, where its owner sees it. Raises Damaged.
         """
-        rows = self.claim(claim)
+        await self.learn(claim)
+        rows = self.claim(claim, owner)
         by_hash = {row.sha256: row for row in rows}
         record_row = next((row for row in rows if row.name == record_name), None)
         if record_row is None or record_row.size > record_bytes_max:
             raise Damaged(f"claim {claim} has no record that says what belongs to it")
-        record: dict[str, Any] = json.loads(await self._vault.read(record_row.sha256, 0, record_row.size))
+        record: dict[str, Any] = json.loads(await self._vault.read(record_row.sha256, 0, record_row.size, Purpose.INSURANCE))
         for each in record["documents"]:
             digest = bytes.fromhex(each["sha256"])
             row = by_hash.get(digest)
             if row is None or row.size != each["size"]:
                 raise Damaged(f"{each['name']} is in the record of claim {claim} and not among its documents")
-            await self._vault.get(digest, out=Nowhere())
+            await self._vault.get(digest, out=Nowhere(), purpose=Purpose.INSURANCE)
         info = await self._vault.info(record_row.sha256)
         return record | {"ledger_index": info.ledger_index, "cosigners": list(info.cosigners), "checked": len(record["documents"])}
 
 
-def _record(terms: Terms, today: date, parts: Sequence[Part], covered: Sequence[Version]) -> bytes:
+def _record(terms: Terms, on: date, parts: Sequence[Part], covered: Sequence[Version]) -> bytes:
     """What belongs to a claim, in writing."""
     documents = [{"name": os.fsdecode(part.name), "sha256": hash_file(part.path).hex(), "size": part.size} for part in parts]
     policies = [
@@ -155,7 +203,7 @@ def _record(terms: Terms, today: date, parts: Sequence[Part], covered: Sequence[
         "medshard": "claim 1",
         "claim": terms.claim,
         "policy": terms.number,
-        "day": str(today),
+        "day": str(on),
         "documents": documents,
         "in_force": policies,
     }
@@ -166,7 +214,7 @@ def _part(path: Path, name: bytes, attributes: dict[str, str], *, pdf_only: bool
     """A file with its description, or why it is not stored. A remark on one that is stored comes with it."""
     try:
         if not path.is_file():
-            return None, Problem(path, "is not a regular file", stored=False)
+            return None, Problem(path, "is not a regular file" if path.exists() else "there is no such file", stored=False)
         with open(path, "rb") as file:
             described = describe(file, name)
         if pdf_only and described.description.media_type != "application/pdf":
