@@ -24,6 +24,8 @@ from medshard_protocol.errors import MedshardError
 
 disk_bytes = 4 << 30  # a sparse file
 longest_s = 0.6  # of work before a cut
+at_once = 0.3  # of the cuts come while nodes begin: four of them take a second or two to agree on who orders the ledger
+begun_wait_s = 60.0
 
 no_fsync = """
 int fsync(int descriptor) { return 0; }
@@ -37,6 +39,10 @@ async def cut_once(trial: LocalConsortium, disk: LoopDisk, work: Workload) -> li
     """Cut the power while files are being put, boot again; which files had been acknowledged in between."""
     before = set(work.acknowledged)
     task = asyncio.create_task(work.run())
+    if work.draw.random() >= at_once:
+        async with asyncio.timeout(begun_wait_s):
+            while len(work.acknowledged) == len(before) and not task.done():
+                await asyncio.sleep(0.02)
     await asyncio.sleep(0.1 + work.draw.random() * longest_s)
     disk.cut()
     for process in trial.running.values():
