@@ -95,6 +95,8 @@ class Peers:
                 )
         except TimeoutError:
             raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
+        except AssertionError:  # so aiohttp says that the connection broke right after the other end had agreed to it
+            raise Unavailable(f"{target.name}: the connection was closed") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
             raise Unavailable(f"{target.name}: {_reason(error)}") from None
 
