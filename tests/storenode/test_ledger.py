@@ -285,6 +285,21 @@ async def test_an_idle_log_is_cosigned_anew(net, monkeypatch):
     assert inclusion.index == 2
 
 
+async def test_a_sequencer_whose_idle_heads_find_no_quorum_says_that_it_stalls(net, monkeypatch):
+    """Each head that it signs anew for its date is a new round; those who stand by must hear of the time since the last quorum."""
+    monkeypatch.setattr(sequencer, "fresh_after_s", 0.1)
+    monkeypatch.setattr(sequencer, "stalled_after_s", 0.3)
+    await net.start(0, 1, 2, 3)
+    await net.enrol()
+    leading, signed = net.ledgers[0]._sequencer, set()
+    for number in (1, 2):
+        net.ledgers[number].mirror.withhold = lambda: "something is left out of this head"
+    await net.until(lambda: signed.add(leading._round.began) or (leading.stalled and len(signed) > 3))
+    for number in (1, 2):
+        net.ledgers[number].mirror.withhold = str
+    await net.until(lambda: leading._round.done.is_set() and not leading.stalled)
+
+
 async def test_the_log_is_served_as_tiles_from_which_the_root_follows(net):
     await net.start(0, 1, 2, 3)
     await net.enrol()

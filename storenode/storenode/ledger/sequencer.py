@@ -88,6 +88,7 @@ class Sequencer:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._round = self._sign()
+        self._waits_since = self._round.began  # for a quorum, whichever rounds have begun meanwhile
         self._pushers = Pushers(journal, roster, node, call, epoch, self._round, Acts(self._cosigned, self._sign_at, self._fenced))
 
     async def start(self) -> None:
@@ -129,7 +130,7 @@ class Sequencer:
     @property
     def stalled(self) -> bool:
         """Whether a checkpoint waits for its quorum for longer than it ever should."""
-        return not self._round.done.is_set() and time.monotonic() - self._round.began > stalled_after_s
+        return not self._round.done.is_set() and time.monotonic() - self._waits_since > stalled_after_s
 
     def adopt(self, roster: Roster) -> None:
         """Go by this roster from the next checkpoint on; where it does not list this node, there is none."""
@@ -298,7 +299,9 @@ class Sequencer:
     def _begin(self, spread: Spread = Spread.AT_ONCE) -> None:
         if self._deposed:
             return
-        self._round = self._sign()
+        had_quorum, self._round = self._round.done.is_set(), self._sign()
+        if had_quorum:
+            self._waits_since = self._round.began
         if self._mirror.may_cosign:
             self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
         self._pushers.push(self._round, spread)
