@@ -27,7 +27,7 @@ from medshard_protocol.repairorder import counted
 from medshard_protocol.shards import digests, shard_root, split
 from storenode.ledger.mirror import Mirror
 from storenode.repairing import ground, helping
-from storenode.shardstore import ShardStore
+from storenode.shardstore import Shard, ShardStore
 
 
 class Broken(Exception):
@@ -85,7 +85,8 @@ class Witness:
         helping.add = watched  # type: ignore[assignment]
 
     def _watch_stores(self) -> None:
-        """Each shard that a node says it has stored."""
+        """Each shard that a node says it has stored, when it is given it or whenever it is asked for it: a node may lose its power between
+        the commit of a shard and its answer, and the put that is begun again finds that shard there."""
 
         def watched(name: str) -> None:
             real = getattr(ShardStore, name)
@@ -103,6 +104,15 @@ class Witness:
 
         for name in ("commit", "commit_small", "commit_described"):
             watched(name)
+        shard_at = ShardStore.shard_at
+
+        def found(store: ShardStore, file_id: FileId, index: int) -> Shard:
+            machine, shard = here.get(), shard_at(store, file_id, index)
+            if machine is not None:
+                self.stored[machine.host, file_id] = index
+            return shard
+
+        ShardStore.shard_at = found  # type: ignore[method-assign]
 
     def check_stores(self, spoiled: set[Host]) -> None:
         """What a node said it has stored is there, whatever happened to its power, unless its disk spoiled it or it lies."""

@@ -28,6 +28,8 @@ from storenode.ledger.channel import Channel
 from storenode.ledger.wire import Push
 from storenode.peers import Peers
 
+late_s = 1.0  # so late something may arrive that was sent in bad times
+
 
 @dataclass
 class Harm:
@@ -284,6 +286,7 @@ async def forks(harm: Harm) -> None:
         if host.parts is not None and host.parts.node.ledger.leads:
             await asyncio.wait([host.run(_fork(harm, host))], timeout=20.0)  # it may lose its power meanwhile
         await asyncio.sleep(rng.uniform(0.1, 1.0))
+    await asyncio.sleep(late_s)
 
 
 async def _fork(harm: Harm, host: Host) -> None:
@@ -339,3 +342,4 @@ _of_machines = (crashes, restarts, skewed_clocks, full_disks, bit_rot)
 _of_people = (byzantine, false_holders, forks)
 kinds = {each.__name__: each for each in (*_of_networks, *_of_machines, *_of_people)}
 lasting = ("byzantine", "false_holders")  # which go on when all else is well again
+finishing = ("forks",)  # which end what they have begun, before anything is judged

@@ -152,10 +152,11 @@ class Run:
                     self._change(path)
             await self._session(last_session, self.world.loop.time() + self.rng.uniform(2, 6))
         self.harm.ended = True
-        ending = [task for name, task in zip(names, harming, strict=True) if name not in faults.lasting]
-        for task in ending:
-            task.cancel()
-        for answer in await asyncio.gather(*ending, return_exceptions=True):
+        ending = {name: task for name, task in zip(names, harming, strict=True) if name not in faults.lasting}
+        for name, task in ending.items():
+            if name not in faults.finishing:
+                task.cancel()
+        for answer in await asyncio.gather(*ending.values(), return_exceptions=True):
             if isinstance(answer, Exception) and not isinstance(answer, MedshardError):
                 raise answer
         self.result.told += self.harm.done
@@ -224,6 +225,7 @@ class Run:
                 self.unfinished.append(path)
 
     def _count_holders(self, file_id: FileId, *, already: bool) -> None:
+        """On how many nodes there are shards of what a put acknowledged: stored for it, or there since an earlier try and found by it."""
         said = {host for host, known in self.witness.stored if known == file_id} | self.harm.byzantine
         if len(said) < self.cluster.roster.code[2] and not already:
             raise Broken(f"acknowledged with shards on {len(said)} nodes of the {self.cluster.roster.code[2]} that are due")
