@@ -1,4 +1,5 @@
-"""Small files that must be whole or not there, after a power cut too: keys, certificates, configuration, invitations."""
+"""Small files that must be whole or not there, after a power cut too: keys, certificates, configuration, invitations. And what a killed
+process wrote and did not sync."""
 
 from __future__ import annotations
 
@@ -42,6 +43,19 @@ def replace(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_log(database: Path) -> None:
+    """Make durable what a process that was killed left in an SQLite database's write-ahead log: it may have died between the write and
+    the sync, and who opens the database next sees what it wrote."""
+    try:
+        fd = os.open(f"{database}-wal", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
     try:
         os.fsync(fd)
     finally:

@@ -108,8 +108,8 @@ class Witness:
 
         def found(store: ShardStore, file_id: FileId, index: int) -> Shard:
             machine, shard = here.get(), shard_at(store, file_id, index)
-            if machine is not None:
-                self.stored[machine.host, file_id] = index
+            if machine is not None and machine.host.parts is not None and machine.host.parts.node.store is store:
+                self.stored[machine.host, file_id] = index  # and not where a check looks at another's disk
             return shard
 
         ShardStore.shard_at = found  # type: ignore[method-assign]

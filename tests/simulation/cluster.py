@@ -91,14 +91,22 @@ class Host:
         if self.machine is not None and self.machine.on_signal is not None:
             self.machine.on_signal()
 
+    def kill(self) -> None:
+        """End its program at once. What that wrote and did not sync is there for the next run, until a power cut."""
+        self._end(silent=False)
+        self.disk.lose_process()
+
     def cut(self, *, silent: bool) -> None:
         """Take its power."""
+        self._end(silent=silent)
+        self.disk.lose_power()
+
+    def _end(self, *, silent: bool) -> None:
         machine, self.machine, self.parts = self.machine, None, None
         if machine is not None:
             machine.alive = False
             self.silent = silent
             self.net.lost_power(machine, silent=silent)
-            self.disk.lose_power()
 
 
 class Cluster:

@@ -36,6 +36,7 @@ class Disk:
         self.full = False
         self.tells = True  # how much room there is; else a write finds out
         self.cut_after: int | None = None  # so many syncs from now the power fails, before or after the last of them
+        self.kills = False  # then: it is the process that is killed, after what it wrote and before that was synced
         self._files: dict[int, bytes] = {}  # by inode: content that was synced
         self._names: dict[str, dict[str, int]] = {}  # by folder: names that were synced
         self._wals: dict[str, int] = {}  # by database: bytes of its write-ahead log that were synced
@@ -64,8 +65,12 @@ class Disk:
             raise OSError(errno.ENOSPC, "No space left on device")
         path = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(os.getcwd() + "/")
         status = os.fstat(descriptor)
+        if cut and self.kills:
+            self._cut()
         if stat.S_ISDIR(status.st_mode):
             self._names[path] = _names(path)
+        elif path.endswith("-wal"):
+            self._wals[path.removesuffix("-wal")] = status.st_size
         else:
             self._files[status.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
         if cut:
@@ -84,6 +89,8 @@ class Disk:
 
     def committed(self, path: str, cut: bool) -> None:
         """A transaction has been committed under synchronous=FULL."""
+        if cut and self.kills:
+            self._cut()
         self._wals[path] = _size(path + "-wal")
         if cut:
             self._cut()
@@ -100,10 +107,34 @@ class Disk:
     def _cut(self) -> None:
         machine = here.get()
         assert machine is not None
-        machine.host.cut(silent=True)
+        if self.kills:
+            machine.host.kill()
+        else:
+            machine.host.cut(silent=True)
         raise PowerCut
 
-    # -- what a power cut leaves
+    # -- what a power cut leaves, and what a killed process does
+
+    def lose_process(self) -> None:
+        """Copy all that was written. No more of it is synced than was."""
+        old, names, files, wals = self.folder, self._names, self._files, self._wals
+        self._cuts += 1
+        self.folder = self._root / str(self._cuts)
+        self._names, self._files, self._wals = {}, {}, {}
+        for at, _, _ in os.walk(old):
+            to = self.folder / Path(at).relative_to(old)
+            to.mkdir()
+            now, durable, known = _names(at), names.get(at, {}), self._names.setdefault(str(to), {})
+            for name, inode in now.items():
+                if not name.endswith(("-shm", "-journal")):
+                    (to / name).write_bytes(Path(at, name).read_bytes())
+                    self._files[os.stat(to / name).st_ino] = files.get(inode, b"")
+                    if name.endswith(".sqlite"):
+                        self._wals[str(to / name)] = wals.get(os.path.join(at, name), 0)
+            copied = {inode: os.stat(to / name).st_ino for name, inode in now.items() if (to / name).exists()}
+            for name, inode in durable.items():
+                known[name] = copied.get(inode, -inode)  # whose name has gone since
+                self._files.setdefault(known[name], files.get(inode, b""))
 
     def lose_power(self) -> None:
         """Copy what survives."""

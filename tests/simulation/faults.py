@@ -128,18 +128,23 @@ async def handed_in(cluster: Cluster, host: Host, body: Enrol) -> None:
 
 
 async def crashes(harm: Harm) -> None:
-    """Nodes lose their power at any time, or in the middle of a write, and get it back; now and then all of them at once."""
+    """Nodes lose their power at any time, or in the middle of a write, and get it back; now and then all of them at once. Or their process
+    is killed, and what it had not synced may go with the next power cut."""
     rng, cluster = harm.rng, harm.cluster
     while not harm.ended:
         await asyncio.sleep(rng.uniform(0.05, 1.0))
         hosts = cluster.nodes if rng.random() < 0.25 else rng.sample(cluster.nodes, rng.choice((1, 1, 2)))
+        killed = rng.random() < 0.3
         if rng.random() < 0.7:
             for host in hosts:
-                host.disk.cut_after = rng.randint(1, 4)
+                host.disk.cut_after, host.disk.kills = rng.randint(1, 4), killed
             await asyncio.sleep(rng.uniform(0.05, 1.5))
         for host in hosts:
             host.disk.cut_after = None
-            host.cut(silent=rng.random() < 0.5)
+            if not killed:
+                host.cut(silent=rng.random() < 0.5)
+            elif host.machine is not None:
+                host.kill()
         await asyncio.sleep(rng.uniform(0.05, 4.0))
         for host in hosts:
             if host.machine is None:

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from medshard_protocol.errors import Absent, Conflict, Damaged, Full, MedshardError, Unavailable
 from medshard_protocol.tiles import FullTile
+from storenode import durable
 from storenode.ledger.engine import Head, Memory, Standing, first_tile_after, format_version, levels_max
 
 database_name = "ledger.sqlite"
@@ -105,6 +106,7 @@ class Store(StoreReader):
 
     def __init__(self, folder: Path, origin: str, empty_root: bytes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        durable.sync_log(folder / database_name)  # the head that is found here is cosigned, promises are kept
         self._lock = os.open(folder / "ledger.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medshard_protocol.errors import Damaged
+from storenode import durable
 
 Result = TypeVar("Result")
 Write = Callable[[sqlite3.Connection], Any]
@@ -51,6 +52,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        durable.sync_log(path)  # what is found here is told to others as stored
         with _whole(path):
             self._reader = _connect(path)
             self._reader.executescript(_schema)
