@@ -158,8 +158,9 @@ class Consents:
     # -- answering
 
     def meeting(self, request: Request) -> list[Row]:
-        """This vault's files that a request is about."""
-        found = [row for row in self._vault.find(request.wish.query, shared=False) if row.media_type not in own_types]
+        """This vault's files that a request is about, each once, wherever else it lies."""
+        met = self._vault.find(request.wish.query, shared=False)
+        found = list({row.sha256: row for row in met if row.media_type not in own_types}.values())
         return [row for row in found if _may_be_cleaned(row)] if request.wish.deidentified else found
 
     async def approve(
@@ -197,6 +198,22 @@ class Consents:
         now = time.time()
         shared = await self._vault.shares.all()
         return [each for each in shared if each.given and not each.ended and not 0 < each.until < now and not self._is_message(each)]
+
+    async def of(self, patient: str | None) -> list[Shared]:
+        """Those in force about one patient, by the names and ids that files were stored with; all for None."""
+        query, found = Query(patient=patient), await self.standing()
+        if patient is None:
+            return found
+        return [each for each in found if (row := self._vault.row(each.sha256)) is not None and query.meets(row)]
+
+    async def end(self, consents: Sequence[Shared]) -> list[Shared]:
+        """Take consents back, reader by reader; all that the readers lose. Raises Absent where there is none, and as ``revoke``."""
+        if not consents:
+            raise Absent("no such consent is in force", hint="`medshard consents ls` lists those that are.")
+        readers: dict[Key, list[bytes]] = defaultdict(list)
+        for each in consents:
+            readers[Key(each.peer)].append(each.sha256)
+        return [each for reader, hashes in readers.items() for each in await self._vault.shares.revoke(hashes, reader)]
 
     async def reads(self, purpose: int | None = None) -> list[Read]:
         """Each read of this vault's files by others, one for each ACCESS entry. From the whole ledger, so no node can leave any out."""

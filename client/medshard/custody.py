@@ -15,31 +15,28 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final, TypeAlias
 
 from medshard import moves
+from medshard.anew import Anew
 from medshard.index import Index
 from medshard.keepers import Keepers
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.lookup import Lookup, Opened
-from medshard.model import Description, Member, OnProgress
-from medshard.packs import Plan, Unit
-from medshard.putting import Code, Putter
+from medshard.model import Member, OnProgress
+from medshard.packs import Unit
 from medshard.quorum import waiting_for_the_ledger
-from medshard.restoring import Target
 from medshard.rights import Rights
-from medshard.scratch import scratch_folder
 from medshard.shares import copy_mark, copy_shared
-from medshard.source import Part
 from medshard.standing import Standing
+from medshard.text import last_day, shown
 from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
 from medshard_protocol.ending import Receipt, endings_path, receipt_bytes_max
 from medshard_protocol.entries import Entry, Erase, Hold, Release, Retain, Retire, Type, nonce_size
-from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
 from medshard_protocol.ids import FileId, NodeId, file_id_size, node_id_size
 from medshard_protocol.proofs import Inclusion
 
@@ -50,7 +47,6 @@ holders_max: Final = 1024
 note_bytes_max: Final = 64 * 1024 * 1024
 at_once: Final = 16  # histories that are asked for side by side
 
-RestoreTo: TypeAlias = Callable[[Sequence[tuple[Target, Path | None]], OnProgress | None], Awaitable[None]]
 ShareAgain: TypeAlias = Callable[[FileId, Sequence[bytes]], Awaitable[None]]
 
 
@@ -98,7 +94,7 @@ class Ended:
 
 
 class Custody:
-    """Of one open vault. ``restore`` writes targets to paths; ``share_again`` grants what was granted of an object that is replaced."""
+    """Of one open vault. ``share_again`` grants what was granted of an object that is replaced."""
 
     def __init__(
         self,
@@ -107,8 +103,7 @@ class Custody:
         index: Index,
         ledger: LedgerClient,
         lookup: Lookup,
-        folder: Path,
-        restore: RestoreTo,
+        anew: Anew,
         share_again: ShareAgain,
     ) -> None:
         self._net = net
@@ -116,8 +111,7 @@ class Custody:
         self._index = index
         self._ledger = ledger
         self._lookup = lookup
-        self._folder = folder
-        self._restore = restore
+        self._anew = anew
         self._share_again = share_again
         self._rights = Rights(net, keys, ledger)
         self._keepers = Keepers(net, keys, ledger)
@@ -269,6 +263,15 @@ class Custody:
         chosen = [each for each in found if sha256 is None or any(document == sha256 for _, document in each.documents)]
         return sorted(chosen, key=lambda each: each.inclusion.index)
 
+    def fate(self, sha256: bytes) -> str:
+        """What to say of a document that this vault has no more because it has ended it; empty for any other."""
+        gone = self.all_ended(sha256)
+        return (
+            f"was {'erased' if gone[-1].type is Type.ERASE else 'retired'} by this vault, with entry {gone[-1].inclusion.index}"
+            if gone
+            else ""
+        )
+
     async def _end(self, opened: Opened, standing: Standing, hashes: set[bytes], erase: bool, progress: OnProgress | None) -> Ended:
         file_id, moved = opened.manifest.file_id, 0
         if standing.end is None:
@@ -299,18 +302,8 @@ class Custody:
         if not homeless:
             return 0
         targets = [target for member in homeless if (target := opened.locate(member.sha256))]
-        with scratch_folder(self._folder) as place:
-            paths = [Path(place, str(number)) for number in range(len(targets))]
-            await self._restore(list(zip(targets, paths, strict=True)), progress)
-            parts = tuple(
-                Part.at(path, member.name, Description(member.media_type, member.attributes))
-                for member, path in zip(homeless, paths, strict=True)
-            )
-            unit = Unit(opened.header.name, parts, is_pack=True)  # even of one: a copy that was made to be shared is not taken for it
-            putter = Putter(self._net, self._keys, self._index, self._ledger, self._lookup, Code(*self._net.roster.code), alone=True)
-            report = await putter.put(Plan((unit,), ()), progress)
-        if report.problems:
-            raise Unavailable(f"what else lies in its pack could not be stored anew: {report.problems[0].message}")
+        # A pack, even of one: a copy that was made to be shared alone is not taken for it.
+        await self._anew.store(targets, lambda parts: [Unit(opened.header.name, tuple(parts), is_pack=True)], progress)
         return len(homeless)
 
     def _has_another_home(self, file_id: FileId, sha256: bytes) -> bool:
@@ -406,10 +399,8 @@ def _check_free(opened: Opened, standing: Standing) -> None:
         entries = ", ".join(str(index) for index, _ in standing.holds.values())
         raise Refused(f"{_name(opened)} is on hold (entry {entries})", hint="Whoever made the hold releases it: `medshard release`.")
     if standing.until > standing.time:
-        day = time.strftime("%Y-%m-%d", time.gmtime(standing.until))
-        raise Refused(
-            f"{_name(opened)} is retained until {day}", hint="No honest node destroys it before. `medshard kept` lists the dates."
-        )
+        hint = "No honest node destroys it before. `medshard kept` lists the dates."
+        raise Refused(f"{_name(opened)} is retained until {last_day(standing.until)}", hint=hint)
 
 
 def _kept(opened: Opened, standing: Standing) -> Kept:
@@ -421,8 +412,6 @@ def _kept(opened: Opened, standing: Standing) -> Kept:
 
 
 def _name(opened: Opened) -> str:
-    from medshard.text import shown
-
     return shown(opened.header.name)
 
 

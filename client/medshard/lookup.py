@@ -60,6 +60,7 @@ class Lookup:
 
     def __init__(self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient) -> None:
         self.sync: Callable[[], Awaitable[None]] | None = None  # learns what others have granted since, where a file is not known
+        self.fate: Callable[[bytes], str] = lambda sha256: ""  # what became of a file that is here no more
         self._net = net
         self._keys = keys
         self._index = index
@@ -184,7 +185,7 @@ class Lookup:
         opened: dict[FileId, Opened | None] = {}
         found = {wanted: target for wanted in hashes if (target := self._from_index(wanted, opened, received=True))}
         if not found:
-            raise _not_found(hashes[0], (), len(self._net.roster.nodes))
+            raise self._not_found(hashes[0], ())
         return found
 
     def _from_index(
@@ -223,7 +224,7 @@ class Lookup:
         if not found:
             if await self._net.follow():
                 return await self._from_nodes(hashes)
-            raise _not_found(hashes[0], failures, len(nodes))
+            raise self._not_found(hashes[0], failures)
         return found
 
     async def _ask(self, node: Node, hashes: Sequence[bytes]) -> list[list[Found]]:
@@ -261,11 +262,14 @@ class Lookup:
             return Inclusion.from_value(file.inclusion)
         return await self._ledger.registration(manifest.file_id)
 
-
-def _not_found(wanted: bytes, failures: Sequence[str], nodes: int) -> MedshardError:
-    if len(failures) == nodes:
-        return Unavailable(f"no node answered ({'; '.join(failures[:4])})", hint="is the network up? `medshard doctor` says more")
-    hint = "check the hash: `medshard ls` lists what this vault holds"
-    if failures:
-        hint = f"{len(failures)} of {nodes} nodes did not answer ({'; '.join(failures[:4])}); try again when they are back, or {hint}"
-    return Absent(f"this vault holds no file with SHA-256 {wanted.hex()}", hint=hint)
+    def _not_found(self, wanted: bytes, failures: Sequence[str]) -> MedshardError:
+        nodes = len(self._net.roster.nodes)
+        if fate := self.fate(wanted):
+            hint = "`medshard certificate` shows what the nodes have signed, `medshard log` what happened to it before."
+            return Absent(f"{wanted.hex()[:16]}… {fate}", hint=hint)
+        if len(failures) == nodes:
+            return Unavailable(f"no node answered ({'; '.join(failures[:4])})", hint="is the network up? `medshard doctor` says more")
+        hint = "check the hash: `medshard ls` lists what this vault holds"
+        if failures:
+            hint = f"{len(failures)} of {nodes} nodes did not answer ({'; '.join(failures[:4])}); try again when they are back, or {hint}"
+        return Absent(f"this vault holds no file with SHA-256 {wanted.hex()}", hint=hint)

@@ -10,12 +10,12 @@ is in sharing, what the log means in history; here the two meet the index and th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from medshard import auditing
+from medshard.anew import Anew
 from medshard.auditing import Audited
 from medshard.contacts import Contacts
 from medshard.grants import Happened, KnownGrant, Shared, purpose_name
@@ -25,27 +25,22 @@ from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.lookup import Lookup, Opened
-from medshard.model import Description, OnProgress, Row
-from medshard.packs import Plan, Unit
-from medshard.putting import Code, Putter
+from medshard.model import OnProgress, Row
+from medshard.packs import Unit
 from medshard.restoring import Target
 from medshard.rights import Rights
-from medshard.scratch import scratch_folder
 from medshard.sharing import Sharing
-from medshard.source import Part
 from medshard.transport import Net
 from medshard_protocol.entries import Purpose
-from medshard_protocol.errors import MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Absent, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId, Key, Sha256
 
 copy_mark: Final = "copy"  # attribute of a pack's member that was stored once more, to be shared alone
 copy_shared: Final = "shared"
 
-RestoreTo: TypeAlias = Callable[[Sequence[tuple[Target, Path | None]], OnProgress | None], Awaitable[None]]
-
 
 class Shares:
-    """Of one open vault. ``restore`` writes targets to paths; ``folder`` is private to the vault's user."""
+    """Of one open vault."""
 
     def __init__(
         self,
@@ -55,17 +50,16 @@ class Shares:
         ledger: LedgerClient,
         lookup: Lookup,
         contacts: Contacts,
-        folder: Path,
-        restore: RestoreTo,
+        anew: Anew,
     ) -> None:
+        self.gone: Callable[[bytes], list[FileId]] = lambda sha256: []  # objects with a document that this vault has ended
         self._net = net
         self._keys = keys
         self._index = index
         self._ledger = ledger
         self._lookup = lookup
         self._contacts = contacts
-        self._folder = folder
-        self._restore = restore
+        self._anew = anew
         self._rights = Rights(net, keys, ledger)
         self._sharing = Sharing(net, keys, index, ledger, lookup, self._rights)
 
@@ -176,12 +170,17 @@ class Shares:
         return listed
 
     async def log(self, sha256: bytes) -> list[Happened]:
-        """What the ledger says of one file, wherever it lies: who read it, when, under whose grant.
+        """What the ledger says of one file, wherever it lies or lay: who read it, when, under whose grant.
 
         Proved, and by more institutions than could conspire.
         """
-        (target,) = await self._lookup.targets([sha256])
-        owners = {target.manifest.file_id: target.manifest.owner}
+        owners: dict[FileId, Key | None] = dict.fromkeys(self.gone(sha256))
+        try:
+            (target,) = await self._lookup.targets([sha256])
+            owners[target.manifest.file_id] = target.manifest.owner
+        except Absent:
+            if not owners:
+                raise
         for file_id in dict.fromkeys(FileId(row.file_id) for row in self.objects_of([sha256])):
             if file_id not in owners:
                 owners[file_id] = (await self._lookup.file(file_id)).manifest.owner
@@ -199,13 +198,14 @@ class Shares:
         """Every object of this vault that these documents are in: second puts, and copies that were made to be shared alone."""
         return [row for sha256 in dict.fromkeys(hashes) for row in self._index.by_tag(self._keys.row_tag(sha256))]
 
-    async def _happened(self, file_id: FileId, owner: Key, sha256: bytes) -> list[Happened]:
+    async def _happened(self, file_id: FileId, owner: Key | None, sha256: bytes) -> list[Happened]:
         names = Names(self._contacts.names(), {}, [keys.public for keys in self._keys.line])
         history = await self._rights.history(file_id)
         for author in {entry.author for entry in history.entries.values()}:
             names.institutions[author] = await self._institution(author)
         teller = Teller(self._net.roster, names)
-        teller.own(file_id, owner)
+        if owner is not None:
+            teller.own(file_id, owner)
         for key in await self._rights.heirs_in(history):
             for index, entry in await self._rights.passings(key):
                 teller.passed(index, entry)
@@ -229,14 +229,9 @@ class Shares:
         wanting = [target for target in targets if target.sha256 not in found]
         if not wanting:
             return found
-        with scratch_folder(self._folder) as place:
-            paths = [Path(place, str(number)) for number in range(len(wanting))]
-            await self._restore(list(zip(wanting, paths, strict=True)), progress)
-            units = [_alone(target, path) for target, path in zip(wanting, paths, strict=True)]
-            putter = Putter(self._net, self._keys, self._index, self._ledger, self._lookup, Code(*self._net.roster.code), alone=True)
-            report = await putter.put(Plan(tuple(units), ()), progress)
-        if report.problems:
-            raise Unavailable(f"a copy to share could not be stored: {report.problems[0].message}")
+        await self._anew.store(
+            wanting, lambda parts: [Unit(part.name, (part,), is_pack=False) for part in parts], progress, {copy_mark: copy_shared}
+        )
         for target in wanting:
             alone = await self._lookup.alone(target.sha256)
             assert alone is not None, "stored just now"
@@ -273,9 +268,3 @@ def _whole_objects(targets: Sequence[Target]) -> tuple[list[Target], list[Target
         of_pack = {member.sha256 for member in target.header.members}
         (wholes if of_pack <= chosen[target.manifest.file_id] else parts).append(target)
     return wholes, parts
-
-
-def _alone(target: Target, path: Path) -> Unit:
-    member = next(member for member in target.header.members if member.sha256 == target.sha256)
-    description = Description(member.media_type, {**member.attributes, copy_mark: copy_shared})
-    return Unit(member.name, (Part.at(path, member.name, description),), is_pack=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 from medshard.model import attribute_value_max
@@ -26,6 +27,15 @@ def shown(name: bytes) -> str:
     """Show a file name to people: what is not printable text appears as \\xNN."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in text)
+
+
+def last_day(end: int) -> str:
+    """For people, the last day of what lasts until ``end`` (Unix seconds), where a day ends then in UTC or here; else the minute."""
+    if end % 86_400 == 0:
+        return time.strftime("%Y-%m-%d", time.gmtime(end - 1))
+    local = time.localtime(end)
+    at_midnight = (local.tm_hour, local.tm_min, local.tm_sec) == (0, 0, 0)
+    return time.strftime("%Y-%m-%d", time.localtime(end - 1)) if at_midnight else time.strftime("%Y-%m-%d %H:%M", local)
 
 
 def _invisible(c: str) -> bool:

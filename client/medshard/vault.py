@@ -24,6 +24,7 @@ from typing import BinaryIO, Final
 
 from medshard import checking, diagnosis, enrolment, memory, rebuilding, rotation
 from medshard.access import Reader
+from medshard.anew import Anew
 from medshard.contacts import Contacts
 from medshard.custody import Custody
 from medshard.getting import Getter, default_destination
@@ -76,11 +77,12 @@ class Vault:
         self._index = index
         self._ledger = LedgerClient(net, keys)
         self._lookup = Lookup(net, keys, index, self._ledger)
-        self.shares = Shares(net, keys, index, self._ledger, self._lookup, self.contacts, home.folder, self._restore_for_sharing)
+        anew = Anew(net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing)
+        self.shares = Shares(net, keys, index, self._ledger, self._lookup, self.contacts, anew)
         self._lookup.sync = self.shares.sync
-        self.custody = Custody(
-            net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing, self.shares.share_again
-        )
+        self.custody = Custody(net, keys, index, self._ledger, self._lookup, anew, self.shares.share_again)
+        self._lookup.fate = self.custody.fate
+        self.shares.gone = lambda sha256: [each.file_id for each in self.custody.all_ended(sha256)]
         self.keepers = Keepers(net, keys, self._ledger)
         self.links = Desk(self, index)
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)

@@ -173,7 +173,10 @@ def test_the_commands_do_the_same(trial: LocalConsortium, tmp_path: Path, capsys
     code, told = run(asker, "request", "--from", key, "--policy-number", "CLI-9", "--purpose", "insurance", "--message", "claim")
     assert code == Exit.OK
     sent = told.strip()
-    assert "1 file" in run(owner, "requests", "ls")[1]
+    assert run(owner, "contacts", "add", "The doctor", run(asker, "key")[1].split()[0])[0] == Exit.OK
+    listed = run(owner, "requests", "ls")[1]
+    assert "1 file" in listed
+    assert "from The doctor" in listed
     assert run(owner, "requests", "approve", sent)[0] == Exit.USAGE
     assert run(owner, "requests", "approve", sent, "--yes")[0] == Exit.OK
     assert "approved" in run(asker, "requests", "ls")[1]
@@ -182,6 +185,12 @@ def test_the_commands_do_the_same(trial: LocalConsortium, tmp_path: Path, capsys
     assert (tmp_path / "use.csv").read_text().startswith("month,reader")
     assert "usage" in json.loads(run(owner, "consents", "usage", "--json")[1])
     assert run(asker, "request", "--from", key, "--study-date", "someday")[0] == Exit.USAGE
+    assert run(owner, "consents", "revoke")[0] == Exit.USAGE
+    assert run(owner, "consents", "revoke", "--patient", " ", "--from", "The doctor", "--yes")[0] == Exit.USAGE
+    assert run(owner, "consents", "revoke", "--from", "The doctor")[0] == Exit.USAGE
+    assert run(owner, "consents", "revoke", "--from", "The doctor", "--patient", "nobody", "--yes")[0] == Exit.ABSENT
+    assert "from The doctor" in run(owner, "consents", "revoke", "--from", "The doctor", "--yes")[1]
+    assert "insurance" not in run(owner, "consents", "ls")[1]
 
 
 async def test_all_that_concerns_a_patient_is_handed_over_whole_and_nobody_elses(
@@ -246,9 +255,13 @@ async def test_all_that_concerns_a_patient_is_handed_over_whole_and_nobody_elses
         await export(owner, "nobody", tmp_path / "none")
     monkeypatch.setenv("MEDSHARD_PASSPHRASE", trial.passphrase)
     capsys.readouterr()
+    assert (target.stat().st_mode & 0o077, (target / "documents").stat().st_mode & 0o400) == (0, 0o400)
     words = ["--home", str(trial.vault_home), "export", "patient", "P-77", "-o", str(tmp_path / "p.zip")]
     assert await asyncio.to_thread(main, [*words, "--no-proofs", "--json"]) == Exit.OK
     assert json.loads(capsys.readouterr().out)["documents"] == 2
     with zipfile.ZipFile(tmp_path / "p.zip") as archive:
         assert {name.partition("/")[0] for name in archive.namelist()} >= {"manifest.json", "report.html", "documents", "SHA256SUMS"}
+    assert (tmp_path / "p.zip").stat().st_mode & 0o077 == 0
     assert await asyncio.to_thread(main, words) == Exit.LOCAL
+    assert await asyncio.to_thread(main, ["--home", str(trial.vault_home), "export", "patient", "P-77", "--list"]) == Exit.OK
+    assert "<b>0.dcm" in capsys.readouterr().out

@@ -205,10 +205,21 @@ def test_the_commands_say_what_they_did(trial: LocalConsortium, tmp_path: Path, 
     assert capsys.readouterr().out.split() == ["gone.json", "gone.pdf"]
     for file in ("gone.json", "gone.pdf"):
         assert main(["check-certificate", file]) == Exit.OK
-        assert "1 documents erased by entry" in capsys.readouterr().out
+        assert "1 document erased by entry" in capsys.readouterr().out
     assert main(["check-certificate", "policy"]) == Exit.DAMAGED
-    assert main(["get", digest]) == Exit.ABSENT
     capsys.readouterr()
+    assert main(["get", digest]) == Exit.ABSENT
+    assert "was erased by this vault, with entry" in capsys.readouterr().err
+    assert main(["log", digest]) == Exit.OK
+    log = capsys.readouterr().out
+    assert all(word in log for word in ("registered", "held", "released", "erased"))
+    (tmp_path / "other").write_bytes(os.urandom(2_000))
+    assert main(["put", "other"]) == Exit.OK
+    other = capsys.readouterr().out.split()[0]
+    assert main(["retain", other, "--until", "2070-12-31"]) == Exit.OK
+    assert "until 2070-12-31" in capsys.readouterr().out  # its last day, as it was said
+    assert main(["retain", other, "--until", "1y"]) == Exit.OK
+    assert "is kept until 2070-12-31 already" in capsys.readouterr().err
     assert main(["certificate", "--all", "--json"]) == Exit.OK
     assert digest in [document["sha256"] for each in json.loads(capsys.readouterr().out)["ended"] for document in each["documents"]]
 
@@ -248,7 +259,10 @@ def test_what_an_institution_holds_its_vault_cannot_release(
     assert told(capsys)["released"][0]["hold"] == entry
     operate(trial, "hospital-01", "release", file_id, "--yes", code=3)
     assert main(["erase", digest, "--yes"]) == Exit.OK
-    assert main(["log", digest, "--json"]) == Exit.ABSENT
+    capsys.readouterr()
+    assert main(["log", digest, "--json"]) == Exit.OK
+    happened = json.loads(capsys.readouterr().out)["log"]
+    assert [each["what"] for each in happened] == ["registered", "held", "released", "erased"]
     operate(trial, "hospital-01", "hold", "00" * 32, "--yes", code=3)  # a file that nobody knows
     assert "not registered" in capsys.readouterr().err
 

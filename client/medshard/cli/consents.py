@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from medshard.grants import Shared
 
 
+this_vault = "this vault"
+
+
 @click.command(
     epilog=examples(
         "medshard request --from Clinic --patient 'doe jane' --modality CT --purpose treatment --message 'second opinion'",
@@ -74,23 +77,25 @@ def requests() -> None:
 def list_requests(session: Session) -> int:
     """List requests: REQUEST, who asks, for what, the answer. With how many files of this vault meet them."""
 
-    async def work() -> list[tuple[Request, bool, int]]:
+    async def work() -> list[tuple[Request, str, int]]:
         from medshard.consent import Consents
 
         async with session.vault() as vault:
-            consents = Consents(vault)
-            found = []
+            consents, names, found = Consents(vault), vault.contacts.names(), []
             for each in await consents.requests():
-                own = vault.keys.of(each.asker) is not None
-                found.append((each, own, 0 if own else len(consents.meeting(each))))
+                if vault.keys.of(each.asker) is not None:
+                    found.append((each, this_vault, 0))
+                else:
+                    found.append((each, names.get(each.asker, ""), len(consents.meeting(each))))
             return found
 
     found = run(work())
     if session.json:
-        output.document({"requests": [{**output.plain(each), "own": own, "meeting": count} for each, own, count in found]})
+        told = ({**output.plain(each), "asker_name": who, "own": who == this_vault, "meeting": count} for each, who, count in found)
+        output.document({"requests": list(told)})
         return Exit.OK
-    for each, own, count in found:
-        output.hashed(each.sha256, each.wish.message.encode(), *_columns(each, own, count))
+    for each, who, count in found:
+        output.hashed(each.sha256, each.wish.message.encode(), *_columns(each, who, count))
     return Exit.OK
 
 
@@ -167,15 +172,10 @@ def list_consents(session: Session, patient: str | None) -> int:
 
     async def work() -> list[tuple[Shared, dict[str, str]]]:
         from medshard.consent import Consents
-        from medshard.query import Query
 
         async with session.vault() as vault:
-            query, found = Query(patient=patient), []
-            for each in await Consents(vault).standing():
-                row = vault.row(each.sha256)
-                if patient is None or (row is not None and query.meets(row)):
-                    found.append((each, dict(row.attributes) if row else {}))
-            return found
+            rows = [(each, vault.row(each.sha256)) for each in await Consents(vault).of(patient)]
+            return [(each, dict(row.attributes) if row else {}) for each, row in rows]
 
     found = run(work())
     if session.json:
@@ -186,6 +186,49 @@ def list_consents(session: Session, patient: str | None) -> int:
         who = each.peer_name or f"{each.peer.hex()[:16]}…"
         about = [attributes[name] for name in ("patient-name", "modality", "study-date") if name in attributes]
         output.hashed(each.sha256, each.name, f"to {who}", each.purpose, end, f"grant {each.grant_index}", *about)
+    return Exit.OK
+
+
+@consents.command(
+    "revoke",
+    epilog=examples(
+        "medshard consents revoke --patient 'doe jane'                # from everybody",
+        "medshard consents revoke --from Insurer --patient 'doe jane' --yes",
+    ),
+)
+@click.option("--patient", metavar="TEXT", help="All that is of this patient: words of the name, or the patient id.")
+@click.option("--from", "reader", metavar="KEY|NAME", help="From whom: a key or a contact [everybody].")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask first.")
+@shared
+def revoke_consents(session: Session, patient: str | None, reader: str | None, yes: bool) -> int:
+    """Take back every consent about one patient, or to one reader, or both. For single files: `medshard revoke`.
+
+    From the entries in the ledger on, nodes refuse the readers. What was read before stays read.
+    """
+    if not (patient or "").strip() and (patient is not None or reader is None):
+        raise click.UsageError("say whose consents end with --patient, or from whom with --from")
+
+    async def work() -> list[Shared]:
+        from medshard.consent import Consents
+
+        async with session.vault() as vault:
+            consents, key = Consents(vault), vault.contacts.key(reader) if reader else None
+            meant = [each for each in await consents.of(patient) if key in (None, each.peer)]
+            if meant and not yes:
+                readers = ", ".join(sorted({each.peer_name or short(each.peer) for each in meant}))
+                files = output.files(len({each.sha256 for each in meant}))
+                click.confirm(f"Take {files} back from {readers}?", abort=True, err=True)
+            return await consents.end(meant)
+
+    if not yes and (not sys.stdin.isatty() or session.json):
+        raise click.UsageError("this takes rights away: say --yes")
+    ended = run(work())
+    if session.json:
+        output.document({"revoked": output.plain(ended)})
+        return Exit.OK
+    for each in ended:
+        who = each.peer_name or short(each.peer)
+        output.hashed(each.sha256, each.name, f"from {who}", f"grant {each.grant_index} ended by entry {each.ended}")
     return Exit.OK
 
 
@@ -238,16 +281,15 @@ def _cell(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else value
 
 
-def _columns(each: Request, own: bool, count: int) -> list[str]:
+def _columns(each: Request, who: str, count: int) -> list[str]:
     from medshard.grants import purpose_name
 
     wish = each.wish
     about = " ".join(filter(None, (wish.patient, wish.modality, wish.study_date, wish.policy_number))) or "everything"
     about += ", de-identified" if wish.deidentified else ""
-    who = "this vault" if own else short(each.asker)
     answer = (
         each.answer + (f" ({each.why})" if each.why else "")
         if each.answer
-        else ("no answer yet" if own else f"{output.files(count)} meet it")
+        else ("no answer yet" if who == this_vault else f"{output.files(count)} meet it")
     )
-    return [f"from {who}", about, purpose_name(wish.purpose), answer]
+    return [f"from {who or short(each.asker)}", about, purpose_name(wish.purpose), answer]

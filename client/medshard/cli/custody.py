@@ -17,7 +17,7 @@ from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, run, sha256, shared
 from medshard.cli.sharing import until
-from medshard.text import shown
+from medshard.text import last_day, shown
 from medshard_protocol.errors import Absent, Malformed
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ def retain(session: Session, hashes: tuple[bytes, ...], end: int) -> int:
         async with session.vault() as vault:
             return await vault.custody.retain(hashes, end)
 
-    return _tell(session, run(work()))
+    found = run(work())
+    if not session.quiet:
+        for name, until in dict.fromkeys((each.name, each.until) for each in found if each.until > end):
+            output.note(f"medshard: {shown(name)} is kept until {last_day(until)} already; an earlier date does not replace that")
+    return _tell(session, found)
 
 
 @click.command(
@@ -257,11 +261,11 @@ def check_certificate(session: Session, file: Path, genesis: Path | None) -> int
         output.document({"holds": True, **output.plain(certified)})
         return Exit.OK
     word = certificate.words[certified.type]
-    output.line(f"{len(certified.documents)} documents {word} by entry {certified.index} of {certified.origin}")
+    output.line(f"{output.counted(len(certified.documents), 'document')} {word} by entry {certified.index} of {certified.origin}")
     output.line(f"published not later than {moment(certified.known_by)}, confirmed by {', '.join(certified.cosigners)}")
-    for name, receipt in zip(certified.nodes, certified.receipts, strict=True):
+    for name, receipt in sorted(zip(certified.nodes, certified.receipts, strict=True), key=lambda pair: pair[0]):
         held = "no shard" if receipt.shard is None else f"shard {receipt.shard}"
-        output.line(f"  {name}: {held}, {receipt.keys} wrapped keys, {moment(receipt.at)}")
+        output.line(f"  {name}: {held}, {output.counted(receipt.keys, 'wrapped key')}, {moment(receipt.at)}")
     if certified.missing:
         output.line(f"no receipt from {', '.join(certified.missing)}")
     return Exit.OK
@@ -295,7 +299,7 @@ def _tell(session: Session, found: list[Kept]) -> int:
         output.document({"kept": output.plain(found)})
         return Exit.OK
     for each in found:
-        columns = [f"until {output.day(each.until)}" if each.until else "no retention", *(f"hold {entry}" for entry in each.holds)]
+        columns = [f"until {last_day(each.until)}" if each.until else "no retention", *(f"hold {entry}" for entry in each.holds)]
         columns += [f"entry {each.waiting} waits for a second keeper"] if each.waiting else []
         for digest in each.hashes:
             output.hashed(digest, each.name, *columns)

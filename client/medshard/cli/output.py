@@ -91,7 +91,12 @@ def row(row: Row, *, attributes: bool = False) -> None:
 
 def files(count: int) -> str:
     """A number of files for people."""
-    return "1 file" if count == 1 else f"{count:,} files"
+    return counted(count, "file")
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things for people."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def holder(node: str, institution: str) -> str:

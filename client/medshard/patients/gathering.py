@@ -1,7 +1,8 @@
 """What a vault knows of one patient, and what the ledger says of it.
 
-Law: whose documents they are is decided by the names, numbers and holders that they were stored with, and by nothing else; whoever hands an
-export over looks at the list first. What is said of reads, grants, retention and holds is asked of the ledger now.
+Law: whose documents they are is decided by the names, numbers and holders that they were stored with, and by nothing else: those of the
+patient, and what belongs to the same policy or claim unless it names somebody else. Whoever hands an export over looks at the list first.
+What is said of reads, grants, retention and holds is asked of the ledger now.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Gathered:
 
 async def gather(vault: Vault, patient: str, progress: OnProgress | None = None) -> Gathered:
     """Look for everything. Raises Absent where this vault holds nothing of such a patient, Unavailable as the ledger does."""
-    found = {row.sha256: row for row in vault.find(Query(), shared=False) if concerns(row, patient)}
+    found = documents(list(vault.find(Query(), shared=False)), patient)
     rows = tuple(sorted(found.values(), key=lambda row: (row.put_time, row.file_id, row.member or 0)))
     if not rows:
         hint = "It is looked for in patients' names and ids, and in holders of policies: `medshard find --patient` shows the first two."
@@ -75,16 +76,45 @@ async def gather(vault: Vault, patient: str, progress: OnProgress | None = None)
         tuple(each for each in requests if any(row.sha256 in found for row in consents.meeting(each))),
         tuple(note for note in vault.links.all() if found.keys() & set(note.documents)),
         tuple(await _copies(vault, found)),
-        tuple(row for row in vault.find(Query(), own=False) if concerns(row, patient)),
+        tuple(documents(list(vault.find(Query(), own=False)), patient).values()),
     )
 
 
-def concerns(row: Row, patient: str) -> bool:
+def documents(rows: Sequence[Row], patient: str) -> dict[bytes, Row]:
+    """Those of these documents that concern a patient, by their hashes."""
+    if not fold(patient).split():
+        return {}
+    found = [row for row in rows if _concerns(row, patient)]
+    # A policy is its holder's with all that belongs to it; a claim is about one case, whoever's scan it was found by.
+    policies = {row.attributes.get("policy-number") for row in found if _is_holder(row, patient)}
+    claims = {
+        (row.owner, row.attributes["claim-number"], row.attributes.get("policy-number"))
+        for row in found
+        if "claim-number" in row.attributes
+    }
+    for row in rows:
+        number, claim = row.attributes.get("policy-number"), row.attributes.get("claim-number")
+        if (number in policies or (row.owner, claim, number) in claims) and number and not _names_another(row, patient):
+            found.append(row)
+    return {row.sha256: row for row in found}
+
+
+def _concerns(row: Row, patient: str) -> bool:
     """Whether a document was stored with this patient's name or id, or with this policy holder's name."""
     if row.media_type in own_types:
         return False
-    words, holder = fold(patient).split(), fold(row.attributes.get("policy-holder", ""))
-    return Query(patient=patient).meets(row) or (bool(words) and bool(holder) and all(word in holder for word in words))
+    return Query(patient=patient).meets(row) or _is_holder(row, patient)
+
+
+def _is_holder(row: Row, patient: str) -> bool:
+    holder = fold(row.attributes.get("policy-holder", ""))
+    return bool(holder) and all(word in holder for word in fold(patient).split())
+
+
+def _names_another(row: Row, patient: str) -> bool:
+    """Whether a document says that it is somebody else's."""
+    of_patient = any(name in row.attributes for name in ("patient-name", "patient-id"))
+    return (of_patient and not Query(patient=patient).meets(row)) or ("policy-holder" in row.attributes and not _is_holder(row, patient))
 
 
 async def _copies(vault: Vault, found: Mapping[bytes, Row]) -> list[Row]:

@@ -77,7 +77,7 @@ async def export(vault: Vault, patient: str, target: Path, *, proofs: bool = Tru
 
 def _begin(folder: Path, whose: Mapping[str, str]) -> None:
     """Make the folder, or go on in one that an earlier run for this patient made. Raises Conflict."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in (begun_name, manifest_name):
         if (folder / name).exists():
             before = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -203,6 +203,7 @@ def _pack(folder: Path, target: Path) -> None:
     """Put the folder into one ZIP, whole or not at all, check what is in it, and take the folder away. Raises Damaged."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     try:
+        temporary.touch(mode=0o600)
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 archive.write(path, str(path.relative_to(folder)))
