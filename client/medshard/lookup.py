@@ -59,7 +59,7 @@ class Lookup:
     """Finds files of one vault."""
 
     def __init__(self, net: Net, keys: VaultKeys, index: Index, ledger: LedgerClient) -> None:
-        self.sync: Callable[[], Awaitable[None]] | None = None  # learns what others have granted since, where a file is not known
+        self.sync: Callable[[], Awaitable[object]] | None = None  # learns what others have granted since, where a file is not known
         self.fate: Callable[[bytes], str] = lambda sha256: ""  # what became of a file that is here no more
         self._net = net
         self._keys = keys

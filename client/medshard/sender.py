@@ -4,9 +4,9 @@
     async with opened(Home(folder)) as sender:
         report = await sender.put([Path("scan.dcm")])
 
-Law: a sender's home holds a key to sign with and the vault's public key, and no key that opens anything. The keys that a put needs besides
-are drawn for it, kept in memory and forgotten with it; the file key goes to the vault alone, as a sealed grant. Nodes refuse a sender every
-read. A file is told as stored when its sealed key lies beside it. Format: docs/formats/sender.md.
+Law: a sender's home holds a key to sign with and the vault's public key, and no key that opens anything stored. The keys that a put needs
+besides are drawn for it, kept in memory and forgotten once it is done; the file key goes to the vault alone, as a sealed grant. Nodes
+refuse a sender every read. A file is told as stored when its sealed key lies beside it. Format: docs/formats/sender.md.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,6 +31,7 @@ from medshard.keys import VaultKeys
 from medshard.model import Problem, Progress, PutReport, StoredFile
 from medshard.packs import Plan, Unit, plan
 from medshard.scratch import scratch_folder
+from medshard.sealing import hkdf
 from medshard.vault import OnProgress, Vault
 from medshard_protocol import canonical
 from medshard_protocol.errors import Absent, Malformed, Refused, Unavailable
@@ -77,8 +79,12 @@ class SenderKeys:
         """Its identity."""
         return public_key(self.signing)
 
+    def derived(self, purpose: str) -> bytes:
+        """A key for what lies on this machine before it is sent, and for what is remembered of it."""
+        return hkdf(self.seed, b"", f"medshard/sender/v1/{purpose}".encode())
+
     def passing(self) -> VaultKeys:
-        """Keys of a vault that is forgotten with this process, in the sender's name."""
+        """Keys of a vault that is soon forgotten, in the sender's name."""
         return replace(VaultKeys.from_root(os.urandom(32)), signing=self.signing, public=self.public)
 
 
@@ -95,8 +101,9 @@ async def new(home: Home, code: str, vault: Key) -> SenderKeys:
         keys = SenderKeys(os.urandom(32), vault, bytes(hpke_public_size))
         write_durably(home.sender, keys.to_bytes(), mode=0o600)
     write_durably(home.certificate, await enrolment.send_for(home, keys.signing, vault, code))
-    async with _vault(home, keys) as opened:
-        keys = replace(keys, hpke_public=await opened.shares.sealing_card(vault))
+    with scratch_folder(home.folder) as place:
+        async with Vault.opened(home, keys.passing(), place / "index.sqlite") as passing:
+            keys = replace(keys, hpke_public=await passing.shares.sealing_card(vault))
     write_durably(home.sender, keys.to_bytes(), mode=0o600)
     return keys
 
@@ -110,24 +117,36 @@ async def opened(home: Home) -> AsyncIterator[Sender]:
         raise Absent(f"no sender at {home.folder}", hint="run `medshard sender new`") from None
     if not any(keys.hpke_public):
         raise Absent(f"the sender at {home.folder} is not finished", hint="run `medshard sender new` again, with the same invitation")
-    async with _vault(home, keys) as vault:
-        vault.shares.pin(keys.vault, keys.hpke_public)
-        yield Sender(vault, keys)
-
-
-@asynccontextmanager
-async def _vault(home: Home, keys: SenderKeys) -> AsyncIterator[Vault]:
     with scratch_folder(home.folder) as place:
-        async with Vault.opened(home, keys.passing(), Path(place, "index.sqlite")) as vault:
-            yield vault
+        async with Vault.opened(home, keys.passing(), place / "index.sqlite") as vault:
+
+            @contextmanager
+            def draw() -> Iterator[Vault]:
+                with TemporaryDirectory(dir=place) as folder, vault.beside(keys.passing(), Path(folder, "index.sqlite")) as passing:
+                    passing.shares.pin(keys.vault, keys.hpke_public)
+                    yield passing
+
+            with contextlib.closing(Sender(keys, draw)) as sender:
+                yield sender
 
 
 class Sender:
-    """Of one open home."""
+    """Of one open home. ``draw`` makes a vault with keys of its own over the connections that there are."""
 
-    def __init__(self, vault: Vault, keys: SenderKeys) -> None:
-        self._vault = vault
+    def __init__(self, keys: SenderKeys, draw: Callable[[], AbstractContextManager[Vault]]) -> None:
         self.keys = keys
+        self._draw = draw
+        self._begun: list[tuple[Vault, ExitStack]] = []  # with what they were cut off in: it goes on under the keys that it began with
+
+    def close(self) -> None:
+        """Forget what was begun."""
+        for _, stack in self._begun:
+            stack.close()
+        self._begun.clear()
+
+    async def store(self, planned: Plan, progress: OnProgress | None = None) -> PutReport:
+        """As ``put``, where the caller has decided what is sealed together. For several at a time."""
+        return await self._send(planned, progress)
 
     async def put(
         self,
@@ -174,13 +193,29 @@ class Sender:
         total, before = sum(unit.size for unit in planned.units), 0
         for group in _groups(planned.units):
             more = _shifted(progress, before, total) if progress else None
-            report = await self._vault.store(Plan(tuple(group), ()), more)
-            problems += report.problems
-            if report.stored:
-                await self._vault.shares.share_objects([each.file_id for each in report.stored], self.keys.vault)
-                stored += report.stored
+            with self._passing() as vault:
+                report = await vault.store(Plan(tuple(group), ()), more)
+                problems += report.problems
+                if report.stored:
+                    await vault.shares.share_objects([each.file_id for each in report.stored], self.keys.vault)
+                    stored += report.stored
             before += sum(unit.size for unit in group)
         return PutReport(tuple(stored), tuple(problems))
+
+    @contextmanager
+    def _passing(self) -> Iterator[Vault]:
+        """A vault to put with: one that was cut off in its work, or else a new one. It is forgotten when it has done its work."""
+        vault, stack = self._begun.pop() if self._begun else self._drawn()
+        try:
+            yield vault
+        except BaseException:
+            self._begun.append((vault, stack))
+            raise
+        stack.close()
+
+    def _drawn(self) -> tuple[Vault, ExitStack]:
+        with ExitStack() as stack:
+            return stack.enter_context(self._draw()), stack.pop_all()
 
 
 def _look(folder: Path) -> dict[Path, Seen]:

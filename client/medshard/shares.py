@@ -75,9 +75,9 @@ class Shares:
         """What ``owner`` has signed for others to seal to. Raises Absent."""
         return await self._rights.key_of(owner)
 
-    async def sync(self, *, whole: bool = False) -> None:
-        """Learn what others have shared with this vault since the last time, or ever."""
-        await self._sharing.sync(whole=whole)
+    async def sync(self, *, whole: bool = False) -> bool:
+        """Learn what others have shared with this vault since the last time, or ever; whether there was anything new."""
+        return await self._sharing.sync(whole=whole)
 
     async def share(
         self,

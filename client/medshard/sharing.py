@@ -48,6 +48,7 @@ class Sharing:
         self._ledger = ledger
         self._lookup = lookup
         self._rights = rights
+        self._learned = 0  # grants that were taken in
 
     # -- giving
 
@@ -188,11 +189,12 @@ class Sharing:
 
     # -- receiving
 
-    async def sync(self, *, whole: bool = False) -> None:
-        """Learn what others have granted to this vault, from every node that answers.
+    async def sync(self, *, whole: bool = False) -> bool:
+        """Learn what others have granted to this vault, from every node that answers; whether there was anything new.
 
         ``whole`` asks for everything and not only for what is new, and so finds which grants have ended.
         """
+        before = self._learned
         told: set[tuple[Sha256, FileId]] = set()
         answered = await asyncio.gather(*(self._sync_with(node, told, whole=whole) for node in self._net.roster.nodes))
         if whole and any(answered):
@@ -200,6 +202,7 @@ class Sharing:
                 known for known in self._index.grants() if not known.given and not known.ended and (known.grant, known.file_id) not in told
             ]
             await self.refresh(list(dict.fromkeys(known.file_id for known in gone)))
+        return self._learned > before
 
     async def _sync_with(self, node: Node, told: set[tuple[Sha256, FileId]], *, whole: bool) -> bool:
         cursor = -1 if whole else self._index.cursor(node.id)
@@ -245,6 +248,7 @@ class Sharing:
             if not sent:
                 rows = [replace(row, owner=bytes(entry.author)) for row in rows]
             self._index.add_many([(self._keys.row_tag(row.sha256), row) for row in rows])
+        self._learned += 1
         return entry.id
 
     async def _manifest(self, node: Node, file: SharedFile) -> Manifest:

@@ -149,6 +149,12 @@ class Vault:
         finally:
             index.close()
 
+    @contextlib.contextmanager
+    def beside(self, keys: VaultKeys, index_path: Path) -> Iterator[Vault]:
+        """Another vault of the same identity over the same connections, with keys and an index of its own."""
+        with contextlib.closing(Index(index_path, keys.at_home.index)) as index:
+            yield Vault(self.home, keys, self._net, index)
+
     # -- store and restore
 
     async def put(

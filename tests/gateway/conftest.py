@@ -15,8 +15,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
-from medshard.gateway.archive import Archive, Rules
+from medshard.gateway.archive import Archive
 from medshard.gateway.catalog import Catalog
+from medshard.gateway.intake import Rules
 from medshard.gateway.objects import StoreObjects
 from medshard.gateway.spool import Spool
 

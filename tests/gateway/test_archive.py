@@ -12,9 +12,9 @@ from pydicom.uid import generate_uid
 from tests.gateway.conftest import Opened, make_instance
 
 from medshard.consortium import LocalConsortium
-from medshard.gateway import archive as archives
-from medshard.gateway import tags
-from medshard.gateway.archive import Archive, Rules
+from medshard.gateway import intake, tags
+from medshard.gateway.archive import Archive
+from medshard.gateway.intake import Rules
 from medshard.gateway.model import Committed, Incoming, Outcome, Query
 from medshard.gateway.packing import instances_of
 from medshard.gateway.tags import Level
@@ -146,7 +146,7 @@ async def test_while_nodes_are_out_of_reach_what_comes_is_kept_and_served_and_st
             (instance,) = archive.instances(study)
             assert await (await archive.open(instance)).read() == file
             assert await archive.committed([asked_for, "1.2.3"]) == Committed({}, frozenset([asked_for]))
-            monkeypatch.setattr(archives, "retry_s", 0.1)
+            monkeypatch.setattr(intake, "retry_s", 0.1)
             patient = asyncio.create_task(archive.committed([asked_for], patience_s=60))
         finally:
             trial.restart(trial.names[-1])

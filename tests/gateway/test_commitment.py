@@ -29,12 +29,12 @@ from tests.gateway.conftest import make_instance
 from tests.gateway.test_kills import free_port, start
 
 from medshard.consortium import LocalConsortium
-from medshard.gateway.archive import Archive
+from medshard.gateway.archive import Archive, commitment_key
 from medshard.gateway.dimse import commands
 from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.commands import Command
 from medshard.gateway.dimse.commitment import COMMITMENT
-from medshard.gateway.dimse.owed import Kept, commitment_key
+from medshard.gateway.dimse.owed import Kept
 from medshard.gateway.dimse.pdus import Context
 from medshard.gateway.dimse.peers import Peer
 from medshard.gateway.dimse.server import DimseServer, Listening

@@ -28,10 +28,10 @@ from tests.gateway.conftest import make_instance
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
-from medshard.gateway.archive import Rules
 from medshard.gateway.dimse import commands
 from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.pdus import Context
+from medshard.gateway.intake import Rules
 from medshard.gateway.model import Incoming, Outcome
 from medshard.gateway.part10 import read_head
 from medshard.gateway.service import Settings, archive_of, spool_key

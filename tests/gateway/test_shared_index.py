@@ -22,7 +22,7 @@ from tests.postgres import Server, running_server
 from medshard import Vault
 from medshard.consortium import LocalConsortium
 from medshard.gateway import tags
-from medshard.gateway.archive import Archive, Rules
+from medshard.gateway.archive import Archive
 from medshard.gateway.cache import BlockCache
 from medshard.gateway.dicomweb import multipart
 from medshard.gateway.dimse import commands, finding, identifiers, retrieving
@@ -30,6 +30,7 @@ from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.pdus import Context
 from medshard.gateway.dimse.server import DimseServer, Listening
 from medshard.gateway.indexing import gateway_id, rebuild
+from medshard.gateway.intake import Rules
 from medshard.gateway.model import OUT_OF_RESOURCES, Incoming, Outcome, Query
 from medshard.gateway.service import Settings, archive_of
 from medshard.gateway.tags import Level

@@ -44,6 +44,7 @@ def _from_file(context: click.Context, parameter: click.Parameter, path: Path | 
         "medshard gateway --viewer ohif/dist                          # then open http://127.0.0.1:8042/",
         "medshard gateway --index 'postgresql://gateway@db.example/medshard?sslmode=verify-full&sslrootcert=ca.pem'  # several gateways",
         "medshard gateway token add viewer                            # from now on DICOMweb wants a token",
+        "medshard --home /srv/ct gateway --calling CT01               # a sender's home: takes in, and gives nothing back",
         "curl http://127.0.0.1:8043/status",
         "medshard receipt 1.2.840.113…                                # SHA-256, file id and ledger index",
     ),
@@ -96,6 +97,8 @@ def gateway(session: Session, **flags: Any) -> int:
     more has come for a while. Queries (C-FIND) are answered from an index that is encrypted at rest; C-MOVE and C-GET send what is
     stored, byte for byte, and every retrieval is in the ledger first. DICOMweb does the same over HTTP, at /dicom-web.
 
+    On the home of a sender (`medshard sender new`) it stores for the sender's vault, and refuses whoever wants to read.
+
     SIGTERM ends it in good order: running messages are finished, and what waits is stored if the nodes take it within a minute. What
     is left in the spool is stored after the next start. Log lines are JSON on standard error and name no patient.
     """
@@ -104,7 +107,10 @@ def gateway(session: Session, **flags: Any) -> int:
     import logging
 
     from medshard.gateway.service import JsonLines, serve
+    from medshard.home import Home
 
+    if Home(session.home).sender.exists() and (flags["viewer"] or flags["index"]):
+        raise click.UsageError(f"{session.home} only sends: it has no index and shows nothing, so --viewer and --index mean nothing there")
     settings = _settings(session, **flags)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
@@ -113,8 +119,8 @@ def gateway(session: Session, **flags: Any) -> int:
     log.setLevel(logging.WARNING if session.quiet else logging.INFO)
 
     async def work() -> None:
-        async with session.vault() as vault:
-            await serve(vault, settings)
+        async with session.storing() as source:
+            await serve(source, settings)
 
     run(work())
     return Exit.OK
@@ -122,7 +128,7 @@ def gateway(session: Session, **flags: Any) -> int:
 
 def _settings(session: Session, **flags: Any) -> Settings:
     from medshard.gateway import settings
-    from medshard.gateway.archive import Rules
+    from medshard.gateway.intake import Rules
     from medshard.gateway.service import Settings, check_status
 
     tls = None

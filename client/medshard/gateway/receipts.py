@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from medshard.gateway.catalog import Catalog
 from medshard.gateway.indexing import catalog_of
+from medshard.gateway.intake import receipt_in
 from medshard.gateway.model import Receipt
 from medshard.vault import Vault
-from medshard_protocol.errors import Absent
-
-
-def receipt_in(catalog: Catalog, sop_uid: str) -> Receipt:
-    """What proves that an instance is stored. Raises Absent."""
-    for instance in catalog.instances(sop_uid):
-        if place := instance.place:
-            return Receipt(instance.sop_class, sop_uid, instance.sha256, place.file_id, place.ledger_index, instance.flagged)
-    raise Absent(f"no instance {sop_uid} is in the store", hint="it may still wait in a gateway's spool")
 
 
 async def look_up(vault: Vault, sop_uid: str, address: str = "") -> Receipt:

@@ -6,6 +6,7 @@ in it, behind what was written since, opens under no key that is still known, so
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -117,6 +118,13 @@ def renewed(old: Segment, path: Path, number: int, key: bytes, size: int) -> Seg
     os.fdatasync(old.descriptor)  # or a power cut could give the old chunks their key back
     os.rename(old.path, path)
     return Segment(path, number, old.descriptor, salt, key, allocated)
+
+
+def shredded(segment: Segment) -> None:
+    """Overwrite what its key is made of: what lies in it opens no more, whoever finds its blocks. Best done before it is unlinked."""
+    with contextlib.suppress(OSError):  # the disk fails, and nothing can be done to it
+        os.pwrite(segment.descriptor, bytes(salt_size), len(magic))
+        os.fdatasync(segment.descriptor)
 
 
 def reopened(path: Path, key: bytes) -> Segment | None:

@@ -20,17 +20,20 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from medshard.gateway.archive import Archive, Rules
+from medshard.gateway import sendonly
+from medshard.gateway.archive import Archive
 from medshard.gateway.blocks import CachedBlocks
 from medshard.gateway.cache import BlockCache
 from medshard.gateway.dimse.server import DimseServer, Listening, loopback
 from medshard.gateway.indexing import gateway_id, open_catalog
+from medshard.gateway.intake import Intake, Rules
 from medshard.gateway.objects import StoreObjects
 from medshard.gateway.spool import Spool
 from medshard.gateway.sweeping import Sweeper
 from medshard.gateway.web import WebRules, serving
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
+from medshard.sender import Sender
 from medshard.vault import Vault
 from medshard_protocol.errors import Malformed, MedshardError, Unavailable
 
@@ -38,6 +41,7 @@ associations_end_s: Final = 10.0
 last_puts_s: Final = 60.0
 cache_bytes_least: Final = 64 * 1024 * 1024  # frame tables and metadata of what is looked at need some room
 follow_s: Final = 2.0  # how soon what another process has put into the vault is found
+ask_s: Final = 10.0  # how soon what a sender elsewhere has put for it is
 log = logging.getLogger("medshard.gateway")
 
 
@@ -79,10 +83,20 @@ async def archive_of(vault: Vault, settings: Settings) -> AsyncIterator[Archive]
         yield archive
 
 
+@asynccontextmanager
+async def sending(sender: Sender, settings: Settings) -> AsyncIterator[Intake]:
+    """The intake of what only sends, started. Raises Conflict where another gateway has the spool."""
+    settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = sender.keys.derived("spool")
+    with contextlib.closing(Spool(settings.folder / "spool", key, bytes_max=settings.spool_bytes_max, brief=True)) as spool:
+        async with sendonly.intake_of(sender, spool, settings.rules) as intake:
+            yield intake
+
+
 class Gateway:
     """What runs, as the status page shows it."""
 
-    def __init__(self, archive: Archive, dimse: DimseServer | None) -> None:
+    def __init__(self, archive: Intake, dimse: DimseServer | None) -> None:
         self.archive = archive
         self.dimse = dimse
         self._since = time.time()
@@ -103,10 +117,11 @@ class Gateway:
             "received": dict(self.archive.counts),
             "last_failure": self.archive.last_failure,
         }
-        try:
-            found["archive"] = dict(zip(("studies", "series", "instances"), self.archive.catalog.counts(), strict=True))
-        except Unavailable as error:
-            found["last_failure"] = str(error)
+        if isinstance(self.archive, Archive):
+            try:
+                found["archive"] = dict(zip(("studies", "series", "instances"), self.archive.catalog.counts(), strict=True))
+            except Unavailable as error:
+                found["last_failure"] = str(error)
         if self.dimse is not None:
             found["dimse"] = {"associations": self.dimse.associations, **self.dimse.counts}
         return found
@@ -123,29 +138,26 @@ class Gateway:
         return "\n".join(lines) + "\n"
 
 
-async def serve(vault: Vault, settings: Settings) -> None:
+async def serve(source: Vault | Sender, settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises what opening raises, and OSError where an address cannot be listened on."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with archive_of(vault, settings) as archive, contextlib.AsyncExitStack() as stack:
+    opening = sending(source, settings) if isinstance(source, Sender) else archive_of(source, settings)
+    async with opening as archive, contextlib.AsyncExitStack() as stack:
         dimse = DimseServer(archive, settings.dimse) if settings.dimse else None
         gateway = Gateway(archive, dimse)
         where: dict[str, str] = {}
         if settings.status is not None:
             await _status_page(stack, gateway, settings.status)
         if settings.web is not None:
-            cache = BlockCache(settings.folder / "cache", cache_key(vault.keys), bytes_max=max(settings.cache_bytes_max, cache_bytes_least))
-            stack.callback(cache.close)
-            vault.ranges.blocks = blocks = CachedBlocks(cache)
-            sweeper = Sweeper(vault.custody, blocks, settings.folder / "swept")
-            await sweeper.sweep()
-            archive.after_changes.append(sweeper.sweep)
+            cache = await _cached(stack, archive, settings) if isinstance(archive, Archive) else None
             where["http"] = await stack.enter_async_context(serving(archive, cache, settings.web))
         if dimse is not None:
             dimse.start()
-        tasks = [asyncio.create_task(_for_ever(work)) for work in (archive.watch, lambda: _follow(archive))]
+        works = [archive.watch, lambda: _follow(archive)] if isinstance(archive, Archive) else [archive.watch]
+        tasks = [asyncio.create_task(_for_ever(work)) for work in works]
         tasks.append(asyncio.create_task(asyncio.to_thread(archive.spool.provide)))
         where |= {"dimse": f"{settings.dimse.host}:{dimse.port}"} if dimse and settings.dimse else {}
         _say("started", spooled=archive.waiting()[0], **where)
@@ -162,7 +174,19 @@ async def serve(vault: Vault, settings: Settings) -> None:
             _say("stopped", left_in_spool=archive.waiting()[0])
 
 
-async def _last_puts(archive: Archive) -> None:
+async def _cached(stack: contextlib.AsyncExitStack, archive: Archive, settings: Settings) -> BlockCache:
+    """What is read of this archive's vault goes through this cache from now on; nothing is in it of what was erased."""
+    vault = archive.vault
+    cache = BlockCache(settings.folder / "cache", cache_key(vault.keys), bytes_max=max(settings.cache_bytes_max, cache_bytes_least))
+    stack.callback(cache.close)
+    vault.ranges.blocks = blocks = CachedBlocks(cache)
+    sweeper = Sweeper(vault.custody, blocks, settings.folder / "swept")
+    await sweeper.sweep()
+    archive.after_changes.append(sweeper.sweep)
+    return cache
+
+
+async def _last_puts(archive: Intake) -> None:
     try:
         async with asyncio.timeout(last_puts_s):
             await archive.settle()
@@ -181,9 +205,13 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def _follow(archive: Archive) -> None:
+    asked = 0.0
     while True:
         await asyncio.sleep(follow_s)
         with contextlib.suppress(MedshardError):
+            if time.monotonic() - asked > ask_s:
+                asked = time.monotonic()
+                await archive.ask()
             await archive.catch_up()
 
 

@@ -127,6 +127,7 @@ class Spares:
 
 
 def _delete(segment: Segment) -> None:
+    segments.shredded(segment)
     with contextlib.suppress(OSError):
         segment.path.unlink(missing_ok=True)
     os.close(segment.descriptor)

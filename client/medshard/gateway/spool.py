@@ -35,9 +35,11 @@ sync_bytes: Final = 32 * 1024 * 1024  # of one instance, so that its last sync i
 class Spool:
     """The folder of segments. Raises Conflict where another process has it open."""
 
-    def __init__(self, folder: Path, key: bytes, *, bytes_max: int) -> None:
+    def __init__(self, folder: Path, key: bytes, *, bytes_max: int, brief: bool = False) -> None:
+        """``brief``: a segment of which something is safe elsewhere takes nothing more, so that it is soon gone as a whole."""
         self.folder = folder
         self.bytes_max = bytes_max
+        self._brief = brief
         self.cut_off = 0  # instances that ``recover`` found with an end and without all of their data
         self._key = key
         self._lock = threading.Lock()
@@ -125,6 +127,10 @@ class Spool:
                 segment.live -= 1
                 if not segment.live and not segment.writing:
                     empty.append(self._take_out(segment))
+                elif self._brief:
+                    segment.closed = True
+                    if segment in self._idle:
+                        self._idle.remove(segment)
         for segment in empty:
             self._put_away(segment)
 
@@ -140,7 +146,7 @@ class Spool:
         with self._lock:
             segment.writing = False
             segment.live += kept
-            segment.closed = broken or segment.position >= segment_bytes
+            segment.closed = segment.closed or broken or segment.position >= segment_bytes
             if not segment.closed:
                 self._idle.append(segment)
                 return
@@ -177,6 +183,7 @@ class Spool:
         """Nothing lies in it and nobody finds it any more."""
         with self._lock:
             if segment.readers:  # the last of them closes it
+                segments.shredded(segment)
                 segment.path.unlink(missing_ok=True)
                 segment.deleted = True
                 return

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
+from medshard.gateway import sendonly
 from medshard.gateway.archive import Archive
 from medshard.gateway.cache import BlockCache
 from medshard.gateway.derived import Derived
@@ -31,6 +32,7 @@ from medshard.gateway.dicomweb.qido import Qido
 from medshard.gateway.dicomweb.rendered import Rendered
 from medshard.gateway.dicomweb.stow import Stow
 from medshard.gateway.dicomweb.wado import Wado
+from medshard.gateway.intake import Intake
 from medshard.gateway.reading import Shelf
 from medshard.gateway.tokens import Tokens
 from medshard.gateway.viewer import Viewer
@@ -93,17 +95,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def application(archive: Archive, cache: BlockCache, rules: WebRules) -> web.Application:
-    """All routes, behind the doorkeeper."""
+def _reading(archive: Archive, cache: BlockCache) -> list[web.RouteDef]:
     shelf = Shelf(archive)
     derived = Derived(shelf, cache)
-    wado, stow, qido = Wado(shelf, derived), Stow(archive), Qido(archive)
+    wado, qido = Wado(shelf, derived), Qido(archive)
     rendered = Rendered(shelf, derived, wado)
     archive.prepare = derived.prepare
+    return [*qido.routes(prefix), *wado.routes(prefix), *rendered.routes(prefix), rendered.uri()]
+
+
+def application(archive: Intake, cache: BlockCache | None, rules: WebRules) -> web.Application:
+    """All routes, behind the doorkeeper. Where there is no archive but its intake alone, whoever asks to read hears why not."""
+    stow = Stow(archive)
+    read = _reading(archive, cache) if isinstance(archive, Archive) and cache is not None else sendonly.routes(prefix)
     door = Door(rules)
     app = web.Application(middlewares=[door.cross_origin, errors, door.check], client_max_size=1024 * 1024)
     app[base_key] = rules.base_url
-    app.router.add_routes([*qido.routes(prefix), *stow.routes(prefix), *wado.routes(prefix), *rendered.routes(prefix), rendered.uri()])
+    app.router.add_routes([*stow.routes(prefix), *read])
     app.router.add_get("/login", door.login)
     app.router.add_post("/login", door.login)
     if rules.viewer is not None:
@@ -118,7 +126,7 @@ def application(archive: Archive, cache: BlockCache, rules: WebRules) -> web.App
 
 
 @contextlib.asynccontextmanager
-async def serving(archive: Archive, cache: BlockCache, rules: WebRules) -> AsyncIterator[str]:
+async def serving(archive: Intake, cache: BlockCache | None, rules: WebRules) -> AsyncIterator[str]:
     """Listen until the block ends; gives the address. Raises what ``check`` raises, and OSError for an address that cannot be had."""
     check(rules)
     runner = web.AppRunner(application(archive, cache, rules), access_log=None, keepalive_timeout=keep_alive_s, shutdown_timeout=end_s)

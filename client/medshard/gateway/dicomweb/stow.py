@@ -18,11 +18,11 @@ from typing import Final
 from aiohttp import web
 
 from medshard.gateway import model, tags
-from medshard.gateway.archive import Archive
 from medshard.gateway.describing import describe
 from medshard.gateway.dicomweb import datasets, multipart
 from medshard.gateway.dicomweb.http import answer, datasets_answer, dumped, path_of, uids
 from medshard.gateway.dicomweb.media import DICOM
+from medshard.gateway.intake import Intake
 from medshard.gateway.model import Outcome, Verdict
 from medshard.gateway.spool import Arrival
 from medshard_protocol.errors import Full, Malformed, MedshardError
@@ -45,8 +45,8 @@ KEPT_BESIDE: Final = 0xB000  # coercion of data elements is the nearest that PS3
 class Stow:
     """The route."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
         self._tasks: set[asyncio.Task[None]] = set()
 
     def routes(self, prefix: str) -> list[web.RouteDef]:
@@ -67,7 +67,7 @@ class Stow:
         said = multipart.parameters(request.headers.get("Content-Type", ""))
         if said is None or said.get("type", DICOM).lower() != DICOM:
             return answer(415, "the body has to be multipart/related; type=application/dicom")
-        taking = _Taking(self._archive, study)
+        taking = _Taking(self._intake, study)
         parser = multipart.Parser(said.get("boundary", ""))
         try:
             async for data in _chunks(request):
@@ -88,7 +88,7 @@ class Stow:
     def _settle(self, series: set[tuple[str, str]]) -> None:
         async def settle() -> None:
             with contextlib.suppress(MedshardError, OSError):  # the spool has them, and the archive tries again
-                await self._archive.settle(series)
+                await self._intake.settle(series)
 
         if series:
             task = asyncio.create_task(settle())
@@ -116,7 +116,7 @@ async def _chunks(request: web.Request) -> AsyncIterator[bytes]:
 class _Taking:
     """One request's instances on their way into the spool."""
 
-    archive: Archive
+    intake: Intake
     study: str
     arrival: Arrival | None = None
     refused: Verdict | None = None  # why the part in hand is not taken
@@ -158,7 +158,7 @@ class _Taking:
 
     def _write(self, data: memoryview) -> None:
         try:
-            self.arrival = self.arrival or self.archive.take()
+            self.arrival = self.arrival or self.intake.take()
             self.arrival.write(data)
         except Full as error:
             self.arrival, self.refused = None, Verdict(Outcome.REFUSED, model.OUT_OF_RESOURCES, str(error))
@@ -182,7 +182,7 @@ class _Taking:
                     arrival.drop()
                     why = "the instance is of another study than the request"
                     return Verdict(Outcome.REFUSED, model.MISMATCH, why, sop_class=said.sop_class, sop_uid=said.uid)
-        return self.archive.admit(arrival)
+        return self.intake.admit(arrival)
 
 
 async def _said(verdict: Verdict) -> Verdict:

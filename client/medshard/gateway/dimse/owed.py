@@ -22,13 +22,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from medshard.durable import fsync_folder, write_durably
-from medshard.gateway.archive import Archive
 from medshard.gateway.dimse import commitment
 from medshard.gateway.dimse.commitment import Asked
 from medshard.gateway.dimse.peers import Peers
+from medshard.gateway.intake import Intake
 from medshard.gateway.model import Committed
-from medshard.keys import VaultKeys
-from medshard.sealing import hkdf
 from medshard_protocol import canonical
 from medshard_protocol.errors import Full, Malformed, MedshardError
 
@@ -50,11 +48,6 @@ class Owed:
     peer: str
     asked: Asked
     since: int
-
-
-def commitment_key(keys: VaultKeys) -> bytes:
-    """What the files are sealed with."""
-    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/commitments")
 
 
 class Kept:
@@ -123,11 +116,11 @@ class _Try:
 class Reports:
     """Who is told what, and again until it is heard. ``start`` it, and ``stop`` it."""
 
-    def __init__(self, archive: Archive, peers: Peers, title: str, folder: Path) -> None:
-        self._archive = archive
+    def __init__(self, intake: Intake, peers: Peers, title: str, folder: Path) -> None:
+        self._intake = intake
         self._peers = peers
         self._title = title
-        self._kept = Kept(folder, commitment_key(archive.vault.keys))
+        self._kept = Kept(folder, intake.owed_key)
         self._wake = threading.Condition()
         self._tries: list[_Try] = []
         self._slots = threading.Semaphore(tries_at_once)
@@ -151,7 +144,7 @@ class Reports:
 
     def begin(self, owed: Owed) -> Future[Committed]:
         """Store what is waited for."""
-        return self._archive.commit_soon(owed.asked.references)
+        return self._intake.commit_soon(owed.asked.references)
 
     def heard(self, owed: Owed) -> None:
         """The peer has answered the report."""

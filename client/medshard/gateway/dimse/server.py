@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
+from medshard.gateway import sendonly
 from medshard.gateway.archive import Archive
 from medshard.gateway.dimse import commands, commitment, finding, identifiers, pdus, retrieving, storing
 from medshard.gateway.dimse.association import Association, Released
@@ -27,6 +28,7 @@ from medshard.gateway.dimse.commitment import COMMITMENT
 from medshard.gateway.dimse.owed import Owed, Reports
 from medshard.gateway.dimse.pdus import Associate, Context, Role
 from medshard.gateway.dimse.peers import Peer, Peers
+from medshard.gateway.intake import Intake
 from medshard.gateway.model import Committed, Outcome
 from medshard_protocol.errors import Full, Malformed, MedshardError, Unavailable
 
@@ -34,6 +36,12 @@ ECHO: Final = "1.2.840.10008.1.1"
 handshake_s: Final = 10.0  # for TLS and the association request
 listen_s: Final = 0.5  # how soon a commitment is told on the association that asked for it
 standard_syntaxes: Final = "1.2.840.10008.1.2"
+_reads: Final = frozenset(
+    (service, abstract)
+    for service, classes in ((commands.C_FIND, finding.FIND), (commands.C_MOVE, retrieving.MOVE), (commands.C_GET, retrieving.GET))
+    for abstract in classes
+)
+_reading: Final = finding.FIND | retrieving.MOVE | retrieving.GET
 log = logging.getLogger("medshard.gateway")
 
 
@@ -57,7 +65,7 @@ class Listening:
 class DimseServer:
     """``start`` it, and ``stop`` it."""
 
-    def __init__(self, archive: Archive, settings: Listening) -> None:
+    def __init__(self, archive: Intake, settings: Listening) -> None:
         self.counts: Counter[str] = Counter()
         self.peers = Peers(settings.peers, settings.title, settings.tls_out, settings.timeout_s)
         self.reports = Reports(archive, self.peers, settings.title, archive.folder / "commitments")
@@ -163,7 +171,7 @@ class DimseServer:
 class _Talk:
     """One association from its request to its end."""
 
-    def __init__(self, association: Association, archive: Archive, settings: Listening, peers: Peers, server: DimseServer) -> None:
+    def __init__(self, association: Association, archive: Intake, settings: Listening, peers: Peers, server: DimseServer) -> None:
         self._association = association
         self._archive = archive
         self._settings = settings
@@ -226,9 +234,13 @@ class _Talk:
 
     def _answer(self, proposed: Context) -> Context:
         abstract = proposed.abstract
+        if abstract in _reading and not isinstance(self._archive, Archive):  # a status would do; but clients take one for no matches
+            self._counts["reads-refused"] += 1
+            log.warning(json.dumps({"event": "refused", "calling": self._association.calling, "why": sendonly.reason}))
+            return Context(proposed.number, abstract, proposed.syntaxes[:1], pdus.NO_CLASS)
         if storing.is_storage(abstract, self._settings.private_classes):
             able = [each for each in proposed.syntaxes if each == standard_syntaxes or each.startswith(standard_syntaxes + ".")]
-        elif abstract in (ECHO, COMMITMENT) or abstract in finding.FIND | retrieving.MOVE | retrieving.GET:
+        elif abstract in (ECHO, COMMITMENT) or abstract in _reading:
             able = [each for each in identifiers.syntaxes if each in proposed.syntaxes]
             if abstract == COMMITMENT:
                 able = [each for each in able if each != identifiers.syntaxes[2]]
@@ -248,18 +260,22 @@ class _Talk:
             self._store(context, command)
         elif service == commands.C_ECHO and abstract == ECHO:
             self._association.send(context.number, commands.response(command, commands.SUCCESS))
-        elif service == commands.C_FIND and abstract in finding.FIND:
-            self._counts["matches"] += finding.find(self._association, context, command, self._archive)
-        elif service == commands.C_MOVE and abstract in retrieving.MOVE:
-            self._counts["moved"] += retrieving.move(self._association, context, command, self._archive, self._peers)
-        elif service == commands.C_GET and abstract in retrieving.GET:
-            self._counts["got"] += retrieving.get(self._association, context, command, self._archive)
+        elif (service, abstract) in _reads and isinstance(self._archive, Archive):
+            self._read(self._archive, context, command)
         elif service == commands.N_ACTION and abstract == COMMITMENT:
             self._commit(context, command)
         elif service == commands.N_EVENT_REPORT | commands.RESPONSE:
             self._heard(command)
         elif service != commands.C_CANCEL:  # a cancel that comes after the last response means nothing
             raise Malformed(f"command {service:#06x} in a context of {abstract}")
+
+    def _read(self, archive: Archive, context: Context, command: Command) -> None:
+        if command[commands.FIELD] == commands.C_FIND:
+            self._counts["matches"] += finding.find(self._association, context, command, archive)
+        elif command[commands.FIELD] == commands.C_MOVE:
+            self._counts["moved"] += retrieving.move(self._association, context, command, archive, self._peers)
+        else:
+            self._counts["got"] += retrieving.get(self._association, context, command, archive)
 
     def _store(self, context: Context, command: Command) -> None:
         verdict = storing.store(self._association, context, command, self._archive)

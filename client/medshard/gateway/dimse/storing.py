@@ -10,11 +10,11 @@ from typing import Final
 from pydicom._uid_dict import UID_dictionary
 
 from medshard.gateway import model
-from medshard.gateway.archive import Archive
 from medshard.gateway.dimse import commands
 from medshard.gateway.dimse.association import Association
 from medshard.gateway.dimse.commands import Command
 from medshard.gateway.dimse.pdus import Context
+from medshard.gateway.intake import Intake
 from medshard.gateway.model import Outcome, Verdict
 from medshard.gateway.part10 import head_of, is_uid
 from medshard.gateway.spool import Arrival
@@ -39,16 +39,16 @@ def is_storage(sop_class: str, private: frozenset[str]) -> bool:
     return "*" in private and is_uid(sop_class) and not sop_class.startswith(_standard_root)
 
 
-def store(association: Association, context: Context, command: Command, archive: Archive) -> Verdict:
+def store(association: Association, context: Context, command: Command, intake: Intake) -> Verdict:
     """Take in one instance and answer. Raises what the association raises; nothing of the instance is kept then."""
     sop_class = str(command.get(commands.AFFECTED_CLASS, ""))
     sop_uid = str(command.get(commands.AFFECTED_UID, ""))
-    verdict = _refusal(context, sop_class, sop_uid) or _take(association, context, sop_class, sop_uid, archive)
+    verdict = _refusal(context, sop_class, sop_uid) or _take(association, context, sop_class, sop_uid, intake)
     if isinstance(verdict, Verdict):  # refused before its end: what still comes has to be read, for the association goes on
         for _ in association.data():
             pass
     else:
-        verdict = archive.admit(verdict, sop_class, sop_uid)
+        verdict = intake.admit(verdict, sop_class, sop_uid)
     comment = verdict.reason if verdict.outcome is Outcome.REFUSED else ""
     association.send(context.number, commands.response(command, verdict.status, comment))
     return verdict
@@ -62,9 +62,9 @@ def _refusal(context: Context, sop_class: str, sop_uid: str) -> Verdict | None:
     return None
 
 
-def _take(association: Association, context: Context, sop_class: str, sop_uid: str, archive: Archive) -> Arrival | Verdict:
+def _take(association: Association, context: Context, sop_class: str, sop_uid: str, intake: Intake) -> Arrival | Verdict:
     try:
-        arrival = archive.take()
+        arrival = intake.take()
     except Full as error:
         return Verdict(Outcome.REFUSED, model.OUT_OF_RESOURCES, str(error))
     try:
