@@ -19,6 +19,7 @@ from medshard_protocol.audit import Answer, Challenge, Claim, Verdict, sign_answ
 from medshard_protocol.crosscheck import allowance, tag
 from medshard_protocol.errors import Refused, Unavailable
 from medshard_protocol.facts import Moved
+from medshard_protocol.ids import Sha256
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.shards import Layout
 from storenode.auditing import answering
@@ -259,6 +260,8 @@ async def test_nobody_is_told_of_a_file_of_which_its_institution_has_no_shard(wo
         await world.answer(1, 6, file_id, 1, Challenge(0, bytes(32), tagged=True))
     with pytest.raises(Refused, match="only nodes"):
         await world.answerers[1].answer(file_id, 1, Challenge(0, bytes(32), tagged=True), Peer(owner, 0, None))
+    world.registered[file_id] = replace(world.registered[file_id], manifest_sha256=Sha256(bytes(32)))
+    assert (await world.answer(1, 0, file_id, 1, Challenge(0, bytes(32), tagged=True))).claim is Claim.DAMAGED  # by another manifest
     world.registered[file_id] = replace(world.registered[file_id], erased=5)
     with pytest.raises(Refused, match="gone"):
         await world.answer(1, 0, file_id, 1, Challenge(0, bytes(32), tagged=True))

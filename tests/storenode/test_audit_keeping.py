@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.storenode.auditing import World, now
+from tests.storenode.auditing import World, now, root_of
 
 from medshard_protocol.audit import Verdict, unpack_held
 from medshard_protocol.errors import Unavailable
 from medshard_protocol.ids import FileId, NodeId
+from medshard_protocol.shards import digests
 from storenode.auditing import auditor as auditor_module
 from storenode.auditing.answering import held_here
 from storenode.auditing.auditor import Auditor
@@ -36,7 +37,8 @@ def scrubber(world: World, number: int, **changed: float) -> Scrubber:
 
 async def test_the_scrub_finds_rot_cut_and_lost_files_and_lost_rows_and_takes_it_back_when_they_are_whole(world: World) -> None:
     files = [await world.put(1) for _ in range(66)]  # more than a page
-    small = await world.put(1, cell=100)  # in the catalog
+    small, other = [await world.put(1, cell=100) for _ in range(2)]  # in the catalog
+    undescribed = await world.put(1)
     rotten, cut, gone, bare, digest, moved = files[:6]
     whole = world.path(1, rotten).read_bytes()
     world.flip(1, rotten, every=10**9)
@@ -46,11 +48,15 @@ async def test_the_scrub_finds_rot_cut_and_lost_files_and_lost_rows_and_takes_it
     catalog = world.nodes[1].store.catalog
     await catalog.write(lambda c: c.execute("UPDATE shards SET data = ? WHERE file_id = ?", (bytes(100), small)))
     await catalog.write(lambda c: c.execute("UPDATE shards SET digests = zeroblob(32) WHERE file_id = ?", (digest,)))
+    another = bytes(100)
+    row = (another, digests["blake3"](another), root_of(another, 100), other)
+    await catalog.write(lambda c: c.execute("UPDATE shards SET data = ?, digests = ?, root = ? WHERE file_id = ?", row))
+    await catalog.write(lambda c: c.execute("UPDATE manifests SET bytes = zeroblob(9) WHERE file_id = ?", (undescribed,)))
     world.registered.pop(moved)  # nobody's business
     world.flip(1, moved)
     await scrubber(world, 1).once()
     found = {each.file_id: each.verdict for each in world.findings[1].missing()}
-    assert found == dict.fromkeys((rotten, cut, gone, small, digest), Verdict.DAMAGED) | {bare: Verdict.ABSENT}
+    assert found == dict.fromkeys((rotten, cut, gone, small, other, digest, undescribed), Verdict.DAMAGED) | {bare: Verdict.ABSENT}
     world.path(1, rotten).write_bytes(whole)
     await scrubber(world, 1).once()
     assert rotten not in {each.file_id for each in world.findings[1].missing()}

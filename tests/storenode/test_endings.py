@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tests.storenode.test_sharing import Running, granted, node  # noqa: F401 - the fixture
@@ -12,9 +14,11 @@ from tests.storenode.test_sharing import Running, granted, node  # noqa: F401 - 
 from medshard_protocol.ending import Receipt, endings_path, sign_receipt
 from medshard_protocol.entries import Erase, Grant, Hold, Release, Retain, Retire, Type
 from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.facts import Ended
 from medshard_protocol.ids import FileId, Tag
 from medshard_protocol.messages import pack_lookup, shard_path, unpack_found
 from medshard_protocol.rights import Reason
+from storenode.shardstore import Sealed
 from storenode.shardstore.endings import Endings
 from storenode.shardstore.store import ShardStore
 from storenode.sharing import endings_key, obey_once, sealed_key
@@ -143,6 +147,30 @@ async def test_an_erasure_goes_on_after_a_crash_between_its_steps(node: Running,
     await obey_once(node.ledger, node.app[sealed_key], node.app[endings_key])
     assert (await receipt(node, file_id)).shard == 0
     assert shard_files(node, file_id) == []
+
+
+async def test_nothing_is_destroyed_for_an_entry_that_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror has entries before a quorum has cosigned them, and drops them again if it never does."""
+    store, first, second = ShardStore(tmp_path, capacity=10_000_000), FileId(b"1" * 32), FileId(b"2" * 32)
+    said = [Ended(3, Type.ERASE, first), Ended(7, Type.ERASE, second)]
+    facts = SimpleNamespace(
+        size=10,
+        ended=lambda start, end: [each for each in said if start <= each.index < end],
+        registration=lambda file_id: SimpleNamespace(ended_at=0),
+    )
+    journal = SimpleNamespace(checked=SimpleNamespace(checkpoint=SimpleNamespace(size=5), note=None), folding=SimpleNamespace(state=facts))
+    ledger: Any = SimpleNamespace(journal=journal, roster=None)
+    monkeypatch.setattr("storenode.sharing.cosigned_at", lambda *_: 1_700_000_000)
+    sealed, endings = Sealed(store.catalog), Endings(store)
+    try:
+        assert await obey_once(ledger, sealed, endings)
+        assert [endings.of(file_id) is not None for file_id in (first, second)] == [True, False]
+        assert sealed.obeyed() == 5
+        journal.checked.checkpoint.size = 10
+        assert await obey_once(ledger, sealed, endings)
+        assert endings.of(second) is not None
+    finally:
+        store.close()
 
 
 async def test_a_node_that_held_nothing_says_so(node: Running) -> None:  # noqa: F811
