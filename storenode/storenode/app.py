@@ -49,6 +49,7 @@ from storenode.ledger.standby import may_order, stands_by
 from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
+from storenode.repairing import ground
 from storenode.repairing import routes as repairing
 from storenode.repairing.routes import repairs_key
 from storenode.rotation import promote, waits
@@ -415,7 +416,7 @@ async def _sweep(parts: Parts) -> None:
     def registered(file_id: FileId) -> bool:
         known = parts.node.ledger.state.registration(file_id)
         # What came in after the file had ended, from a client that was slow, goes as what was never registered does.
-        return known is not None and known.erased is None and known.retired is None
+        return known is not None and not ground.has_ended(parts.node.ledger, known)
 
     while True:
         await asyncio.sleep(min(sweep_every_s, max(limit / 4, 0.5)))

@@ -52,7 +52,7 @@ class World:
         state: Any = SimpleNamespace(
             registration=self.registered.get, moves=lambda file_id: {}, roster=self.roster, decided=[], genesis=self.roster
         )
-        self.ledger: Any = SimpleNamespace(roster=self.roster, state=state)
+        self.ledger: Any = SimpleNamespace(roster=self.roster, state=state, published_at=lambda: self.time)
         self.nodes, self.findings, self.answerers = list[Node](), list[Findings](), list[Answerer]()
         self.evidence = Evidence(folder / "evidence")
         for number, each in enumerate(self.roster.nodes):

@@ -18,6 +18,9 @@ from medshard_protocol.facts import Ended
 from medshard_protocol.ids import FileId, Tag
 from medshard_protocol.messages import pack_lookup, shard_path, unpack_found
 from medshard_protocol.rights import Reason
+from storenode.app import _sweep
+from storenode.repairing import ground
+from storenode.routes import node_key
 from storenode.shardstore import Sealed
 from storenode.shardstore.endings import Endings
 from storenode.shardstore.store import ShardStore
@@ -126,6 +129,34 @@ async def test_an_erasure_that_is_dated_ahead_waits_for_its_date(node: Running) 
     assert await node.app[endings_key].destroy_due(ahead) == 1
     assert (await receipt(node, file_id)).at == ahead
     assert shard_files(node, file_id) == []
+
+
+async def test_until_an_end_has_its_date_a_file_is_not_swept_and_is_repaired_and_audited(
+    node: Running,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor must a retention be got around by nobody's care for the file until then."""
+    ahead, now = int(time.time()) + 3600, int(time.time())
+    retained, ended, plain = [await node.put(size=large) for _ in range(3)]
+    await node.say("owner", Retain(retained, ahead, b""))
+    await node.say("owner", Erase(retained, ahead, b""))
+    await node.say("owner", Erase(ended, now, b""))
+    await receipt(node, ended)
+    incoming = node.store.begin(5, 1000)  # of a client that was slow
+    incoming.write([bytes(5)])
+    await node.store.commit(incoming, ended, 0, node.key("owner"))
+    await node.store.catalog.write(lambda db: db.execute("UPDATE shards SET stored_at = 0"))
+    assert ground.standing(node.ledger, retained).registration.erased is not None
+    with pytest.raises(ground.Denied):
+        ground.standing(node.ledger, ended)
+    parts: Any = SimpleNamespace(node=node.app[node_key], metrics=node.metrics)
+    monkeypatch.setattr("storenode.app.sweep_every_s", 0.02)
+    sweeping = asyncio.create_task(_sweep(parts))
+    async with asyncio.timeout(10):
+        while node.store.shard(ended) is not None:
+            await asyncio.sleep(0.02)
+    sweeping.cancel()
+    assert [node.store.shard(file_id) is not None for file_id in (retained, plain)] == [True, True]
 
 
 async def test_an_erasure_goes_on_after_a_crash_between_its_steps(node: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from medshard_protocol.errors import Conflict, Damaged, Malformed, Refused, Unavailable
-from medshard_protocol.facts import Granted, Moved
+from medshard_protocol.facts import Granted, Moved, Registration
 from medshard_protocol.ids import FileId, Key, NodeId, Sha256
 from medshard_protocol.repairorder import pack_drain, pack_grants, unpack_drain, unpack_grants
 from storenode.config import Config, RepairSection
@@ -157,16 +157,17 @@ async def test_sealed_keys_are_inherited_of_grants_that_stand_when_they_come(
 ) -> None:
     of, grant = case(), Sha256(b"g" * 32)
     file_id = of.manifest.file_id
+    known = Registration(0, Sha256(bytes(32)), Key(bytes(32)))
     granted = Granted(1, Key(bytes(32)), Key(bytes(32)), 0, 1, (file_id,) if of_it else (FileId(b"x" * 32),))
-    facts = SimpleNamespace(grant=lambda id_: granted if id_ == grant else None, registration=lambda id_: SimpleNamespace(erased=None))
+    facts = SimpleNamespace(grant=lambda id_: granted if id_ == grant else None, registration=lambda id_: None)
 
     async def peers(*_: object) -> tuple[int, bytes]:  # what is heard while the answer is on its way counts
-        facts.grant, facts.registration = lambda id_: replace(granted, revoked=revoked), lambda id_: SimpleNamespace(erased=erased)
+        facts.grant, facts.registration = lambda id_: replace(granted, revoked=revoked), lambda id_: replace(known, erased=erased)
         return 200, pack_grants({grant: b"sealed"})
 
     store = ShardStore(tmp_path, capacity=10_000_000)
     try:
-        node = SimpleNamespace(store=store, id=nodes[7], ledger=SimpleNamespace(state=facts))
+        node = SimpleNamespace(store=store, id=nodes[7], ledger=SimpleNamespace(state=facts, published_at=lambda: 1e9))
         await inherit(SimpleNamespace(node=node, peers=peers), of, of.present)  # type: ignore[arg-type]
         assert (Sealed(store.catalog).grant(file_id, grant) is not None) == kept
     finally:

@@ -49,9 +49,16 @@ def standing(ledger: Ledger, file_id: FileId) -> Standing:
     known = facts.registration(file_id)
     if known is None:
         raise Denied(Objection(Reason.UNREGISTERED))
-    if known.retired is not None or known.erased is not None:
+    if has_ended(ledger, known):
         raise Denied(Objection(Reason.GONE))
     return Standing(known, given(ledger, file_id))
+
+
+def has_ended(ledger: Ledger, known: Registration) -> bool:
+    """Whether a file is retired or erased by now. An end that is dated ahead of the cosigners' clocks is none yet: a retention may run."""
+    if known.retired is None and known.erased is None:
+        return False
+    return known.ended_at <= (ledger.published_at() or 0.0)
 
 
 def given(ledger: Ledger, file_id: FileId) -> tuple[tuple[int, Moved], ...]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from medshard_protocol.errors import MedshardError, Refused
-from medshard_protocol.facts import Facts
 from medshard_protocol.ids import FileId, NodeId, Sha256
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.repairorder import grants_kept_max, pack_grants, unpack_grants
+from storenode.ledger import Ledger
 from storenode.repairing import ground
 from storenode.repairing.rebuilding import Means
 from storenode.repairing.surveying import Case
@@ -46,7 +46,7 @@ async def inherit(means: Means, case: Case, holders: Sequence[NodeId]) -> None:
             continue
         answered += status == 200
         for grant, data in found.items():
-            if _stands(means.node.ledger.state, file_id, grant) and sealed.grant(file_id, grant) is None:
+            if _stands(means.node.ledger, file_id, grant) and sealed.grant(file_id, grant) is None:
                 await sealed.put_grant(file_id, grant, data)
 
 
@@ -65,7 +65,7 @@ async def give(means: Means, file_id: FileId, to: NodeId | None) -> bytes:
     return pack_grants({Sha256(grant): data for grant, data in rows})
 
 
-def _stands(facts: Facts, file_id: FileId, grant: Sha256) -> bool:
-    granted, known = facts.grant(grant), facts.registration(file_id)
-    is_there = known is not None and known.erased is None  # it may have ended since the others were asked
+def _stands(ledger: Ledger, file_id: FileId, grant: Sha256) -> bool:
+    granted, known = ledger.state.grant(grant), ledger.state.registration(file_id)
+    is_there = known is not None and not ground.has_ended(ledger, known)  # it may have ended since the others were asked
     return is_there and granted is not None and granted.revoked is None and file_id in granted.file_ids
