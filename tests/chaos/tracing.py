@@ -47,7 +47,11 @@ def traced(pid: int, arguments: list[str], log: Path) -> Iterator[None]:
         yield
     finally:
         tracer.terminate()
-        tracer.communicate(timeout=attach_wait_s)
+        try:
+            tracer.communicate(timeout=attach_wait_s)
+        except subprocess.TimeoutExpired:  # it waits for a process that is dead, and would keep it from being buried
+            tracer.kill()
+            tracer.communicate()
 
 
 @contextmanager

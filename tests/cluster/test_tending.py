@@ -92,6 +92,9 @@ async def test_a_node_that_leaves_hands_everything_over_and_goes_on_after_a_rest
     (trial.home(name) / "data" / "leaving").touch()  # as if it had begun before
     trial.restart(name)
     assert drain()["left"] == 0
+    giver = next(holder for holder in file.holders if holder != name)
+    status, answer = trial.ask(giver, name, "POST", f"/v1/handover/{file.id}/{file.holders.index(giver)}")
+    assert "takes no shards over" in str(unpack_error(status, answer, name))
     for each in mine:
         assert not each.is_at(name)
         report = await vault.verify(each.sha256)

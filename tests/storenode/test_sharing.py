@@ -415,6 +415,7 @@ async def test_a_revocation_and_an_erasure_destroy_the_sealed_keys(node: Running
         while sealed.grant(files[0], first) is not None:
             await asyncio.sleep(0.01)
     assert sealed.grant(files[1], first) == b"key of " + files[1]
+    assert (await node.ask("owner", "PUT", grants_path(files[0]), SealedGrant(first, b"key").to_bytes()))[0] == 403
     await node.say("owner", Revoke(first, b""))
     async with asyncio.timeout(2):
         while sealed.grant(files[1], first) is not None:

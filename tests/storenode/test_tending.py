@@ -10,22 +10,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.storenode.test_repairing import case, institution, nodes
 from tests.storenode.test_shardstore import manifest_for
 
 from medshard_protocol.errors import Absent, Conflict, Full, Refused, Unavailable
-from medshard_protocol.facts import Moved
+from medshard_protocol.facts import Moved, Registration
 from medshard_protocol.ids import FileId, NodeId
+from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import pack_error
+from medshard_protocol.repairorder import Link
 from storenode.config import RepairSection
 from storenode.metrics import Metrics
+from storenode.repairing import ground
 from storenode.repairing.fetching import Giver, fetch
 from storenode.repairing.helping import Helper
 from storenode.repairing.leaving import Leaving
 from storenode.repairing.rate import Bucket
-from storenode.repairing.rebuilding import Job
+from storenode.repairing.rebuilding import Job, Rebuilding
 from storenode.repairing.repairer import Repairer
-from storenode.repairing.surveying import Case
+from storenode.repairing.surveying import Case, Surveyor
 from storenode.repairing.tending import Sick, Tending
 from storenode.shardstore import ShardStore
 
@@ -263,6 +267,66 @@ async def test_a_helpers_sums_are_taken_out_of_its_bucket() -> None:
     await Helper(nothing, nothing, nothing, Metrics(), bucket)._write(response, bytes(300_000))
     assert sum(sent) == 300_001
     assert bucket.recent * 5 == pytest.approx(300_000)
+
+
+async def test_what_a_replacement_sums_is_taken_out_of_its_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, bucket, key = bytes(9000), Bucket(0), Ed25519PrivateKey.generate()
+    manifest, store = manifest_for(data, file_id), ShardStore(tmp_path, capacity=10_000_000)
+    ledger = SimpleNamespace(roster=SimpleNamespace(origin="log.example"))
+    surveyor = SimpleNamespace(institution=institution)
+    node = SimpleNamespace(id=nodes[1], store=store, ledger=ledger)
+    means: Any = SimpleNamespace(node=node, key=key, peers=None, metrics=Metrics(), surveyor=surveyor, bucket=bucket)
+    survey: Any = SimpleNamespace(manifest=manifest, there=(1,), links=lambda shards: [Link(nodes[2], 1)])
+
+    @asynccontextmanager
+    async def last(*_: object) -> AsyncIterator[Any]:
+        yield SimpleNamespace(read=lambda length: asyncio.sleep(0, bytes(length)))
+
+    async def nothing(*_: object) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("storenode.repairing.rebuilding.sums", last)
+    one = Rebuilding(means, survey, Job(file_id, shard=0, move=1), lambda: True)
+    monkeypatch.setattr(one, "_of_each", nothing)
+    incoming = store.begin(9000, manifest.layout.cell_size)
+    try:
+        await one._follow((Link(nodes[2], 1),), 0, incoming)
+        assert incoming.received == 9000
+        assert bucket.recent * 5 == pytest.approx(9000)
+    finally:
+        store.abandon(incoming)
+        store.close()
+
+
+async def test_a_helper_or_a_holder_has_a_shard_only_as_it_was_registered(tmp_path: Path) -> None:
+    data, store = bytes(range(250)) * 36, ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=100)
+    manifest, other = manifest_for(data, file_id), manifest_for(data, file_id, wrap=bytes(47) + b"x")
+    nothing: Any = None
+    node: Any = SimpleNamespace(id=nodes[1], store=store)
+    helper, surveyor = Helper(node, nothing, nothing, Metrics(), Bucket(0)), Surveyor(node, nothing)
+    order: Any = SimpleNamespace(file_id=file_id)
+
+    def known(of: Manifest) -> ground.Standing:
+        return ground.Standing(Registration(0, of.sha256, of.owner), ())
+
+    try:
+        with pytest.raises(ground.Denied):
+            helper._own(order, known(manifest))
+        incoming = store.begin(len(data), manifest.layout.cell_size)
+        incoming.write([data])
+        await store.commit_described(incoming, manifest, 0)
+        assert helper._own(order, known(manifest))[0].index == 0
+        assert surveyor.has(manifest, 0)
+        with pytest.raises(ground.Denied):
+            helper._own(order, known(other))
+        (path,) = (tmp_path / "shards").glob("??/*")
+        path.write_bytes(b"\1" + data[1:])
+        assert not surveyor.has(manifest, 0)  # its disk changed it
+        await store.catalog.write(lambda db: db.execute("UPDATE shards SET root = zeroblob(32)"))
+        with pytest.raises(ground.Denied):
+            helper._own(order, known(manifest))
+    finally:
+        store.close()
 
 
 async def test_a_giver_that_does_not_hand_over_is_named() -> None:
