@@ -10,29 +10,29 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import pypdf
-from reportlab.lib.colors import HexColor
 from reportlab.lib.pagesizes import A4
 from reportlab.lib.utils import simpleSplit
 from reportlab.pdfgen.canvas import Canvas
 
 from medshard.certificate import Certified
-from medshard.proofpage import latin, moment
+from medshard.paper import Numbered, latin
+from medshard.proofpage import moment
 from medshard_protocol.entries import Type
 
 certificate_name: Final = "certificate.json"
 margin: Final = 56
 line: Final = 13
-grey: Final = HexColor("#555555")
 documents_listed_max: Final = 200  # the attached file has all of them
 
 
 def page(certified: Certified, certificate: bytes, made: int) -> bytes:
     """The PDF, made at ``made`` (Unix seconds)."""
     drawn = io.BytesIO()
-    canvas = Canvas(drawn, pagesize=A4, invariant=1, pageCompression=1)
+    foot = f"Made {moment(made)} by medshard certificate. The attached {certificate_name} counts, not this page."
+    canvas = Numbered(drawn, pagesize=A4, invariant=1, pageCompression=1, foot=foot, left=margin)
     canvas.setTitle("Certificate of destruction")
     canvas.setAuthor("medshard")
-    _draw(canvas, certified, made)
+    _draw(canvas, certified)
     canvas.save()
     writer = pypdf.PdfWriter(io.BytesIO(drawn.getvalue()))
     writer.add_attachment(certificate_name, certificate)
@@ -41,7 +41,7 @@ def page(certified: Certified, certificate: bytes, made: int) -> bytes:
     return out.getvalue()
 
 
-def _draw(canvas: Canvas, certified: Certified, made: int) -> None:
+def _draw(canvas: Canvas, certified: Certified) -> None:
     y = A4[1] - margin - 10
     canvas.setFont("Helvetica-Bold", 18)
     canvas.drawString(margin, y, "Certificate of destruction")
@@ -50,46 +50,42 @@ def _draw(canvas: Canvas, certified: Certified, made: int) -> None:
         size = 8.5 if font == "Courier" else 10
         for part in simpleSplit(latin(text), font, size, A4[0] - 2 * margin) or [""]:
             if y < margin + 20:
-                _foot(canvas, made)
                 canvas.showPage()
                 y = A4[1] - margin
             canvas.setFillColorRGB(0, 0, 0)
             canvas.setFont(font, size)
             canvas.drawString(margin, y, part)
             y -= line
-    _foot(canvas, made)
     canvas.showPage()
 
 
 def _lines(certified: Certified) -> Iterator[tuple[str, str]]:
     what = "erased: wrapped keys, manifests and shards" if certified.type is Type.ERASE else "retired: shards"
-    yield "Helvetica", f"{len(certified.documents)} document(s) were {what}, by order of the key {certified.author.hex()[:32]}…"
+    count = len(certified.documents)
+    yield "Helvetica", f"{count:,} documents were {what}" if count != 1 else f"1 document was {what}"
+    yield "Helvetica", "By order of the key"
+    yield "Courier", certified.author.hex()
     yield "Helvetica", f"Ledger {certified.origin}, entry {certified.index}, published not later than {moment(certified.known_by)}"
     yield "Helvetica", "Confirmed by " + ", ".join(certified.cosigners)
     yield "Helvetica", ""
     yield "Helvetica-Bold", "Documents"
     for size, sha256 in certified.documents[:documents_listed_max]:
-        yield "Courier", f"SHA-256 {sha256.hex()}  {size} bytes"
+        yield "Courier", f"SHA-256 {sha256.hex()}  {size:,} bytes"
     if len(certified.documents) > documents_listed_max:
         yield "Helvetica", f"and {len(certified.documents) - documents_listed_max} more, in the attached file"
     yield "Helvetica", ""
-    yield "Helvetica-Bold", "Signed by the nodes that held them"
-    for name, receipt in zip(certified.nodes, certified.receipts, strict=True):
+    receipts = sorted(zip(certified.nodes, certified.receipts, strict=True), key=lambda pair: pair[0])
+    holders = len(receipts) + len(certified.missing)
+    yield "Helvetica-Bold", f"Signed by {len(receipts)} of {holders} nodes that held {'it' if count == 1 else 'them'}"
+    for name, receipt in receipts:
         held = "no shard" if receipt.shard is None else f"shard {receipt.shard}"
-        yield "Helvetica", f"{name}: {held} and {receipt.keys} wrapped key(s) destroyed, {moment(receipt.at)}"
+        keys = "1 wrapped key" if receipt.keys == 1 else f"{receipt.keys} wrapped keys"
+        yield "Helvetica", f"{name}: {held} and {keys} destroyed, {moment(receipt.at)}"
     if certified.missing:
         yield "Helvetica", "No receipt yet from: " + ", ".join(certified.missing)
     yield "Helvetica", ""
     for text in _NOTES:
         yield "Helvetica", text
-
-
-def _foot(canvas: Canvas, made: int) -> None:
-    canvas.setFillColor(grey)
-    canvas.setFont("Helvetica", 8)
-    canvas.drawString(
-        margin, margin - 20, f"Made {moment(made)} by medshard certificate. The attached {certificate_name} counts, not this page."
-    )
 
 
 _NOTES: Final[Sequence[str]] = (

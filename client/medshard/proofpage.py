@@ -18,6 +18,7 @@ from reportlab.lib.pagesizes import A4
 from reportlab.lib.utils import simpleSplit
 from reportlab.pdfgen.canvas import Canvas
 
+from medshard.paper import latin
 from medshard.prooffile import genesis_name, proof_name
 from medshard_protocol.documentproof import Proven
 
@@ -138,11 +139,6 @@ def _qr(canvas: Canvas, text: str, x: float, y: float) -> None:
             if dark:
                 path.rect(x + column * side, y + (len(rows) - 1 - number) * side, side, side)
     canvas.drawPath(path, stroke=0, fill=1)
-
-
-def latin(text: str) -> str:
-    """The built-in fonts know Latin-1; another letter of an institution's name is shown as a question mark."""
-    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def _compress(attachment: Any) -> None:

@@ -345,6 +345,10 @@ class Vault:
         tag = self.keys.row_tag(sha256)
         return next(iter([*self._index.by_tag(tag), *self._index.by_tag(tag, received=True)]), None)
 
+    def documents_in(self, file_id: bytes) -> list[Row]:
+        """What the local index knows to lie in an own object: one file, or the members of a pack in order."""
+        return self._index.by_file(file_id)
+
     async def info(self, sha256: bytes) -> Info:
         """What is known of one file."""
         (target,) = await self._lookup.targets([sha256])

@@ -18,8 +18,12 @@ from medshard import Vault
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
+from medshard.model import HolderReport
+from medshard.paper import latin
 from medshard.reports import Bars, Report, Reports, Table
+from medshard.reports.making import _holders
 from medshard.reports.pages import pdf
+from medshard_protocol.errors import Refused
 
 passphrase = "three words suffice"
 
@@ -47,7 +51,8 @@ async def test_an_access_review_names_readers_and_purposes(trial: LocalConsortiu
     (stored,) = (await vault.put([tmp_path / "policy"])).stored
     async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
         await insurer.shares.publish_key()
-        vault.contacts.add("Insurer =1+1", insurer.keys.public)
+        insurer_key = insurer.keys.public
+        vault.contacts.add("Insurer =1+1", insurer_key)
         await vault.shares.share([stored.sha256], insurer.keys.public)
         await insurer.get(stored.sha256, tmp_path / "back", purpose=2)
         (tmp_path / "other").write_bytes(os.urandom(30_000))
@@ -59,7 +64,14 @@ async def test_an_access_review_names_readers_and_purposes(trial: LocalConsortiu
     (line,) = [row for row in report.tables[0].rows if row[1] == "read"]
     assert line[2] == "Insurer =1+1"
     assert line[4] == "insurance"
+    assert line[5] == stored.sha256.hex()
     assert {row[1] for row in report.tables[0].rows} == {"registered", "granted", "read"}
+    await vault.shares.revoke([stored.sha256], insurer_key)
+    async with Vault.open(trial.folder / "insurer", passphrase) as insurer:
+        with pytest.raises(Refused):
+            await insurer.get(stored.sha256, tmp_path / "again")
+    later = (await Reports(vault).access(now - 3600, now + 3600)).tables[0]
+    assert (later.urgent, later.rows[0][1]) == (1, "tried to read without a right")
     assert (await Reports(vault).access(now - 7200, now - 3600)).tables[0].rows == ()
     table = list(csv.reader(io.StringIO(report.as_csv())))
     assert tuple(table[0]) == report.tables[0].columns
@@ -84,6 +96,7 @@ async def test_integrity_shows_what_is_gone(trial: LocalConsortium, vault: Vault
     ((sha256, margin, holders),) = broken.tables[0].rows
     assert (sha256, margin) == (stored.sha256.hex(), "2")
     assert "hospital-03: damaged" in holders
+    assert broken.tables[0].urgent == 1
     data[1000] ^= 1
     shard.write_bytes(data)
 
@@ -117,6 +130,47 @@ def test_names_are_text_and_never_markup() -> None:
     assert "'=cmd()" in report.as_csv()
 
 
+def test_pages_are_numbered_and_no_word_of_a_heading_is_broken() -> None:
+    columns = ("time (UTC)", "what", "who", "institution", "purpose", "documents (sha256)", "under", "to or from", "reason", "entry")
+    who = "Prof. Dr. Wolfgang-Amadeus von Hohenlohe-Schillingsfürst, 서울대학교병원"
+    row = (
+        "2026-11-21 17:13:39",
+        "read",
+        who,
+        "hospital-01",
+        "patient-request",
+        "ab" * 32,
+        "grant 4711",
+        who,
+        "sealed to the auditors",
+        "2770",
+    )
+    told = text_of(
+        pdf(Report("access", "Access review", 1, "x", (), (Table("What", columns, (row,) * 80, 1),), (Bars("who", ((who, 1),)),)))
+    )
+    assert "page 1 of 4" in told
+    lines = told.replace("\u00a0", " ").splitlines()
+    for word in ("institution", "hospital-01", "patient-request", "entry", "2026-11-21 17:13:39", "abababababababab…"):
+        assert any(word in line for line in lines), word
+    assert "서울대학교병원" in told.replace("\n", "")
+    assert "…" in told
+
+
+def test_letters_that_the_fonts_lack_are_shown_plain() -> None:
+    assert latin("5c1e… – Łódź, Škoda, Ζ") == "5c1e… – Lódz, Škoda, ?"
+
+
+def test_a_report_names_those_who_said_the_same_together() -> None:
+    def holder(node: str, state: str, detail: str = "") -> HolderReport:
+        return HolderReport(node, node, 0, state, detail=detail)  # type: ignore[arg-type]
+
+    down = [holder(node, "unreachable", f"{node}: cannot connect") for node in ("a", "b")]
+    assert (
+        _holders([*down, holder("c", "proven"), holder("d", "damaged", "cell 3")])
+        == "a, b: unreachable (cannot connect); d: damaged (cell 3)"
+    )
+
+
 def test_the_commands_write_files(trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("MEDSHARD_HOME", str(trial.vault_home))
     monkeypatch.chdir(tmp_path)
@@ -128,5 +182,8 @@ def test_the_commands_write_files(trial: LocalConsortium, tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["kind"] == "restore-drill"
     assert main(["report", "keys"]) == Exit.OK
     assert main(["report", "keys", "-o", "keys.docx"]) == Exit.USAGE
+    for command in ("prove", "certificate"):
+        assert main([command, "00" * 32, "-o", "page.pdf"]) == Exit.USAGE
+    assert not (tmp_path / "page.pdf").exists()
     assert main(["report", "access", "--from", "2026-02-01", "--to", "2026-01-01"]) == Exit.USAGE
     assert main(["report", "access", "--from", "yesterday"]) == Exit.USAGE

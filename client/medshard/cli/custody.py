@@ -15,7 +15,7 @@ import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit
-from medshard.cli.options import Session, examples, run, sha256, shared
+from medshard.cli.options import Session, examples, no_pdf, run, sha256, shared
 from medshard.cli.sharing import until
 from medshard.text import last_day, shown
 from medshard_protocol.errors import Absent, Malformed
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from medshard.vault import Vault
 
 _hashes = click.argument("hashes", nargs=-1, required=True, type=sha256, metavar="SHA256...")
+_json_path = click.Path(dir_okay=False, path_type=Path)
 _yes = click.option("-y", "--yes", is_flag=True, help="Do not ask first.")
 
 
@@ -169,7 +170,7 @@ def _end(session: Session, hashes: tuple[bytes, ...], yes: bool, *, erase: bool)
     epilog=examples("medshard certificate 3b1f…", "medshard certificate 3b1f… -o gone.json --pdf gone.pdf", "medshard certificate --all")
 )
 @click.argument("digest", type=sha256, required=False, metavar="[SHA256]")
-@click.option("-o", "--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Where it goes [SHA256.destroyed.json].")
+@click.option("-o", "--output", "target", type=_json_path, callback=no_pdf, help="Where it goes [SHA256.destroyed.json].")
 @click.option("--pdf", type=click.Path(dir_okay=False, path_type=Path), help="Pages to print, with the certificate attached to the PDF.")
 @click.option("--all", "everything", is_flag=True, help="List all that this vault has destroyed instead.")
 @shared

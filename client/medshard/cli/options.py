@@ -106,6 +106,13 @@ def sha256(text: str) -> bytes:
     return bytes.fromhex(digits)
 
 
+def no_pdf(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a name that promises pages where something for programs is written."""
+    if value is not None and value.suffix.lower() == ".pdf":
+        raise click.BadParameter("for pages to print say --pdf FILE.pdf")
+    return value
+
+
 def tag(text: str) -> tuple[str, str]:
     """Parse NAME=VALUE."""
     from medshard.model import check_attributes

@@ -13,12 +13,13 @@ import click
 
 from medshard.cli import output
 from medshard.cli.exits import Exit
-from medshard.cli.options import Session, examples, run, sha256, shared
+from medshard.cli.options import Session, examples, no_pdf, run, sha256, shared
 from medshard.text import shown
 
 if TYPE_CHECKING:
     from medshard.prooffile import Verdict
 
+_target = click.Path(dir_okay=False, path_type=Path)
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -28,8 +29,8 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
     )
 )
 @click.argument("digest", type=sha256, metavar="SHA256")
-@click.option("-o", "--output", "target", type=click.Path(dir_okay=False, path_type=Path), help="Where the proof goes [SHA256.tlog-proof].")
-@click.option("--pdf", type=click.Path(dir_okay=False, path_type=Path), help="A page to print, with the proof attached to the PDF.")
+@click.option("-o", "--output", "target", type=_target, callback=no_pdf, help="Where the proof goes [SHA256.tlog-proof].")
+@click.option("--pdf", type=_target, help="A page to print, with the proof attached to the PDF.")
 @shared
 def prove(session: Session, digest: bytes, target: Path | None, pdf: Path | None) -> int:
     """Make a proof that anybody can check offline: this document was registered, by this vault, in this consortium's ledger.

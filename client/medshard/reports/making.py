@@ -9,23 +9,26 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from cryptography.x509 import load_der_x509_certificate
 
 from medshard.grants import Happened
-from medshard.model import OnProgress, Progress, Row, VerifyReport
+from medshard.model import HolderReport, OnProgress, Progress, Row, VerifyReport
 from medshard.reports.model import Bars, Report, Table, moment
 from medshard.restoring import Nowhere
 from medshard.vault import Vault
 from medshard_protocol.errors import MedshardError
+from medshard_protocol.ids import FileId
 
 day_s: Final = 86_400
 soon_s: Final = 60 * day_s  # a certificate that runs out within this is worth a line
 emergency: Final = "read in an emergency"
-reading: Final = ("read", emergency, "tried to read without a right")
+trespass: Final = "tried to read without a right"
+reading: Final = ("read", emergency, trespass)
 tops: Final = 12  # bars in a chart
+listed_max: Final = 200  # documents that one line names
 
 
 class Reports:
@@ -37,16 +40,18 @@ class Reports:
     async def access(self, start: int, end: int, progress: OnProgress | None = None) -> Report:
         """Who read this vault's files, or was given or lost the right to, from ``start`` to before ``end`` (Unix seconds).
 
-        The whole log is read and its root computed, so no node can leave anything out. Emergency reads come first.
+        The whole log is read and its root computed, so no node can leave anything out. Emergency reads come first, then those that had no
+        right.
         """
-        own = self._vault.file_ids() | {ended.file_id for ended in self._vault.custody.all_ended()}
+        gone = {ended.file_id: [digest for _, digest in ended.documents] for ended in self._vault.custody.all_ended()}
+        own = {FileId(each) for each in self._vault.file_ids()} | gone.keys()
         everything = await self._vault.shares.audit(None, progress)
         happened = [each for each in everything if start <= each.time < end and own.intersection(each.file_ids)]
-        happened.sort(key=lambda each: (each.what != emergency, each.index))
+        happened.sort(key=lambda each: (each.what != emergency, each.what != trespass, each.index))
         reads = [each for each in happened if each.what in reading]
         others = [each for each in reads if self._vault.keys.of(each.author) is None]
         emergencies = sum(each.what == emergency for each in reads)
-        refused = sum(each.what == "tried to read without a right" for each in reads)
+        refused = sum(each.what == trespass for each in reads)
         facts = (
             ("entries about this vault's files", str(len(happened))),
             ("reads announced", str(len(reads))),
@@ -55,8 +60,10 @@ class Reports:
             ("without a right (nodes refuse these)", str(refused)),
             ("entries of the whole log that were read", str(max((each.index for each in everything), default=-1) + 1)),
         )
-        columns = ("time (UTC)", "what", "who", "institution", "purpose", "files", "under", "to or from", "reason", "entry")
-        table = Table("What happened, emergencies first", columns, tuple(map(self._line, happened)))
+        columns = ("time (UTC)", "what", "who", "institution", "purpose", "documents (sha256)", "under", "to or from", "reason", "entry")
+        lines = tuple((*self._line(each)[:5], self._documents(each, own, gone), *self._line(each)[5:]) for each in happened)
+        title = "What happened: reads in emergencies first, then those without a right"
+        table = Table(title, columns, lines, emergencies + refused)
         by_day = Counter(moment(each.time)[:10] for each in reads)
         charts = (
             Bars("Reads by day", tuple((day, float(count)) for day, count in sorted(by_day.items())[-31:])),
@@ -67,7 +74,7 @@ class Reports:
             "access",
             "Access review",
             int(time.time()),
-            f"{moment(start)} to {moment(end)} UTC",
+            _period(start, end),
             facts,
             (table,),
             charts,
@@ -90,21 +97,27 @@ class Reports:
             ("objects of this vault", str(len(rows))),
             ("asked about now", str(len(found))),
             ("with every shard proven", str(whole)),
-            ("least margin (shards that may still be lost)", str(min((each.margin for each in found), default=0))),
+            ("least margin (proven shards beyond those that a restore needs)", str(min((each.margin for each in found), default=0))),
             ("shards proven", str(states["proven"])),
+            ("shards unproven (the ledger had no quorum)", str(states["unproven"])),
             ("shards damaged, missing or unreachable", str(sum(states.values()) - states["proven"] - states["unproven"])),
+            *_audit_facts(found),
         )
         worst = sorted((each for each in found if not each.ok), key=lambda each: each.margin)
         lines = tuple(
             (
                 each.sha256.hex(),
                 str(each.margin),
-                "; ".join(f"{h.node}: {h.state}{f' ({h.detail})' if h.detail else ''}" for h in each.holders if h.state != "proven"),
+                _holders(each.holders),
             )
             for each in worst
         )
-        moved = await self._moved(chosen)
-        tables = (Table("Objects that are not whole, the worst first", ("sha256", "margin", "holders"), lines), moved)
+        columns = ("sha256", "margin", "holders")
+        tables = (
+            Table("Objects that are not whole, the worst first", columns, lines, len(lines)),
+            _audits(found),
+            await self._moved(chosen),
+        )
         charts = (
             Bars("Shards by state", _top(states)),
             Bars(
@@ -129,7 +142,7 @@ class Reports:
                 outcome, failed = str(error), failed + 1
             took = time.monotonic() - started
             times.append(took)
-            lines.append((row.sha256.hex(), str(row.size), f"{took:.3f}", f"{row.size / took / 1e6:.1f}", outcome))
+            lines.append((row.sha256.hex(), str(row.size), f"{took:.3f}", _rate(row.size / took), outcome))
             if progress:
                 progress(Progress(number, len(chosen), "files", row.sha256.hex()[:16]))
         total = sum(row.size for row in chosen)
@@ -137,7 +150,7 @@ class Reports:
             ("files of this vault", str(len(rows))),
             ("read and compared", str(len(chosen))),
             ("that came back whole", str(len(chosen) - failed)),
-            ("bytes", str(total)),
+            ("bytes", f"{total:,}"),
             ("seconds, all together", f"{sum(times):.2f}"),
             ("seconds, the slowest", f"{max(times, default=0.0):.3f}"),
         )
@@ -161,7 +174,7 @@ class Reports:
         deposited = Escrow(vault).deposited()
         facts = (
             ("this vault's key", vault.keys.public.hex()),
-            ("certificate valid until", moment(runs_out)),
+            ("certificate valid until", f"{moment(runs_out)} UTC"),
             ("shares of the root key with custodians", str(max((len(rows) for rows in deposited.values()), default=0))),
             ("grants that stand", str(len(standing))),
             ("of these without an end", str(len(endless))),
@@ -189,13 +202,16 @@ class Reports:
     # -- parts
 
     async def _moved(self, rows: Sequence[Row]) -> Table:
-        """Repairs, as the ledger tells of them."""
-        lines = []
-        for row in rows[:1000]:
-            for each in await self._vault.shares.log(row.sha256) if len(rows) <= 200 else ():
-                if each.what == "shard moved":
-                    lines.append((moment(each.time), row.sha256.hex(), each.institution or each.author.hex()[:16], str(each.index)))
-        return Table("Shards that were moved or made again", ("time (UTC)", "sha256", "by", "entry"), tuple(lines))
+        """Repairs of these objects, as the whole ledger tells of them."""
+        hashes = {row.file_id: row.sha256.hex() for row in rows}
+        lines = tuple(
+            (moment(each.time), hashes[file_id], each.institution or each.author.hex()[:16], str(each.index))
+            for each in await self._vault.shares.audit(None)
+            if each.what == "shard moved"
+            for file_id in each.file_ids
+            if file_id in hashes
+        )
+        return Table("Shards that were moved or made again", ("time (UTC)", "sha256", "by", "entry"), lines)
 
     def _line(self, each: Happened) -> tuple[str, ...]:
         grant = f"grant {each.grant_index}" if each.grant_index >= 0 else ""
@@ -208,12 +224,21 @@ class Reports:
             self._who(each),
             each.institution,
             each.purpose,
-            str(len(each.file_ids)),
             grant,
             other,
             reason,
             str(each.index),
         )
+
+    def _documents(self, each: Happened, own: set[FileId], gone: Mapping[FileId, Sequence[bytes]]) -> str:
+        """The documents of this vault that an entry is about, by their hashes; of a pack the first, with how many more lie in it."""
+        told = []
+        for file_id in (FileId(each_id) for each_id in each.file_ids if each_id in own):
+            hashes = gone.get(file_id) or [row.sha256 for row in self._vault.documents_in(file_id)]
+            if hashes:
+                told.append(hashes[0].hex() + (f" (and {len(hashes) - 1} more in one pack)" if len(hashes) > 1 else ""))
+        rest = len(told) - listed_max
+        return "; ".join(told[:listed_max]) + (f"; and {rest} more" if rest > 0 else "")
 
     @staticmethod
     def _who(each: Happened) -> str:
@@ -223,6 +248,46 @@ class Reports:
 def _one_of_each(rows: Iterable[Row]) -> list[Row]:
     """One row for each object: its holders are the same for all members of a pack."""
     return list({row.file_id: row for row in rows}.values())
+
+
+def _rate(bytes_per_second: float) -> str:
+    """In MB/s."""
+    return f"{bytes_per_second / 1e6:.1f}" if bytes_per_second >= 1e5 else "<0.1"
+
+
+def _period(start: int, end: int) -> str:
+    if start % day_s or end % day_s:
+        return f"{moment(start)} to {moment(end)} UTC"
+    return f"{moment(start)[:10]} to {moment(end - 1)[:10]}, days in UTC"
+
+
+def _holders(holders: Sequence[HolderReport]) -> str:
+    """What each holder said that did not prove its shard; those that said the same together."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for each in holders:
+        if each.state != "proven":
+            said.setdefault((each.state, each.detail.removeprefix(f"{each.node}: ")), []).append(each.node)
+    return "; ".join(f"{', '.join(nodes)}: {state}{f' ({why})' if why else ''}" for (state, why), nodes in said.items())
+
+
+def _audit_facts(found: Sequence[VerifyReport]) -> tuple[tuple[str, str], ...]:
+    audits = [audit for each in found for audit in each.audits]
+    if not audits:
+        return (("results of holders' own audits of each other", "none yet"),)
+    bad = sum(audit.is_bad for audit in audits)
+    last = moment(max(audit.checked for audit in audits))
+    return (("results of holders' own audits of each other", f"{len(audits)}, of these {bad} bad, the last {last} UTC"),)
+
+
+def _audits(found: Sequence[VerifyReport]) -> Table:
+    columns = ("sha256", "holder", "shard", "verdict", "by", "since (UTC)", "last checked (UTC)")
+    lines = tuple(
+        (each.sha256.hex(), audit.node, str(audit.shard), audit.verdict, audit.auditor, moment(audit.since), moment(audit.checked))
+        for each in found
+        for audit in each.audits
+        if audit.is_bad
+    )
+    return Table("What holders have found wanting of each other", columns, lines, len(lines))
 
 
 def _top(counts: Counter[Any]) -> tuple[tuple[str, float], ...]:

@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a heading. Cells are text."""
+    """Rows under a heading. Cells are text. The first rows, ``urgent`` of them, want somebody's attention."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    urgent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
