@@ -12,11 +12,13 @@ import ssl
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from medshard_protocol.identity import to_pem
+from medshard_protocol.roster import Roster
 
 
 def context_for(
@@ -37,6 +39,19 @@ def context_for(
         with _as_file(secret + to_pem(certificate).encode()) as path:
             context.load_cert_chain(path)
     return context
+
+
+@dataclass
+class Shown:
+    """What nodes know an open vault by; another after its keys were rotated."""
+
+    certificate: bytes
+    signing: Ed25519PrivateKey
+
+    def contexts(self, roster: Roster) -> dict[int, ssl.SSLContext]:
+        """For the nodes of each institution, by its place in the roster."""
+        each = enumerate(roster.institutions)
+        return {number: context_for(of.ca, self.certificate, self.signing, former=of.former) for number, of in each}
 
 
 def unverified_context() -> ssl.SSLContext:

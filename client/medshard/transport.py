@@ -46,6 +46,11 @@ class Net:
         self._session: aiohttp.ClientSession | None = None
         self.adopt(roster, contexts)
 
+    def show(self, certificate: bytes, contexts: Mapping[int, ssl.SSLContext]) -> None:
+        """Be known by this certificate from the next request on."""
+        self._certificate = certificate
+        self.adopt(self.roster, contexts)
+
     def adopt(self, roster: Roster, contexts: Mapping[int, ssl.SSLContext]) -> None:
         """Go by this roster from the next request on; ``contexts`` by place of the institution in it."""
         self.roster = roster

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import chain
@@ -42,11 +41,12 @@ from medshard.proving import Prover
 from medshard.putting import Code, Putter
 from medshard.query import Query
 from medshard.ranges import Ranges, Span
+from medshard.rekeying import rekeying, through
 from medshard.restoring import Restore, Target
 from medshard.scratch import remove_left
 from medshard.shares import Shares, copy_mark, copy_shared
 from medshard.source import hash_file
-from medshard.tls import context_for
+from medshard.tls import Shown
 from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.documentproof import DocumentProof, Proven
@@ -71,10 +71,18 @@ class Vault:
 
     def __init__(self, home: Home, keys: VaultKeys, net: Net, index: Index) -> None:
         self.home = home
-        self.keys = keys
         self.contacts = Contacts(home.contacts, keys.at_home.index)
         self._net = net
         self._index = index
+        self._shown: Shown | None = None
+        self._earlier: list[Ranges] = []  # under earlier keys
+        self.links = Desk(self, index)
+        self._compose(keys)
+
+    def _compose(self, keys: VaultKeys) -> None:
+        """Have all parts that sign or open anything work with these keys."""
+        home, net, index = self.home, self._net, self._index
+        self.keys = keys
         self._ledger = LedgerClient(net, keys)
         self._lookup = Lookup(net, keys, index, self._ledger)
         anew = Anew(net, keys, index, self._ledger, self._lookup, home.folder, self._restore_for_sharing)
@@ -84,7 +92,6 @@ class Vault:
         self._lookup.fate = self.custody.fate
         self.shares.gone = lambda sha256: [each.file_id for each in self.custody.all_ended(sha256)]
         self.keepers = Keepers(net, keys, self._ledger)
-        self.links = Desk(self, index)
         self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
         self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)
 
@@ -119,8 +126,18 @@ class Vault:
         if files.sender.exists():
             raise Refused(f"{home} only sends: it holds no key that reads", hint="`medshard put` works here; read from the vault.")
         keys = await asyncio.to_thread(open_key_file, files.key_file, passphrase)
-        async with cls.opened(files, keys) as vault:
+        async with cls.opened(files, keys) as vault, rekeying(vault, passphrase):
             yield vault
+
+    def succeed(self, keys: VaultKeys, certificate: bytes) -> None:
+        """Go on under these keys, which have come after the present ones. What is under way ends as it began."""
+        assert self._shown is not None, "opened"
+        self._shown.certificate, self._shown.signing = certificate, keys.signing
+        self._net.show(certificate, self._shown.contexts(self._net.roster))
+        before, reached = self.ranges, self._ledger.reached
+        self._earlier.append(before)
+        self._compose(keys)
+        self.ranges.blocks, self._ledger.reached = before.blocks, reached
 
     @classmethod
     @asynccontextmanager
@@ -129,20 +146,19 @@ class Vault:
         roster, certificate = files.roster(), files.certificate_bytes()
         remove_left(files.folder)
 
-        def contexts(roster: Roster) -> dict[int, ssl.SSLContext]:
-            own = {number: (each.ca, each.former) for number, each in enumerate(roster.institutions)}
-            return {number: context_for(ca, certificate, keys.signing, former=former) for number, (ca, former) in own.items()}
-
+        shown = Shown(certificate, keys.signing)
         index = Index(index_path or files.index, keys.at_home.index)
         try:
-            async with Net(roster, contexts(roster), certificate) as net, following(files, net, contexts):
+            async with Net(roster, shown.contexts(roster), certificate) as net, following(files, net, shown.contexts):
                 known = index.journal_get(health_slot) or b""
                 net.health.recall(known)
                 vault = cls(files, keys, net, index)
+                vault._shown = shown
                 try:
                     yield vault
                 finally:
-                    await vault.ranges.close()
+                    for ranges in (*vault._earlier, vault.ranges):
+                        await ranges.close()
                     if (notes := net.health.notes()) != known:
                         with contextlib.suppress(sqlite3.Error):  # a full disk, say: of no importance beside what was done
                             index.journal_put(health_slot, notes)
@@ -249,17 +265,18 @@ class Vault:
 
     async def read(self, sha256: bytes, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
         """``length`` bytes from ``offset`` of one file, by reading only the stripes they lie in. Fewer at the end of the file."""
-        return await self.ranges.read(await self.ranges.find(sha256), offset, offset + length, purpose=purpose)
+        span = await self.ranges.find(sha256)
+        return await through(self, lambda: self.ranges.read(span, offset, offset + length, purpose=purpose))
 
     async def announce(self, file_ids: Sequence[bytes], purpose: int = Purpose.UNSPECIFIED) -> None:
         """Announce reads of these objects in as few ledger entries as can be; nothing where they were, minutes ago. Raises as ``get``."""
         await self._append_pending()
-        await self._reader.tickets.announce([FileId(file_id) for file_id in file_ids], purpose)
+        await through(self, lambda: self._reader.tickets.announce([FileId(file_id) for file_id in file_ids], purpose))
 
     async def record(self, file_ids: Sequence[bytes], purpose: int) -> None:
         """Write a read of these objects into the ledger, even if one was announced minutes ago. Raises as ``get``."""
         await self._append_pending()
-        await self._reader.tickets.renew([FileId(file_id) for file_id in dict.fromkeys(file_ids)], purpose)
+        await through(self, lambda: self._reader.tickets.renew([FileId(file_id) for file_id in dict.fromkeys(file_ids)], purpose))
 
     async def object(self, file_id: bytes) -> Opened:
         """An own object with its open header, by its file id. Raises Absent."""
@@ -267,7 +284,8 @@ class Vault:
 
     async def read_object(self, opened: Opened, offset: int, length: int, purpose: int = Purpose.UNSPECIFIED) -> bytes:
         """Bytes of an object's whole plaintext (for a pack, of its members back to back), by reading only the stripes they lie in."""
-        return await self.ranges.read(Span(opened, 0, opened.header.size), offset, offset + length, purpose=purpose)
+        span = Span(opened, 0, opened.header.size)
+        return await through(self, lambda: self.ranges.read(span, offset, offset + length, purpose=purpose))
 
     def rows_of(self, file_id: bytes) -> list[Row]:
         """What the local index says of one own object: a file, or the members of a pack in order."""
