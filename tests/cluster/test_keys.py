@@ -324,8 +324,9 @@ async def test_what_only_sends_stores_for_its_vault_and_reads_nothing_back(trial
         report = await scanner.put([tmp_path / f"scan-{number}" for number in range(3)], tags={"room": "3"})
         hashes = [each.sha256 for each in report.stored]
         assert sorted(hashes) == sorted(sha256(content).digest() for content in contents)
-        assert "only sends" in await refused(scanner._vault.get(hashes[0], tmp_path / "back"))  # though it has the key in memory still
-        size = scanner._vault._ledger.reached
+        with scanner._draw() as drawn:
+            assert "only sends" in await refused(drawn._reader.tickets.announce([FileId(report.stored[0].file_id)], 0))
+        size = max(each.ledger_index for each in report.stored) + 2  # the grant comes after them
     assert {path.name for path in home.folder.iterdir()} == {"sender.key", "certificate.der", "genesis.medshard", "rosters"}
     assert "only sends" in await refused(Vault.open(home.folder, passphrase).__aenter__())
     await heard_everywhere(trial, size)
@@ -348,8 +349,8 @@ async def test_what_only_sends_stores_for_its_vault_and_reads_nothing_back(trial
         await reader.shares.sync()
         await reader.get(hashes[0], tmp_path / "bens")
     async with sender.opened(home) as scanner:  # a later run has not even the key of what was sent
-        with pytest.raises(Damaged):
-            scanner._vault._lookup.open(manifest, None)  # type: ignore[arg-type]
+        with pytest.raises(Damaged), scanner._draw() as drawn:
+            drawn._lookup.open(manifest, None)  # type: ignore[arg-type]
         (tmp_path / "later").write_bytes(b"later")
     await rotation.rotate(Home(owner), passphrase, trial.invite("hospital-01"), fast_kdf=True)
     async with Vault.open(owner, passphrase) as vault:
