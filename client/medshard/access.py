@@ -2,8 +2,9 @@
 
 A read begins with an ACCESS entry in the ledger; its place there is the ticket that goes with every request for shards. One entry speaks
 for up to 48 files and for ten minutes. A holder that has not heard of the entry yet is shown the proof once; a ticket that it calls expired
-is replaced once. When the ledger has no quorum, an identity that the roster marks for emergencies may show a signed entry with a sealed
-reason instead; it is kept here too, and appended as soon as the ledger is back.
+is replaced once, and so is one of an earlier read that it refuses: a right that was given since needs an entry after it. When the ledger
+has no quorum, an identity that the roster marks for emergencies may show a signed entry with a sealed reason instead; it is kept here too,
+and appended as soon as the ledger is back.
 
 Law: nothing here decides who may read. The nodes do, each by its own mirror, and what a node refuses is told to the user in its words.
 """
@@ -51,6 +52,7 @@ show_timeout_s: Final = 3.0
 emergency_wait_s: Final = 30.0  # nodes want 10 s of silence from the ledger before they serve without it
 emergency_pause_s: Final = 0.5
 
+not_then: Final = frozenset({Reason.UNREGISTERED, Reason.NEVER_GRANTED, Reason.REVOKED, Reason.ENDED})  # and perhaps now
 tries_max: Final = 2  # how often one request is asked again
 
 Work: TypeAlias = Callable[[Net, frozenset[FileId]], Awaitable[None]]  # reads these files over this net
@@ -84,7 +86,10 @@ class Tickets:
         await self._append(fresh, purpose)
         if any(len(self.held(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
             await self._append(distinct, purpose)
-        return [Pass(self, self._net, frozenset(part), purpose, self.held(part, purpose)) for part in parts]
+        kept = frozenset(distinct) - frozenset(fresh)
+        return [
+            Pass(self, self._net, frozenset(part), purpose, self.held(part, purpose), reused=not kept.isdisjoint(part)) for part in parts
+        ]
 
     async def renew(self, file_ids: Collection[FileId], purpose: int) -> list[Ticket]:
         """Announce again, whatever is held."""
@@ -94,6 +99,11 @@ class Tickets:
     def expire(self) -> None:
         """Hold no tickets any more: the next read is announced anew."""
         self._held.clear()
+
+    def forget(self, file_ids: Collection[FileId], purpose: int) -> None:
+        """What was announced of these was refused: the next read of them is announced anew."""
+        for file_id in file_ids:
+            self._held.pop((file_id, purpose), None)
 
     def holds(self, file_id: FileId, purpose: int) -> bool:
         """Whether a read of this file is announced, and still good."""
@@ -124,8 +134,11 @@ class Tickets:
 class Pass:
     """What one read shows to the holders of its files, and what can be done when one of them objects."""
 
-    def __init__(self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], purpose: int, tickets_held: Sequence[Ticket]) -> None:
+    def __init__(
+        self, tickets: Tickets, net: Net, file_ids: frozenset[FileId], purpose: int, tickets_held: Sequence[Ticket], *, reused: bool = False
+    ) -> None:
         self.file_ids = file_ids
+        self._reused = reused  # by an earlier read: what is refused for its tickets may be granted since
         self.refusals: dict[NodeId, MedshardError] = {}
         self.within_reach = False  # a holder says that the ledger is: of interest in an emergency
         self._tickets = tickets
@@ -160,7 +173,7 @@ class Pass:
     async def helped(self, node: Node, error: MedshardError, tries: int) -> bool:
         """Whether it is worth while to ask again what this holder objected to for the ``tries``th time."""
         reason = reason_in(str(error)) if tries <= tries_max else None
-        if reason is Reason.EXPIRED:
+        if reason is Reason.EXPIRED or (self._reused and tries == 1 and reason in not_then):
             if self._renewing is None:
                 self._renewing = asyncio.create_task(self._renew())
             await asyncio.shield(self._renewing)
@@ -182,6 +195,10 @@ class Pass:
         reason = max(set(said), key=said.count)
         hint = next(why.hint for node, why in self.refusals.items() if without_name(self._net.holder(node), why) == reason)
         return Refused(f"{len(said)} nodes refuse this read: {reason}", hint=hint)
+
+    def forget(self) -> None:
+        """Show these tickets to nobody any more, now that holders have refused the read."""
+        self._tickets.forget(self.file_ids, self._purpose)
 
     def _note(self, node: Node, error: MedshardError) -> None:
         if isinstance(error, Refused):
@@ -336,6 +353,8 @@ class Reader:
         try:
             await work(Admitted(self._net, shown), shown.file_ids)
         except MedshardError as error:
+            if shown.refusals:
+                shown.forget()
             raise shown.explained(error) from None
 
     def _emergency_passes(self, file_ids: Sequence[FileId], reason: str) -> list[EmergencyPass]:

@@ -171,6 +171,17 @@ async def test_a_refusal_that_nothing_changes_is_told_in_the_holders_words(world
     assert world.shown == []
 
 
+async def test_a_ticket_of_an_earlier_read_that_is_refused_is_replaced_once_for_a_right_that_is_new(world: World) -> None:
+    tickets = Tickets(world.net, world.ledger)
+    await tickets.announce(files(1), 0)
+    (shown,) = await tickets.announce(files(1), 0)
+    assert all(await asyncio.gather(*(shown.helped(node, said(Reason.NEVER_GRANTED), 1) for node in world.net.roster.nodes)))
+    assert len(world.entries) == 2
+    assert unpack_tickets(shown.headers()[access_header]) == (1,)
+    assert not await shown.helped(world.net.roster.nodes[0], said(Reason.NEVER_GRANTED), 2)
+    assert len(world.entries) == 2
+
+
 async def test_only_requests_of_an_admitted_read_carry_a_ticket(world: World) -> None:
     (shown,) = await Tickets(world.net, world.ledger).announce(files(1), 0)
     assert dict(world.net.shard_headers()) == {}
@@ -226,6 +237,14 @@ class Holders:
 
 def reader(world: World, kept: list[Entry]) -> Reader:
     return Reader(world.net, world.ledger, keys.public, kept.append)
+
+
+async def test_after_a_read_that_was_refused_the_next_one_is_announced_anew(world: World) -> None:
+    holders, reads = Holders(Reason.NEVER_GRANTED, None), reader(world, [])
+    with pytest.raises(Refused):
+        await reads.read(files(1), 0, None, holders)
+    await reads.read(files(1), 0, None, holders)
+    assert [unpack_tickets(header[access_header]) for header in holders.headers] == [(0,), (1,)]
 
 
 async def test_without_a_quorum_a_marked_identity_reads_by_a_signed_reason_that_is_kept_first(world: World) -> None:

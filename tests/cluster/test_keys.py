@@ -205,7 +205,6 @@ async def test_a_vault_with_new_keys_has_everything_and_the_old_key_nothing(tria
         assert "revoked" in await refused(reader.get(sha256(mine).digest(), tmp_path / "bens"))
         await vault.shares.share([sha256(mine).digest()], ben)  # a file of the old key, granted with the new one
         await reader.shares.sync()
-        reader.forget_tickets()
         await reader.get(sha256(mine).digest(), tmp_path / "bens")
         await reader.shares.share([sha256(theirs).digest()], before)  # whoever knows the old key reaches the vault
         (tmp_path / "new").write_bytes(theirs[::-1])
@@ -436,7 +435,6 @@ async def test_users_of_one_institution_have_files_of_their_own_and_share_them(t
         await refused_everywhere(klein, opened_)
         await weber.shares.share([digest], klein.keys.public)
         await klein.shares.sync()
-        klein.forget_tickets()
         await klein.get(digest, tmp_path / "back")
         await handed_in(trial, sign_withdrawal(trial, "hospital-01", klein.keys.public))
         klein.forget_tickets()
