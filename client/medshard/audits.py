@@ -6,6 +6,7 @@ Law: a report is its author's word, and shown as that. What is not signed by the
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final
 
 from medshard.model import Audited
@@ -18,9 +19,9 @@ from medshard_protocol.manifest import Manifest
 report_timeout_s: Final = 5.0
 
 
-async def audits_of(net: Net, manifest: Manifest) -> tuple[Audited, ...]:
-    """The latest results that the holders tell, by auditor and shard."""
-    told = await asyncio.gather(*(_told_by(net, manifest, ref.node) for ref in manifest.shards))
+async def audits_of(net: Net, manifest: Manifest, holders: Iterable[NodeId]) -> tuple[Audited, ...]:
+    """The latest results that these holders tell, by auditor and shard."""
+    told = await asyncio.gather(*(_told_by(net, manifest, node) for node in dict.fromkeys(holders)))
     return tuple(each for results in told for each in results)
 
 

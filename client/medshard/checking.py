@@ -41,9 +41,11 @@ async def verify_target(net: Net, target: Target, *, cells: bool = True) -> Veri
         again = {index: node for index, node in told.items() if index in asked and node != asked[index]}
         fresh = await asyncio.gather(*(_verify_holder(net, manifest, index, node, cells=cells) for index, node in again.items()))
         holders |= dict(zip(again, fresh, strict=True))
+        asked |= again
     proven = sum(1 for holder in holders.values() if holder.state == "proven")
     margin = proven - manifest.layout.k
-    return VerifyReport(target.sha256, tuple(holders.values()), proven == manifest.layout.n, margin, await audits_of(net, manifest))
+    audits = await audits_of(net, manifest, asked.values())
+    return VerifyReport(target.sha256, tuple(holders.values()), proven == manifest.layout.n, margin, audits)
 
 
 async def describe_target(net: Net, target: Target, row: Row) -> Info:
