@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.cluster.mending import File, Repairing, bring_back, put_whole, told, until
+from tests.cluster.repairers import rules_name
 
 from medshard import Vault
 from medshard.home import Home
@@ -245,7 +246,7 @@ async def test_a_repair_that_is_given_up_leaves_nothing_and_can_be_begun_again(t
     lost = file.shards()[2]
     trial.kill(file.holders[2])
     for name in trial.running:
-        trial.misbehave(name, do="dawdle", s=0.2)
+        trial.misbehave(name, do="dawdle", s=1.0)  # so that the command below comes in time on any machine
     path = f"/v1/repair/{file.id}"
     assert trial.ask(file.spare, file.spare, "POST", path, pack_wish(Wish()))[0] == 200
     await until(lambda: told(trial, file.spare, path)["done"] > 0, "the first sums have come")
@@ -256,6 +257,8 @@ async def test_a_repair_that_is_given_up_leaves_nothing_and_can_be_begun_again(t
     assert not file.is_at(file.spare)
     assert not list((trial.home(file.spare) / "data" / "tmp").iterdir())
     assert trial.ask(file.spare, file.spare, "DELETE", path)[0] == 404
+    for name in trial.running:
+        (trial.home(name) / rules_name).unlink()
     assert trial.repaired(file.spare, file.id)["state"] == "done"
     assert file.on_disk(file.spare).read_bytes() == lost
 

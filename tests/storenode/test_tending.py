@@ -19,7 +19,7 @@ from medshard_protocol.facts import Moved, Registration
 from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.messages import pack_error
-from medshard_protocol.repairorder import Link
+from medshard_protocol.repairorder import Link, Reason
 from storenode.config import RepairSection
 from storenode.metrics import Metrics
 from storenode.repairing import ground
@@ -296,6 +296,21 @@ async def test_what_a_replacement_sums_is_taken_out_of_its_bucket(tmp_path: Path
     finally:
         store.abandon(incoming)
         store.close()
+
+
+async def test_an_order_under_an_entry_that_no_quorum_has_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storenode.repairing.ground.wait_s", 0.02)
+    head, state = SimpleNamespace(checkpoint=SimpleNamespace(size=7)), SimpleNamespace(size=9)
+    ledger: Any = SimpleNamespace(published=head, state=state, journal=SimpleNamespace(news=asyncio.Event()))
+    assert [await ground.published(ledger, place) for place in (6, 7, 8)] == [True, False, False]
+    state.size = 6  # the fold is behind
+    assert not await ground.published(ledger, 6)
+    nothing: Any = None
+    helper = Helper(SimpleNamespace(id=nodes[1], ledger=ledger), nothing, nothing, Metrics(), Bucket(0))  # type: ignore[arg-type]
+    order: Any = SimpleNamespace(id=b"an order", move=7)
+    with pytest.raises(ground.Denied) as denied:
+        await helper._judge(order, b"", nothing)
+    assert denied.value.objection.reason is Reason.NO_MOVE
 
 
 async def test_a_helper_or_a_holder_has_a_shard_only_as_it_was_registered(tmp_path: Path) -> None:
