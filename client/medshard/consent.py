@@ -150,7 +150,7 @@ class Consents:
             own = self._vault.keys.of(request.asker) is not None  # under its present key or one before
             if own if not row.owner else request.asker == row.owner:
                 # Who was asked answers, and nobody else: this vault where others ask, and where it asks, whom it let read the request.
-                answerers = self._vault.shares.readers(row.file_id) if own else [self._vault.keys.public]
+                answerers = await self._asked(row) if own else [self._vault.keys.public]
                 answer, why, files = next((answers[row.sha256, each] for each in answerers if (row.sha256, each) in answers), ("", "", 0))
                 found.append(Request(request.sha256, request.asker, request.wish, request.at, answer, why, files))
         return sorted(found, key=lambda request: (request.at, request.sha256))
@@ -234,6 +234,11 @@ class Consents:
         return counted(await self.reads(purpose))
 
     # -- parts
+
+    async def _asked(self, row: Row) -> list[Key]:
+        """Whom this vault let read its request, and the keys that have succeeded theirs since."""
+        readers = self._vault.shares.readers(row.file_id)
+        return [key for reader in readers for key in (reader, *await self._vault.shares.successors(reader))]
 
     async def _open_request(self, sha256: bytes) -> Request:
         request = next((each for each in await self.requests() if each.sha256 == sha256), None)

@@ -112,6 +112,13 @@ class Shares:
         """Whom this vault lets read an object now, as far as it knows."""
         return [known.peer for known in self._index.grants(file_id) if known.given and not known.ended]
 
+    async def successors(self, key: Key) -> list[Key]:
+        """The keys that have come after another vault's, in order; empty where there are none, or nobody can be asked."""
+        try:
+            return await self._rights.heirs(key, fresh=False)
+        except MedshardError:
+            return []
+
     async def share_objects(
         self, file_ids: Sequence[bytes], reader: Key, *, until: int = 0, purpose: int = Purpose.UNSPECIFIED
     ) -> list[Shared]:

@@ -18,11 +18,12 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import generate_uid
 
-from medshard import Vault
+from medshard import Vault, rotation
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consent import Consents, Wish
 from medshard.consortium import LocalConsortium
+from medshard.home import Home
 from medshard.patients import export
 from medshard.policies.archive import Policies
 from medshard.policies.model import Terms
@@ -96,6 +97,35 @@ async def test_a_refusal_is_told_and_nothing_is_granted(vaults: tuple[Vault, Vau
     empty = await Consents(asker).ask(owner.keys.public, Wish(patient="nobody of that name"))
     with pytest.raises(Absent, match="no file"):
         await Consents(owner).approve(empty)
+
+
+async def test_a_request_from_before_both_sides_had_new_keys_is_answered_and_the_answer_is_heard(
+    trial: LocalConsortium, tmp_path: Path
+) -> None:
+    homes = {tmp_path / "owner": "hospital-01", tmp_path / "asker": "insurer-02"}
+    for home, node in homes.items():
+        await Vault.join(home, trial.invite(node), passphrase, fast_kdf=True)
+    async with Vault.open(tmp_path / "owner", passphrase) as owner, Vault.open(tmp_path / "asker", passphrase) as asker:
+        wanted = await put(owner, tmp_path / "a", "K-1")
+        sent = await Consents(asker).ask(owner.keys.public, Wish(policy_number="K-1"))
+        asked_of = owner.keys.public
+    for home, node in homes.items():
+        await rotation.rotate(Home(home), passphrase, trial.invite(node), fast_kdf=True)
+    async with Vault.open(tmp_path / "owner", passphrase) as owner, Vault.open(tmp_path / "asker", passphrase) as asker:
+        for vault in (owner, asker):
+            await vault.shares.publish_key()
+        assert owner.keys.public != asked_of
+        with pytest.raises(Absent):
+            await Consents(asker).approve(sent)  # its own, though under another key
+        (request,) = await Consents(owner).requests()
+        assert (request.sha256, request.answer) == (sent, "")
+        (granted,) = await Consents(owner).approve(sent)
+        assert granted.sha256 == wanted
+        (own,) = await Consents(asker).requests()
+        assert (own.answer, own.files) == ("approved", 1)
+        (answered,) = await Consents(owner).requests()
+        assert answered.answer == "approved"
+        await asker.get(wanted, tmp_path / "back")
 
 
 async def test_nobody_answers_for_whom_was_asked(trial: LocalConsortium, vaults: tuple[Vault, Vault], tmp_path: Path) -> None:
