@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS endings(
     idx INTEGER, root BLOB, keys INTEGER NOT NULL DEFAULT 0, gone_at INTEGER) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS endings_due ON endings(due) WHERE gone_at IS NULL;
 """
+wait_ms = 10_000
+forget_wait_ms = 100  # for readers to end, while writes wait
 batch_max = 256  # one commit's worth: keeps the wait of the first in a batch short
 
 
@@ -72,6 +74,13 @@ class Catalog:
         # Shielded: a reader that hangs up must not cancel a future that the writer thread is about to resolve.
         with _whole(self._path):
             return await asyncio.shield(future)
+
+    async def forget(self) -> bool:
+        """Leave nothing on the disk of what was deleted before: not in the log beside the file either, where it stood when it was written.
+
+        False where a long read is in the way; try again in a moment. Raises as ``write``.
+        """
+        return bool(await self.write(_empty_log))
 
     def one(self, sql: str, *args: object) -> tuple[Any, ...] | None:
         """The first row, or None. Small point reads only: this runs on the caller's thread. Raises Damaged."""
@@ -113,6 +122,8 @@ class Catalog:
         try:
             connection.execute("BEGIN IMMEDIATE")
             for change, future, loop in batch:
+                if change is _empty_log:
+                    continue
                 connection.execute("SAVEPOINT one")
                 try:
                     outcomes.append((future, loop, change(connection), None))
@@ -121,6 +132,7 @@ class Catalog:
                     outcomes.append((future, loop, None, error))
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")  # synchronous=FULL: returns after the WAL is on disk
+            outcomes += [(future, loop, change(connection), None) for change, future, loop in batch if change is _empty_log]
         except sqlite3.Error as error:  # a full or failing disk: nothing of this batch may be acknowledged
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -130,6 +142,16 @@ class Catalog:
                 loop.call_soon_threadsafe(_resolve, future, result, failure)
             except RuntimeError:  # the loop is closed: the waiter is gone, the write stands
                 continue
+
+
+def _empty_log(connection: sqlite3.Connection) -> bool:
+    """Move all that the log holds into the file and cut it to nothing. Not within a transaction."""
+    connection.execute(f"PRAGMA busy_timeout={forget_wait_ms}")
+    try:
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout={wait_ms}")
+    return not busy
 
 
 @contextmanager
@@ -158,6 +180,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
-    connection.execute("PRAGMA busy_timeout=10000")
+    connection.execute(f"PRAGMA busy_timeout={wait_ms}")
     connection.execute("PRAGMA secure_delete=ON")  # a destroyed key must not stay readable in a free page
     return connection

@@ -1,8 +1,8 @@
 """Files that the ledger has ended: what this node had of them goes, and what went is noted for good.
 
 Law: wrapped keys go first, in the transaction that takes the shard out of the catalog, so that from then on nobody could read what is left
-on the disk; then the shard's file; then the note that it is gone. A crash between two steps is gone on from. The note is all that remains:
-whoever asks, years later, gets the same receipt.
+on the disk; then the shard's file; then the log in which the catalog had written the keys down; then the note that it is gone. A crash
+between two steps is gone on from. The note is all that remains: whoever asks, years later, gets the same receipt.
 """
 
 from __future__ import annotations
@@ -46,13 +46,20 @@ class Endings:
         return int(row[0]), int(row[1])
 
     async def destroy_due(self, now: int, most: int = 1000) -> int:
-        """Destroy what is due by ``now`` (Unix seconds, by the cosigners), at most so many files; how many there were."""
+        """Destroy what is due by ``now`` (Unix seconds, by the cosigners), at most so many files; how many are gone.
+
+        None are while a long read keeps the catalog from forgetting them: the next call goes on.
+        """
         rows = self._catalog.all("SELECT file_id, type FROM endings WHERE gone_at IS NULL AND due <= ? LIMIT ?", now, most)
         for file_id, number in rows:
-            await self._destroy(FileId(file_id), Type(number), now)
+            await self._destroy(FileId(file_id), Type(number))
+        if not rows or not await self._catalog.forget():
+            return 0
+        told = [(now, file_id) for file_id, _ in rows]
+        await self._catalog.write(lambda c: c.executemany("UPDATE endings SET gone_at = ? WHERE file_id = ?", told))
         return len(rows)
 
-    async def _destroy(self, file_id: FileId, type_: Type, now: int) -> None:
+    async def _destroy(self, file_id: FileId, type_: Type) -> None:
         def take_out(connection: Connection) -> tuple[int, bytes | None]:
             row = connection.execute("SELECT idx, root, size FROM shards WHERE file_id = ?", (file_id,)).fetchone()
             keys = 0
@@ -72,4 +79,3 @@ class Endings:
         self._store.used -= size
         if root is not None:
             await asyncio.to_thread(self._store.unlink, file_id, root)
-        await self._catalog.write(lambda c: c.execute("UPDATE endings SET gone_at = ? WHERE file_id = ?", (now, file_id)))

@@ -69,7 +69,10 @@ class Sealed:
             connection.execute("INSERT OR REPLACE INTO sealed_obeyed VALUES (0, ?)", (place,))
             return destroyed
 
-        return await self._catalog.write(change)
+        destroyed = await self._catalog.write(change)
+        if destroyed:
+            await self._catalog.forget()  # and where a long read is in the way, with the next ones
+        return destroyed
 
 
 # An ERASE after a RETIRE makes more to be destroyed. What the first one destroyed stays noted.

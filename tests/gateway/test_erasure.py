@@ -1,0 +1,109 @@
+"""What was erased is gone from every disk: of the nodes, of the vault and of a gateway that had received, cached and served it.
+
+By looking for it: pieces of all that was stored of the object are noted before, and no file of anybody holds one of them after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from pydicom.uid import generate_uid
+from tests.gateway.conftest import make_instance
+
+from medshard import Vault
+from medshard.consortium import LocalConsortium
+from medshard.gateway import service, tags
+from medshard.gateway.archive import Archive
+from medshard.gateway.intake import Rules
+from medshard.gateway.model import Incoming, Outcome, Query
+from medshard.gateway.segments import magic, salt_size
+from medshard.gateway.service import Settings, archive_of
+from medshard.gateway.tags import Level
+from medshard_protocol.errors import Absent
+
+piece = 40  # bytes: no two files have that many in common by chance
+
+
+@asynccontextmanager
+async def gateway(home: Path, passphrase: str) -> AsyncIterator[Archive]:
+    """One with its caches, as `medshard gateway run` opens it."""
+    settings = Settings(home / "gateway", 1 << 30, Rules(quiet_s=60.0), None, None, cache_bytes_max=64 << 20)
+    async with contextlib.AsyncExitStack() as stack:
+        vault = await stack.enter_async_context(Vault.open(home, passphrase))
+        archive = await stack.enter_async_context(archive_of(vault, settings))
+        await service._cached(stack, archive, settings)
+        yield archive
+
+
+def pieces(data: bytes) -> set[bytes]:
+    """Some of it, from the beginning, the middle and the end."""
+    return {data[at : at + piece] for at in (0, len(data) // 2, len(data) - piece) if len(data) >= 2 * piece}
+
+
+def blobs(database: Path) -> set[bytes]:
+    """Every value of a database that is long enough to tell."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = [row for name in names for row in db.execute(f'SELECT * FROM "{name}"')]
+    return {value for row in rows for value in row if isinstance(value, bytes) and len(value) >= 2 * piece}
+
+
+def left(traces: Iterable[bytes], *folders: Path) -> list[str]:
+    """The files in which one of them is."""
+    found = []
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            found += [path.name for trace in traces if trace in data][:1]
+    return found
+
+
+async def test_nothing_of_an_erased_study_is_on_any_disk(trial: LocalConsortium, tmp_path: Path) -> None:
+    home, nodes = tmp_path / "home", trial.folder / "nodes"
+    shutil.copytree(trial.vault_home, home, ignore=shutil.ignore_patterns("*.sqlite*", "gateway"))
+    study, other = generate_uid(), generate_uid()
+    series = generate_uid()
+    files = [make_instance(study, series, number=number, size=200) for number in (1, 2)]
+    kept = make_instance(other)
+    async with gateway(home, trial.passphrase) as archive:
+        for file in (*files, kept):
+            assert (await archive.receive(Incoming(file))).outcome is Outcome.STORED
+        # Each file of the spool has a key of its own, which goes with its salt; what is behind it opens no more then.
+        spooled = [path.read_bytes()[: len(magic) + salt_size] for path in (home / "gateway" / "spool").glob("*.spool")]
+        traces = {head[len(magic) :] for head in spooled}
+        assert traces
+        await archive.settle()
+        assert [await (await archive.open(each)).read() for each in archive.instances(study)] == files
+        cached = {each for path in (home / "gateway" / "cache").rglob("*.cache") for each in pieces(path.read_bytes())}
+        assert cached
+        row = archive.vault.row(sha256(files[0]).digest())
+        assert row is not None
+        manifest, _ = await archive.vault.evidence(row.sha256)
+        shards = {each for path in nodes.rglob(f"{row.file_id.hex()}-*") for each in pieces(path.read_bytes())}
+        before = blobs(home / "index.sqlite") | blobs(home / "dicom.sqlite")
+        traces = traces | cached | shards | pieces(manifest.header) | pieces(manifest.to_bytes())
+        assert left(traces, home, nodes), "else nothing is found because nothing is looked for"
+        async with Vault.open(home, trial.passphrase) as beside:  # `medshard erase`, while the gateway runs
+            (ended,) = await beside.custody.end([sha256(file).digest() for file in files])
+        assert not ended.missing
+        await archive.catch_up()
+        assert not list(archive.find(Query(Level.STUDY, {tags.STUDY_UID: study})))
+        assert archive.instances(study) == []
+        assert [await (await archive.open(each)).read() for each in archive.instances(other)] == [kept]
+    after = blobs(home / "index.sqlite") | blobs(home / "dicom.sqlite")
+    traces |= {each for blob in before - after for each in pieces(blob)}
+    assert left(traces, home, nodes) == []
+    async with gateway(home, trial.passphrase) as archive:  # as whoever recovers the vault's root key from its escrow
+        await archive.vault.reindex()
+        await archive.catch_up()
+        assert archive.vault.row(sha256(files[0]).digest()) is None
+        with pytest.raises(Absent):
+            await archive.vault.get(sha256(files[0]).digest(), tmp_path / "back")
+        assert [each.study for each in archive.find(Query(Level.STUDY, {tags.STUDY_UID: other}))] == [other]
