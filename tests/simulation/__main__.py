@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -129,16 +129,17 @@ def main() -> int:
 def _all(seeds: range, bench: Bench, *, verbose: bool) -> int:
     """Run all seeds; tell of those that break a promise, and the sum."""
     found: list[int] = []
-    seconds, standing, acknowledged = 0.0, 0, 0
+    seconds, standing, acknowledged, audited = 0.0, 0, 0, Counter[str]()
     for told in _each(seeds, "", bench):
         seconds += told["cpu"]
         standing += bool(told.get("stands_still"))
         acknowledged += told.get("acknowledged", 0)
+        audited += Counter(told.get("audited", {}))
         if told["broken"]:
             found.append(told["seed"])
         if told["broken"] or verbose:
             print(json.dumps(told), flush=True)
-    total = {"seeds": len(seeds), "broken": found, "acknowledged": acknowledged, "stood_still": standing}
+    total = {"seeds": len(seeds), "broken": found, "acknowledged": acknowledged, "stood_still": standing, "audited": dict(audited)}
     print(json.dumps(total | {"processor_s": round(seconds, 1)}))
     return min(len(found), 1)
 

@@ -213,16 +213,31 @@ def manifest_of(cluster: Cluster, file_id: FileId) -> Manifest:
     raise Broken("lost: no node has the manifest of a file that was acknowledged")
 
 
+def rows(host: Host) -> list[tuple[FileId, int]]:
+    """The files and numbers of the shards that a node's catalog lists."""
+    try:
+        return [(FileId(row[0]), row[1]) for row in host.parts.node.store.catalog.all("SELECT file_id, idx FROM shards ORDER BY file_id")]
+    except (MedshardError, AttributeError):
+        return []
+
+
 def is_whole(host: Host, file_id: FileId, index: int) -> bool:
     """Whether a node has a shard, and each of its cells still has its digest. Asks the disk, and none of the store's own checks."""
+    return bool(condition(host, file_id, index) & 1)
+
+
+def condition(host: Host, file_id: FileId, index: int) -> int:
+    """0 for a shard that is not there, 2 for one whose bytes alone are right, 3 for one whose digests in the catalog are, too."""
     try:
         store = host.parts.node.store
         shard = store.shard_at(file_id, index)
         data = shard.data if shard.data is not None else store._path(file_id, shard.root).read_bytes()
         cells = [digests["blake3"](cell) for cell in split(data, shard.cell_size)]
-        return len(data) == shard.size and tuple(cells) == shard.digests and shard_root(cells, digests["blake3"]) == shard.root
+        if len(data) != shard.size or shard_root(cells, digests["blake3"]) != shard.root:
+            return 0
+        return 3 if tuple(cells) == shard.digests else 2
     except (MedshardError, OSError, AttributeError):
-        return False
+        return 0
 
 
 def _is_stored(host: Host, manifest: Manifest, index: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -47,6 +48,8 @@ class Harm:
     forked: bool = False
     lies: dict[Host, list[Any]] = field(default_factory=dict)
     reformed: set[Host] = field(default_factory=set)
+    vouching: dict[Host, Any] = field(default_factory=dict)  # liars that lie to auditors too, in which of their runs
+    audited: Counter[str] = field(default_factory=Counter)  # what audits found
 
     def victim(self) -> Host | None:
         """A node that may lose data or lie, within the budget."""

@@ -51,7 +51,7 @@ def spoils_reads(host: Host, rng: Random) -> None:
         return flipped(data, rng)
 
     store.read = wrong
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
 
         def remade(file_id: FileId) -> Any:
             known = shard(file_id)

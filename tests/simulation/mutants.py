@@ -107,7 +107,7 @@ plant("w-off-by-one", "a small file is acknowledged with w - 1 institutions", (
 plant("w-off-by-one-streamed", "a streamed file is acknowledged with w - 1 institutions", (
     "medshard.upload:Upload._enough", ">= self._w", ">= self._w - 1"), (
     "medshard.upload:Upload._require", "< self._w:", "< self._w - 1:"), (
-    "medshard.putting:Putter._spread", "institutions(self._net, manifest, good) < self._code.w:\n        raise", "institutions(self._net, manifest, good) < self._code.w - 1:\n        raise"))  # fmt: skip
+    "medshard.putting:Putter._spread", "institutions(self._net, manifest, good) < self._code.w:\n        self", "institutions(self._net, manifest, good) < self._code.w - 1:\n        self"))  # fmt: skip
 plant("failed-node-counts", "a node that refused a small shard counts as one that has it", (
     "medshard.smallfiles:send_all", "if error is None:", "if True:"))  # fmt: skip
 
@@ -200,3 +200,11 @@ plant("damaged-row-in-the-way", "a catalog row that makes no sense ends the repa
     "storenode.repairing.repairer:Repairer.objection", "except Damaged:", "except ZeroDivisionError:"))  # fmt: skip
 plant("one-set-of-helpers", "a wrong sum is not tried again with other helpers", (
     "storenode.repairing.rebuilding:Rebuilding.run", "except Damaged:", "except ZeroDivisionError:"))  # fmt: skip
+
+# -- audits accuse nobody falsely
+
+_answerer = "storenode.auditing.answering"
+plant("rot-vouched-for", "a holder vouches for a cell that its disk has changed", (
+    f"{_answerer}:show", "if not shown.leads_to_root(manifest):", "if False:"))  # fmt: skip
+plant("absent-vouched-for", "a holder vouches for a shard that it has not got", (
+    f"{_answerer}:Answerer._look", "except Absent:\n        return answer", "except Absent:\n        return replace(answer, claim=Claim.HELD, digest=bytes(32))"))  # fmt: skip

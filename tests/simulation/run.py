@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
-from tests.simulation import checks, faults, lying, trespassing, wire
+from tests.simulation import auditing, checks, faults, lying, trespassing, wire
 from tests.simulation import cluster as clusters
 from tests.simulation import world as worlds
 from tests.simulation.checks import Broken, Witness
@@ -51,6 +52,7 @@ class Result:
     faults: tuple[str, ...] = ()
     stands_still: bool = False  # the log: a sequencer forked it before any of its branches had a quorum
     told_to_repair: int = 0  # shards that nobody found missing by itself in time
+    audited: dict[str, int] = field(default_factory=dict)  # shards, by verdict
     told: list[str] = field(default_factory=list)
 
 
@@ -98,7 +100,7 @@ class Run:
         except Standstill:
             self.result.broken = f"{self.part} does not end"
         self.result.trace, self.result.steps, self.result.seconds = loop.trace, loop.steps, loop.time()
-        self.result.acknowledged = len(self.stored)
+        self.result.acknowledged, self.result.audited = len(self.stored), dict(self.harm.audited)
         return self.result
 
     def begin(self) -> None:
@@ -111,9 +113,12 @@ class Run:
 
     def _become(self, seed: int) -> None:
         self.world.become(seed)
+        self.auditing = (
+            Random(f"audits {seed}") if seed % auditing.share == auditing.share - 1 else None
+        )  # its own: others stay as they are
         wire.become(seed)
         self.cluster.become(seed, self.rng.choice((1 << 16, 1 << 16, 200)))
-        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 2500))  # type: ignore[misc]
+        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 600))  # type: ignore[misc]
 
     async def _story(self) -> None:
         for part in (self._trouble, self._mend, self._look):
@@ -142,6 +147,9 @@ class Run:
             names = []
         self.result.faults = tuple(names)
         harming = [self.world.loop.create_task(faults.kinds[name](self.harm)) for name in names]
+        if self.auditing is not None and not self.calm:
+            names.append(auditing.audits.__name__)
+            harming.append(self.world.loop.create_task(auditing.audits(self.harm, self.auditing)))
         until = self.world.loop.time() + self.rng.uniform(3, 10)
         for number in range(self.rng.choice((1, 1, 1, 2))):
             if self.world.loop.time() < until:
@@ -339,6 +347,7 @@ class Run:
     async def _look(self) -> None:
         byzantine = set(self.harm.byzantine)
         self.witness.check(byzantine)
+        await self._audit_all()  # while liars lie
         if not self.result.stands_still:
             await self._on(self.owner, self._all_come_back)
             if self.rng.random() < 0.6:
@@ -353,6 +362,7 @@ class Run:
                 if len(checks.missing_shards(self.cluster, file_id)) > self.size - self.cluster.roster.code[0]:
                     raise Broken("lost: fewer than k shards of an acknowledged file are left")
             return
+        await self._audit_all()
         await self._repair_all()
         await self._repair_beside_a_liar()
         if self.rng.random() < 0.6:
@@ -363,6 +373,10 @@ class Run:
         self.witness.check(byzantine)
         if self.world.loop.failures:
             self.result.told += self.world.loop.failures[:3]
+
+    async def _audit_all(self) -> None:
+        if self.auditing is not None and not self.calm:
+            await auditing.audit(self.harm, self.auditing, self._file_ids())
 
     async def _all_come_back(self) -> None:
         for path in self.owner.disk.folder.glob("index.sqlite*"):
