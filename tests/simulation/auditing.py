@@ -81,7 +81,7 @@ def _conditions(cluster: Cluster) -> _Conditions:
 
 
 def _judge(done: Round, auditor: Host, harm: Harm, before: _Conditions, up: set[Host]) -> None:
-    by_id = {harm.cluster.roster.nodes[host.number].id: host for host in harm.cluster.nodes}
+    by_id = {host.node.id: host for host in harm.cluster.nodes}
     liars = (harm.byzantine | harm.false) - harm.reformed
     for shard, (node, heard) in done.verdicts.items():
         host = by_id[node]

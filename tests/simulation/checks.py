@@ -129,7 +129,7 @@ class Witness:
         journal = longest.parts.node.ledger.journal
         tree, size = journal.tree, journal.published.checkpoint.size
         for (at, root), hosts in self.cosigned.items():
-            if not self.cluster.roster.has_quorum(self.cluster.roster.nodes[host.number].id for host in hosts | byzantine):
+            if not journal.roster_of(at).has_quorum(host.node.id for host in hosts | byzantine):
                 continue
             if at > size:
                 continue  # a quorum has it, and nobody has counted it yet
@@ -191,11 +191,13 @@ def truthful_shards(cluster: Cluster, file_id: FileId, liars: set[Host]) -> int:
 
 
 def _held(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host, bool]]:
-    by_id = {cluster.roster.nodes[host.number].id: host for host in cluster.nodes}
+    by_id = {host.node.id: host for host in cluster.nodes}
     someone = next(host for host in cluster.nodes if host.parts is not None)
     ledger = someone.parts.node.ledger
     manifest = manifest_of(cluster, file_id)
     moves = counted(manifest, ground.given(ledger, file_id), ground.institutions(ledger.state))
+    if not all(node in by_id for node in holders(manifest, moves)):
+        raise Broken("a node has left that still is a holder")
     present = [by_id[node] for node in holders(manifest, moves)]
     return [(index, host, _is_stored(host, manifest, index)) for index, host in enumerate(present)]
 

@@ -34,7 +34,8 @@ from medshard_protocol import checkpoint, entries, repairorder, sharing
 from medshard_protocol.entries import Body, Enrol, sign_entry
 from medshard_protocol.identity import client_certificate, client_csr, node_certificate, public_key
 from medshard_protocol.ids import Key
-from medshard_protocol.roster import Roster
+from medshard_protocol.roster import Node, Roster
+from medshard_protocol.rosters import Link
 from storenode.config import Config, Limits, RepairSection
 from storenode.identity import NodeKeys
 from storenode.membership import Membership
@@ -46,6 +47,8 @@ port_first = 9700
 
 class Host:
     """A computer with a disk, a clock and an address. ``machine`` is its present run, if it has power."""
+
+    node: Node  # as the roster lists it, if it does
 
     def __init__(self, world: World, net: Network, name: str, number: int, certificate: bytes) -> None:
         self.world, self.net, self.name, self.number = world, net, name, number
@@ -114,13 +117,28 @@ class Cluster:
 
     def __init__(self, world: World, net: Network, size: int, *, standbys: int = 2) -> None:
         self.world, self.net = world, net
-        self.roster = roster_of(size)
-        self.nodes = [Host(world, net, node.name, number, _certificates(size)[number]) for number, node in enumerate(self.roster.nodes)]
+        self.genesis = self.roster = roster_of(size)
+        self.links: list[Link] = []  # from the genesis file to the present roster
+        self.nodes: list[Host] = []
+        self.by_port: dict[int, Host] = {}
         self.vaults: list[Host] = []
         self.small_bytes_max = 1 << 16
-        for number, host in enumerate(self.nodes):
-            net.hosts[port_first + number] = host
-            host.main = functools.partial(self._serve, host, number < standbys)
+        for number in range(size):
+            self._add(roster_of(size), number, number < standbys)
+
+    def _add(self, roster: Roster, number: int, standby: bool) -> Host:
+        host = Host(self.world, self.net, roster.nodes[number].name, number, _certificates(len(roster.nodes))[number])
+        host.node = roster.nodes[number]
+        host.main = functools.partial(self._serve, host, standby)
+        self.net.hosts[port_first + number] = self.by_port[port_first + number] = host
+        self.nodes.append(host)
+        return host
+
+    def join(self) -> Host:
+        """One more node, which the roster has begun to list. It has the chain of rosters, as its operator fetches it."""
+        host = self._add(roster_of(len(self.nodes) + 1), len(self.nodes), False)
+        host.disk.become(self.world.seed)
+        return host
 
     def become(self, seed: int, small_bytes_max: int) -> None:
         """Its disks are this seed's, and shards of up to so many bytes are small."""
@@ -132,7 +150,7 @@ class Cluster:
 
     async def _serve(self, host: Host, standby: bool) -> None:
         home = host.disk.folder
-        node = self.roster.nodes[host.number]
+        node = host.node
         limits = Limits(small_shard_bytes_max=self.small_bytes_max, watch_every_s=1e9, sweep_after_s=3600.0)
         config = Config(
             home=home,
@@ -261,12 +279,14 @@ def install(cluster: Cluster) -> None:
     for module in (entries, checkpoint, sharing, repairorder):
         module.Ed25519PublicKey = _Known  # type: ignore[attr-defined]
     hpke._suite = _Suite()  # type: ignore[assignment,misc]
-    by_port = {port_first + host.number: host for host in cluster.nodes}
-    size = len(cluster.nodes)
+    by_port, size = cluster.by_port, len(cluster.nodes)
 
     def member_keys(config: Config) -> tuple[Membership, NodeKeys]:
-        keys = _keys(size, config.listen_address[1] - port_first)
-        return Membership(config.data, cluster.roster), replace(keys, folder=config.home / "keys")
+        number = config.listen_address[1] - port_first
+        membership = Membership(config.data, cluster.genesis)
+        if number >= size:
+            membership.follow(cluster.links)
+        return membership, replace(_keys(max(size, number + 1), number), folder=config.home / "keys")
 
     build = storenode.app.build
 

@@ -300,7 +300,7 @@ async def forks(harm: Harm) -> None:
 async def _fork(harm: Harm, host: Host) -> None:
     roster, rng, ledger = harm.cluster.roster, harm.rng, host.parts.node.ledger
     journal, epoch = ledger.journal, ledger.mirror.epoch
-    others = [node.id for node in roster.nodes if node.id != roster.nodes[host.number].id]
+    others = [node.id for node in roster.nodes if node.id != host.node.id]
     rng.shuffle(others)
     half = rng.randint(1, len(others) - 1)
     key = key_named(f"log {host.number}" if host.number else "log")
@@ -313,7 +313,7 @@ async def _fork(harm: Harm, host: Host) -> None:
         history = [*journal.store.entries(0, start), fresh]
         root = merkle.root([merkle.leaf_hash(entry, sha256) for entry in history], sha256)
         text = Checkpoint(roster.origin, len(history), root).text()
-        branches.append((history, Note(text, (log_verifier(roster, roster.nodes[host.number].id).sign(text, key.sign),)).to_bytes()))
+        branches.append((history, Note(text, (log_verifier(roster, host.node.id).sign(text, key.sign),)).to_bytes()))
     published = journal.published.note if journal.published else b""
     pushes = []
     for node in others:

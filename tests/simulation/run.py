@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.simulation import auditing, checks, faults, lying, trespassing, wire
+from tests.simulation import auditing, changes, checks, faults, lying, trespassing, wire
 from tests.simulation import cluster as clusters
 from tests.simulation import world as worlds
 from tests.simulation.checks import Broken, Witness
@@ -52,6 +52,7 @@ class Result:
     faults: tuple[str, ...] = ()
     stands_still: bool = False  # the log: a sequencer forked it before any of its branches had a quorum
     told_to_repair: int = 0  # shards that nobody found missing by itself in time
+    rosters: int = 0  # that took effect after the first
     audited: dict[str, int] = field(default_factory=dict)  # shards, by verdict
     told: list[str] = field(default_factory=list)
 
@@ -84,6 +85,7 @@ class Run:
         self.reader: Host | None = None
         self.sources = Path("sources")
         self.sources.mkdir()
+        self.joining: asyncio.Task[None] | None = None  # a node that is to join
         self.begun = False
 
     def go(self, seed: int) -> Result:
@@ -113,9 +115,9 @@ class Run:
 
     def _become(self, seed: int) -> None:
         self.world.become(seed)
-        self.auditing = (
-            Random(f"audits {seed}") if seed % auditing.share == auditing.share - 1 else None
-        )  # its own: others stay as they are
+        self.changing = Random(f"changes {seed}")
+        has_audits = seed % auditing.share == auditing.share - 1
+        self.auditing = Random(f"audits {seed}") if has_audits else None  # its own: other seeds stay as they are
         wire.become(seed)
         self.cluster.become(seed, self.rng.choice((1 << 16, 1 << 16, 200)))
         medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 600))  # type: ignore[misc]
@@ -146,6 +148,7 @@ class Run:
         if self.calm:
             names = []
         self.result.faults = tuple(names)
+        self.joining = self.world.loop.create_task(changes.joins(self.cluster, self.changing)) if self._changes() else None
         harming = [self.world.loop.create_task(faults.kinds[name](self.harm)) for name in names]
         if self.auditing is not None and not self.calm:
             names.append(auditing.audits.__name__)
@@ -168,6 +171,9 @@ class Run:
             if isinstance(answer, Exception) and not isinstance(answer, MedshardError):
                 raise answer
         self.result.told += self.harm.done
+
+    def _changes(self) -> bool:
+        return self.result.seed % changes.share == changes.rest and not self.calm
 
     async def _session(self, number: int, until: float) -> None:
         """The owner's program runs once, perhaps not to its end."""
@@ -297,10 +303,12 @@ class Run:
         await self._until_agreed(set())
 
     async def _until_agreed(self, left_out: set[Host]) -> None:
-        hosts = [host for host in self.cluster.nodes if host not in left_out]
+        def hosts() -> list[Host]:
+            return [host for host in self.cluster.nodes if host not in left_out]
+
         self.split_since = self.world.loop.time()
-        handing_in = self.world.loop.create_task(self._hand_in_now_and_then(hosts)) if self.harm.forked else None
-        await self._until(lambda: self._all_agree(hosts) or self._stands_still(), "all nodes hold one published log")
+        handing_in = self.world.loop.create_task(self._hand_in_now_and_then(hosts())) if self.harm.forked else None
+        await self._until(lambda: self._all_agree(hosts()) or self._stands_still(), "all nodes hold one published log")
         if handing_in is not None:
             handing_in.cancel()
 
@@ -328,12 +336,16 @@ class Run:
 
     def _all_agree(self, hosts: list[Host]) -> bool:
         self._look_for_errors()
+        if self.joining is not None and self.joining.done():
+            self.joining.result()
         for host in self.cluster.nodes:
             if host.machine is None:  # it was ending when all trouble ended
                 host.start()
         if not all(host.parts is not None and host.parts.node.ledger.published for host in hosts):
             return False
         ledgers = [host.parts.node.ledger for host in hosts]
+        if (self.joining is not None and not self.joining.done()) or {host.parts.roster for host in hosts} != {self.cluster.roster}:
+            return False
         sizes = {checks.published(host) for host in hosts} | {ledger.journal.head.size for ledger in ledgers}
         return len(sizes) == 1 and any(host.parts and host.parts.node.ledger.leads for host in self.cluster.nodes)
 
@@ -367,6 +379,7 @@ class Run:
         await self._repair_beside_a_liar()
         if self.rng.random() < 0.6:
             await self._on_node(lambda host: trespassing.node_grabs(self.cluster, host, self._file_ids()[:1]))
+        await self._leave()
         honest = [host for host in self.cluster.nodes if host not in byzantine]
         reads = [(reader, self.files[sha256]) for reader, sha256 in self.reads]
         checks.check_traces(max(honest, key=checks.published), reads, set(self._file_ids()))
@@ -442,6 +455,20 @@ class Run:
 
     def _missing(self) -> list[tuple[FileId, Host]]:
         return [(file_id, host) for file_id in self._file_ids() for _, host in checks.missing_shards(self.cluster, file_id)]
+
+    async def _leave(self) -> None:
+        """A node leaves, and nothing of what it had is missing without it."""
+        if self.joining is None:
+            return
+        host = await changes.leaves(self.cluster, self.changing)
+        self.result.rosters = self.cluster.roster.number
+        if host is None:
+            return
+        self.result.told.append(f"{host} leaves")
+        await self._until_agreed(set())
+        if self._missing():
+            raise Broken(f"{host} left, and not all that it had is elsewhere")
+        await self._on(self.owner, self._all_come_back)
 
     # -- parts
 

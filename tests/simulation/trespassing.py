@@ -58,15 +58,15 @@ async def _is_served(vault: Vault, node: Any, file_id: FileId, shard: int, heade
 
 async def node_grabs(cluster: Cluster, host: Host, file_ids: list[FileId]) -> None:
     """A node asks all helpers for shards that it must not have: without a MOVE entry, by another's, and although it holds one."""
-    roster, node = cluster.roster, cluster.roster.nodes[host.number].id
-    other = cluster.nodes[(host.number + 1) % len(cluster.nodes)]
+    node = host.node.id
+    other = cluster.nodes[(cluster.nodes.index(host) + 1) % len(cluster.nodes)]
     for file_id in file_ids:
         manifest = checks.manifest_of(cluster, file_id)
-        own, strange = manifest.index_on(node), manifest.index_on(roster.nodes[other.number].id)
+        own, strange = manifest.index_on(node), manifest.index_on(other.node.id)
         if own is None or strange is None:
             continue
         bodies = [(f"tls {host.number}", Move(file_id, strange, node, os.urandom(16)))]
-        bodies += [(f"tls {other.number}", Move(file_id, strange, roster.nodes[other.number].id, os.urandom(16)))]
+        bodies += [(f"tls {other.number}", Move(file_id, strange, other.node.id, os.urandom(16)))]
         await _no_helper_helps(cluster, host, manifest, own, 1)
         for author, body in bodies:
             with contextlib.suppress(MedshardError):  # the ledger itself refuses what is plainly wrong
@@ -76,7 +76,7 @@ async def node_grabs(cluster: Cluster, host: Host, file_ids: list[FileId]) -> No
 
 
 async def _no_helper_helps(cluster: Cluster, host: Host, manifest: Manifest, shard: int, place: int) -> None:
-    node, key = cluster.roster.nodes[host.number].id, key_named(f"tls {host.number}")
+    node, key = host.node.id, key_named(f"tls {host.number}")
     links = [Link(ref.node, number) for number, ref in enumerate(manifest.shards) if number != shard and ref.node != node]
     chain = links[: manifest.layout.k]
     order = sign_order(cluster.roster.origin, manifest.file_id, shard, place, chain, 0, os.urandom(nonce_size), key.sign)
