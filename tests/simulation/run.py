@@ -34,6 +34,7 @@ patience_s = 120.0  # for what must come about once nothing goes wrong any more
 repair_rounds = 12
 by_itself_s = 15.0
 look_every_s = 0.05
+streamed_from = 2500  # bytes; more than an empty file is padded to, of which a stream would ask for nothing
 still_after_s = 12.0  # so long two honest mirrors hold different last entries
 last_session = 9  # in which only what was begun is put again
 
@@ -120,7 +121,7 @@ class Run:
         self.auditing = Random(f"audits {seed}") if has_audits else None  # its own: other seeds stay as they are
         wire.become(seed)
         self.cluster.become(seed, self.rng.choice((1 << 16, 1 << 16, 200)))
-        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, 600))  # type: ignore[misc]
+        medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, streamed_from))  # type: ignore[misc]
 
     async def _story(self) -> None:
         for part in (self._trouble, self._mend, self._look):
@@ -394,6 +395,7 @@ class Run:
     async def _all_come_back(self) -> None:
         for path in self.owner.disk.folder.glob("index.sqlite*"):
             path.unlink()  # another computer, with nothing but the key
+        medshard.getting.object_bytes_max = streamed_from  # type: ignore[misc]
         async with self.cluster.vault(self.owner) as vault:
             for sha256 in sorted(self.stored):
                 for tries in range(4):  # a mirror whose connection broke may be seconds behind
