@@ -145,6 +145,21 @@ class Witness:
                 raise Broken(f"{host} has other entries than it says are published")
 
 
+def standing(cluster: Cluster) -> str:
+    """How far each node's log goes, for people."""
+    said = []
+    for host in cluster.nodes:
+        if host.parts is None:
+            said.append(f"{host} is down ({host.error!r})")
+        else:
+            ledger = host.parts.node.ledger
+            said.append(
+                f"{host} has {ledger.journal.head.size}, published {published(host)}, epoch {ledger.mirror.epoch}"
+                f"{' leads' if ledger.leads else ''}{' lost' if ledger.mirror.lost else ''}"
+            )
+    return "; ".join(said)
+
+
 def published(host: Host) -> int:
     """How many entries a node knows to be published."""
     known = host.parts.node.ledger.published

@@ -488,21 +488,8 @@ class Run:
         deadline = self.world.loop.time() + patience_s
         while not true():
             if self.world.loop.time() > deadline:
-                raise Broken(f"within {patience_s:.0f} s it does not come about that {what}: {self._standing()}")
+                raise Broken(f"within {patience_s:.0f} s it does not come about that {what}: {checks.standing(self.cluster)}")
             await asyncio.sleep(0.1)
-
-    def _standing(self) -> str:
-        said = []
-        for host in self.cluster.nodes:
-            if host.parts is None:
-                said.append(f"{host} is down ({host.error!r})")
-            else:
-                ledger = host.parts.node.ledger
-                said.append(
-                    f"{host} has {ledger.journal.head.size}, published {checks.published(host)}, epoch {ledger.mirror.epoch}"
-                    f"{' leads' if ledger.leads else ''}{' lost' if ledger.mirror.lost else ''}"
-                )
-        return "; ".join(said)
 
 
 def run(seed: int, begun: Run | None = None) -> Result:
