@@ -34,7 +34,9 @@ def warm(folder: Path) -> None:
     with contextlib.chdir(folder):
         calm = Run(4, calm=True)
         _warm.append(calm)
-        calm.go(0)
+        told = calm.go(0)
+    if told.broken or not told.acknowledged:
+        raise SystemExit(f"where nothing goes wrong, something does: {told}")
     put_back()
 
 

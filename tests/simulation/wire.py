@@ -489,7 +489,7 @@ def install(made: worlds.World) -> Network:
 
     import medshard.line
     import medshard.polling
-    import medshard.vault
+    import medshard.tls
     import storenode.app
 
     global _network
@@ -507,11 +507,16 @@ def install(made: worlds.World) -> Network:
     selects = SimpleNamespace(**vars(select))
     selects.poll = Poll
     context = Context(ssl.PROTOCOL_TLS_CLIENT)
-    medshard.line.socket = medshard.polling.socket = sockets  # type: ignore[attr-defined]
-    medshard.line.select = medshard.polling.select = selects  # type: ignore[attr-defined]
-    medshard.vault.context_for = lambda *a, **k: context  # type: ignore[attr-defined]
-    storenode.app.client_contexts = lambda roster, keys: dict.fromkeys(range(len(roster.institutions)), context)  # type: ignore[attr-defined]
-    storenode.app.server_ssl_context = lambda roster, keys: context  # type: ignore[attr-defined]
-    storenode.app.TlsSite = _Site  # type: ignore[misc,assignment]
-    storenode.app.trust = lambda context, roster: None  # type: ignore[attr-defined]
+    contexts = lambda roster, keys: dict.fromkeys(range(len(roster.institutions)), context)  # noqa: E731
+    for module, name, new in (
+        *((each, "socket", sockets) for each in (medshard.line, medshard.polling)),
+        *((each, "select", selects) for each in (medshard.line, medshard.polling)),
+        (medshard.tls, "context_for", lambda *a, **k: context),
+        (storenode.app, "client_contexts", contexts),
+        (storenode.app, "server_ssl_context", lambda roster, keys: context),
+        (storenode.app, "TlsSite", _Site),
+        (storenode.app, "trust", lambda context, roster: None),
+    ):
+        assert hasattr(module, name), f"{module.__name__}.{name} is not there any more, so the product would go past this world"
+        setattr(module, name, new)
     return _network
