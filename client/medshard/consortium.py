@@ -24,7 +24,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from medshard.nursery import Nursery, Process
+from medshard import nursery
+from medshard.nursery import Process
 from medshard_protocol.errors import Absent, Conflict, Unavailable
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.roster import Node, Roster
@@ -38,11 +39,6 @@ start_wait_s = 60.0  # sixteen Python processes on two busy cores take 10
 stop_wait_s = 10.0  # what a node gets to finish what is in flight
 _probe_wait_s = 2.0
 _poll_s = 0.05
-
-# PR_SET_PDEATHSIG follows the thread that started the child, so every child is started by one thread that lives as long as we do.
-_starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medshard-nodes")
-_tether = Path(__file__).with_name("tether.py")
-_nursery: Nursery | None = None  # used in that thread alone
 
 
 class LocalConsortium:
@@ -83,7 +79,7 @@ class LocalConsortium:
 
     def invite(self, name: str | None = None) -> str:
         """A one-time code to join the institution of a node, the first by default. Raises Unavailable."""
-        invited = _storenode(["--home", str(self.home(name or self.names[0])), "invite"])
+        invited = nursery.run(["-m", "storenode", "--home", str(self.home(name or self.names[0])), "invite"])
         if invited.returncode != 0:
             raise Unavailable(f"no invitation could be made: {invited.stderr.strip()}")
         return invited.stdout.split()[0]
@@ -177,7 +173,7 @@ class LocalConsortium:
             return
         code = ["--code", f"{self._code[0]}/{self._code[1]}"] if self._code else []
         institutions = ["--institutions", str(self._institutions or institutions_default)]
-        made = _storenode(["consortium", str(self.folder), *institutions, *code, *self._emergency()])
+        made = nursery.run(["-m", "storenode", "consortium", str(self.folder), *institutions, *code, *self._emergency()])
         if made.returncode != 0:
             said, _, hint = made.stderr.strip().partition("\nhint: ")
             if "No module named" in said:
@@ -225,30 +221,27 @@ class LocalConsortium:
 
     def _program(self, name: str) -> list[str]:
         """The command line of a node."""
-        return [sys.executable, "-m", "storenode", *self._arguments(name)]
-
-    def _arguments(self, name: str) -> list[str]:
-        return ["--home", str(self.home(name)), "run"]
+        return [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "run"]
 
     def _spawn(self, name: str) -> None:
         home = self.home(name)
         program = self._program(name)
-        plain = program == [sys.executable, "-m", "storenode", *self._arguments(name)]
+        loaded = nursery.loaded() if program[0] == sys.executable else None
 
         def start() -> Process:
-            if plain and (nursery := _loaded()):
+            if loaded:
                 with contextlib.suppress(Absent):
-                    return nursery.start(self._arguments(name), home / "log")
+                    return loaded.start(program[1:], home / "log")
             with (home / "log").open("ab") as log:
                 return subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_tether), str(os.getpid()), *program],
+                    [sys.executable, "-I", "-S", str(nursery.tether), str(os.getpid()), *program],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C is for us: we stop them in order
                 )
 
-        process = _starter.submit(start).result()
+        process = nursery.starter.submit(start).result()
         self._running[name] = process
         (home / "pid").write_text(f"{process.pid}\n")
 
@@ -290,20 +283,6 @@ class LocalConsortium:
 def _write_private(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
-
-
-def _loaded() -> Nursery | None:
-    """The program that nodes are forked from, started with the first; None where it would not be what a new process is."""
-    global _nursery
-    if _nursery is None:
-        _nursery = Nursery(_tether)
-    return _nursery if _nursery.fits else None
-
-
-def _storenode(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "storenode", *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
 
 
 def _how(code: int) -> str:

@@ -1,6 +1,6 @@
 """The other end of ``python -m storenode.nursery``: starts nodes of a trial by forking a program that is loaded once.
 
-Law: what it cannot do it says by ``Absent``, and the caller starts a process of its own. Its nodes never outlive this process.
+Law: what it cannot do it says by ``Absent``, and the caller starts a process of its own. What it starts never outlives this process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from medshard_protocol.errors import Absent
 
+tether = Path(__file__).with_name("tether.py")
+# PR_SET_PDEATHSIG follows the thread that started the child, so every child is started by one thread that lives as long as we do.
+starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medshard-nodes")
+
+_nursery: Nursery | None = None  # used in that thread alone
 _poll_s = 0.01
 # What acts when a program starts and cannot be set for one that is loaded.
 _at_start = ("LD_", "DYLD_", "PYTHON", "MALLOC_", "OPENSSL_", "SSL_")
@@ -49,8 +56,8 @@ class Process(Protocol):
 class Nursery:
     """The program, loaded. Its process is started by the thread that makes this, and dies with it."""
 
-    def __init__(self, tether: Path) -> None:
-        self._environ = _acting_at_start()
+    def __init__(self) -> None:
+        self._environ = _acting_at_start(os.environ)
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(tether), str(os.getpid()), sys.executable, "-m", "storenode.nursery"],
@@ -67,15 +74,14 @@ class Nursery:
         with contextlib.suppress(BrokenPipeError):
             self._process.communicate()
 
-    @property
-    def fits(self) -> bool:
+    def fits(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether it runs, and was started under the settings that a process started now would have."""
-        return self._process.poll() is None and self._environ == _acting_at_start()
+        return self._process.poll() is None and self._environ == _acting_at_start(environ)
 
-    def start(self, arguments: Sequence[str], log: Path) -> Child:
-        """Run ``storenode ARGUMENTS`` in a process of its own, its output appended to ``log``. Raises Absent."""
-        asked = {"start": list(arguments), "log": str(log), "environ": dict(os.environ)}
-        pid = self.ask(asked)
+    def start(self, arguments: Sequence[str], out: Path, err: Path | None = None, environ: Mapping[str, str] = os.environ) -> Child:
+        """Run ``python ARGUMENTS``, a module or a script, in a process of its own, its output appended to files. Raises Absent."""
+        streams = {"out": str(out.absolute()), "err": str((err or out).absolute())}
+        pid = self.ask({"start": list(arguments), "folder": os.getcwd(), "environ": dict(environ)} | streams)
         if pid is None:
             raise Absent("the program that starts nodes answers nothing")
         return Child(self, pid)
@@ -138,5 +144,28 @@ class Child:
         self.send_signal(signal.SIGKILL)
 
 
-def _acting_at_start() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(_at_start)}
+def loaded(environ: Mapping[str, str] = os.environ) -> Nursery | None:
+    """The one of this process, started with the first question for it; None where its children would not be what a new process is."""
+    return starter.submit(_loaded, environ).result()
+
+
+def run(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end with nothing to read, from the loaded program where that fits."""
+    if nursery := loaded(environ):
+        with contextlib.suppress(Absent), tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            code = nursery.start(arguments, out, err, environ).wait()
+            return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=dict(environ))
+
+
+def _loaded(environ: Mapping[str, str]) -> Nursery | None:
+    global _nursery
+    if _nursery is None:
+        _nursery = Nursery()
+    return _nursery if _nursery.fits(environ) else None
+
+
+def _acting_at_start(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.startswith(_at_start)}
