@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,23 @@ from medshard_protocol.roster import Institution, Node, Roster
 cosigned_at = 1_700_000_000
 
 
-@lru_cache
+@cache
 def key_named(name: str) -> Ed25519PrivateKey:
     """The private key whose seed is the SHA-256 of its name."""
     return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
 
 
-@lru_cache
+@cache
 def pq_key_named(name: str) -> MLDSA44PrivateKey:
     """The ML-DSA-44 key whose seed is the SHA-256 of its name."""
     return MLDSA44PrivateKey.from_seed_bytes(hashlib.sha256(name.encode()).digest())
+
+
+@cache
+def entry_of(origin: str, author: str, body: Body) -> Entry:
+    """Signed once: these signatures are the same every time, and thousands are made."""
+    key = key_named(author)
+    return sign_entry(origin, body, public_key(key), key.sign)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,7 @@ class Consortium:
         return key_named(name)
 
     def entry(self, author: str, body: Body) -> Entry:
-        key = key_named(author)
-        return sign_entry(self.roster.origin, body, public_key(key), key.sign)
+        return entry_of(self.roster.origin, author, body)
 
     def note(self, checkpoint: Checkpoint, cosigners: Collection[int], pq: Collection[int] = ()) -> Note:
         """A checkpoint signed by the log and cosigned by these nodes, with Ed25519 and with ML-DSA keys."""
@@ -72,7 +79,7 @@ class Consortium:
         return Inclusion(index, entries[index], tuple(merkle.inclusion_path(leaves, index, sha256)), note.to_bytes())
 
 
-@lru_cache
+@cache
 def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700, pq: bool = False) -> Consortium:
     """Institutions 0, 1, …; node i belongs to institution i modulo their number; node 0 is the sequencer; with ML-DSA keys or without."""
     made = []
@@ -103,6 +110,12 @@ def consortium_of(institutions: int, nodes_each: int = 1, port: int = 9700, pq: 
 def consortium() -> Callable[..., Consortium]:
     """Make a consortium: ``consortium(4)``, or ``consortium(4, nodes_each=2)``."""
     return consortium_of
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and the modules they use stay until the end: do not look for garbage among them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # The folders whose files run longest: started first, so that no worker is left with one of them when the others have ended.

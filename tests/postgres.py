@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -34,10 +36,19 @@ class Server:
         for _ in range(1200):
             if self.process is None or self.process.poll() is not None:  # at first, or what was killed has not yet gone altogether
                 self._spawn(options)
-            if subprocess.run([tool("pg_isready"), "-q", "-h", str(self.folder), "-p", str(self.port)]).returncode == 0:
+            if self._is_ready():
                 return
             time.sleep(0.05)
         raise AssertionError((self.folder / "log").read_text())
+
+    def _is_ready(self) -> bool:
+        """As it says itself in the last line of its lock file; after a kill that is the file of the one before."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        assert self.process is not None
+        return lines[:1] == [str(self.process.pid)] and lines[-1].strip() in ("ready", "standby")
 
     def _spawn(self, options: tuple[str, ...]) -> None:
         settings = ["-c", "listen_addresses=", "-k", str(self.folder), "-p", str(self.port), *options]
@@ -49,8 +60,9 @@ class Server:
         assert self.process is not None
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True).stdout.split()
         self.process.kill()
-        for child in children:
-            subprocess.run(["kill", "-9", child], stderr=subprocess.DEVNULL)
+        for child in map(int, children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         self.process.wait()
         self.process = None
 

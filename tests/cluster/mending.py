@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.cluster.repairers import received_name, rules_name
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard_protocol.entries import Move, sign_entry
 from medshard_protocol.ids import Key, NodeId
@@ -52,8 +52,7 @@ class Repairing(LocalConsortium):
         return exchange(self.node(of), self.roster, self.keys(by), method, path, body, timeout_s=8.0)
 
     def repair(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "storenode", "--home", str(self.home(name)), "repair", "--json", *arguments]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+        return nursery.run(["-m", "storenode", "--home", str(self.home(name)), "repair", "--json", *arguments])
 
     def repaired(self, name: str, file_id: str, shard: int | None = None, *, dry_run: bool = False) -> dict[str, Any]:
         """What ``storenode repair`` does, without starting a program for it."""

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import shutil
-import subprocess
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard.home import Home
 from medshard.keys import open_key_file
@@ -144,11 +143,7 @@ def found(report: Report) -> set[tuple[str, str]]:
 
 def verify(trial: Attacked, path: Path) -> tuple[int, str]:
     """As a third party would, with the file, the genesis file and the program."""
-    told = subprocess.run(
-        [sys.executable, "-m", "storenode", "evidence", "verify", str(path), "--genesis", str(trial.folder / "genesis.medshard")],
-        capture_output=True,
-        text=True,
-    )
+    told = nursery.run(["-m", "storenode", "evidence", "verify", str(path), "--genesis", str(trial.folder / "genesis.medshard")])
     return told.returncode, told.stdout + told.stderr
 
 
@@ -226,9 +221,7 @@ async def test_a_second_history_shown_to_others_is_found_by_every_node_and_names
     assert 'medshard_evidence{kind="fork"} 0.0' not in metrics
     assert 'medshard_evidence{kind="fork"}' in metrics
     assert trial.status(honest[0])["watch"]["evidence"]["fork"] >= 1
-    shown = subprocess.run(
-        [sys.executable, "-m", "storenode", "--home", str(trial.home(honest[0])), "status"], capture_output=True, text=True
-    )
+    shown = nursery.run(["-m", "storenode", "--home", str(trial.home(honest[0])), "status"])
     assert "files of evidence, see: storenode evidence list" in shown.stdout, shown
     await assert_the_honest_rest_goes_on(vault, tmp_path)
 

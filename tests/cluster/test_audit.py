@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.cluster.auditors import rules_name
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard_protocol import canonical
 from medshard_protocol.audit import Report, audit_path
@@ -70,8 +70,7 @@ class Audited(LocalConsortium):
         return exchange(self.node(of), self.roster, NodeKeys.load(self.home(by)), method, path, body, timeout_s=20.0)
 
     def storenode(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "storenode", "--home", str(self.home(name)), *arguments]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120)
+        return nursery.run(["-m", "storenode", "--home", str(self.home(name)), *arguments])
 
     def audits(self, name: str, file: FileId | None = None) -> dict[str, Any]:
         """What ``storenode audit`` tells, asked for as it does."""

@@ -1,4 +1,4 @@
-"""Asking and being asked, on six real nodes: a request gives no right, an approval exactly the right that was asked for."""
+"""Asking and being asked, on four real nodes: a request gives no right, an approval exactly the right that was asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ passphrase = "three words suffice"
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
-    with LocalConsortium(tmp_path_factory.mktemp("consent")) as consortium:
+    with LocalConsortium(tmp_path_factory.mktemp("consent"), institutions=4) as consortium:
         code = consortium.invite("insurer-02")
         asyncio.run(Vault.join(consortium.folder / "doctor", code, passphrase, fast_kdf=True))
         yield consortium

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 
 mib = 1024 * 1024
@@ -41,12 +40,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def medshard(trial: LocalConsortium, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "medshard", *arguments],
-        env={**os.environ, "MEDSHARD_HOME": str(trial.vault_home), **environment},
-        capture_output=True,
-        text=True,
-    )
+    return nursery.run(["-m", "medshard", *arguments], {**os.environ, "MEDSHARD_HOME": str(trial.vault_home), **environment})
 
 
 def test_a_full_disk_at_the_client_is_said_and_leaves_no_partial_file(trial: LocalConsortium, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 from tests.cluster.keyholders import handed_in, heard_everywhere, refused, refused_everywhere, sign_withdrawal
 
-from medshard import Vault, enrolment, escrow, rotation, sender
+from medshard import Vault, enrolment, escrow, nursery, rotation, sender
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
@@ -396,8 +394,7 @@ def test_new_keys_and_senders_by_command(
     assert "custodians" not in run("owner", "keys", "rotate")  # nothing is left to do
     run("owner", "shared")
     assert all(name in run("owner", "ls") for name in ("letter", "scan"))
-    node = [sys.executable, "-m", "storenode", "--home", str(trial.folder / "nodes" / "hospital-01")]
-    listed = subprocess.run([*node, "users", "--all", "--json"], capture_output=True, check=True)
+    listed = nursery.run(["-m", "storenode", "--home", str(trial.home("hospital-01")), "users", "--all", "--json"])
     users = {each["key"]: each for each in json.loads(listed.stdout)["users"]}
     assert [users[each]["state"] for each in (key, lost, scanner)] == ["succeeded", "user", "sender"]
     assert (users[key]["heir"], users[scanner]["heir"]) == (lost, key)

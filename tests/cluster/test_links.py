@@ -27,7 +27,7 @@ label = "Ihre Aufnahmen"
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
-    with LocalConsortium(tmp_path_factory.mktemp("links")) as consortium:
+    with LocalConsortium(tmp_path_factory.mktemp("links"), institutions=4) as consortium:
         yield consortium
 
 

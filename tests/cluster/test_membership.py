@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard.home import Home
 from medshard_protocol.canonical import decode
@@ -49,14 +47,7 @@ async def vault(trial: LocalConsortium) -> AsyncIterator[Vault]:
 
 def operate(home: Path, *words: str, refused: bool = False) -> dict[str, Any]:
     """One command of an operator, as JSON; or its error if it is to be refused."""
-    done = subprocess.run(
-        [sys.executable, "-m", "storenode", "--home", str(home), "--json", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
+    done = nursery.run(["-m", "storenode", "--home", str(home), "--json", *words])
     assert (done.returncode != 0) == refused, done.stderr + done.stdout
     answer: dict[str, Any] = json.loads(done.stderr.splitlines()[-1] if refused else done.stdout)
     return answer["error"] if refused else answer

@@ -1,4 +1,4 @@
-"""An insurer's archive on six real nodes: versions, claims handed over as a whole, imports that go on after a cut."""
+"""An insurer's archive on four real nodes: versions, claims handed over as a whole, imports that go on after a cut."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ year = datetime.now(UTC).year
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
-    with LocalConsortium(tmp_path_factory.mktemp("archive")) as consortium:
+    with LocalConsortium(tmp_path_factory.mktemp("archive"), institutions=4) as consortium:
         code = consortium.invite("insurer-02")
         asyncio.run(Vault.join(consortium.folder / "insurer", code, passphrase, fast_kdf=True))
         yield consortium

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard.home import Home
 from medshard_protocol.entries import Erase, Hold, Register
@@ -42,8 +40,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]
 
 def operate(home: Path, *words: str, refused: bool = False) -> dict[str, Any]:
     """One command of an operator, as JSON; or its error if it is to be refused."""
-    command = [sys.executable, "-m", "storenode", "--home", str(home), "--json", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60)
+    done = nursery.run(["-m", "storenode", "--home", str(home), "--json", *words])
     assert (done.returncode != 0) == refused, done.stderr + done.stdout
     answer: dict[str, Any] = json.loads(done.stderr.splitlines()[-1] if refused else done.stdout)
     return answer["error"] if refused else answer
@@ -167,12 +164,7 @@ def begin_in_successor(trial: LocalConsortium, file: Path) -> None:
 
 def answers_with(trial: LocalConsortium, name: str) -> int:
     """How much of the log a node has that may not answer yet."""
-    asked = subprocess.run(
-        [sys.executable, "-m", "storenode", "--home", str(trial.home(name)), "--json", "status"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    asked = nursery.run(["-m", "storenode", "--home", str(trial.home(name)), "--json", "status"])
     return int(json.loads(asked.stdout)["ledger"]["published"]) if asked.returncode == 0 else 0
 
 

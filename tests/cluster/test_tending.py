@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import pytest
 from tests.cluster.mending import File, Repairing, bring_back, put_whole, told, until
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard_protocol.errors import Refused
 from medshard_protocol.messages import shard_path, unpack_error
 from medshard_protocol.repairorder import Wish, pack_wish, unpack_moves
@@ -74,8 +72,7 @@ async def test_a_node_that_leaves_hands_everything_over_and_goes_on_after_a_rest
     mine = [each for each in files if name in each.holders]
 
     def drain(*words: str) -> dict[str, Any]:
-        line = [sys.executable, "-m", "storenode", "--home", str(trial.home(name)), "drain", "--json", *words]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        done = nursery.run(["-m", "storenode", "--home", str(trial.home(name)), "drain", "--json", *words])
         assert done.returncode == 0, done.stderr
         said: dict[str, Any] = json.loads(done.stdout)
         return said
@@ -126,9 +123,7 @@ async def test_after_nodes_die_for_good_every_file_is_back_to_n_shards_without_h
         assert not {holder.node for holder in report.holders} & set(lost)
     name = sorted(wanted)[0]
     assert set(told(trial, name)["gone"]) == set(lost)
-    status = subprocess.run(
-        [sys.executable, "-m", "storenode", "--home", str(trial.home(name)), "status"], capture_output=True, text=True, timeout=60
-    )
+    status = nursery.run(["-m", "storenode", "--home", str(trial.home(name)), "status"])
     (line,) = [line for line in status.stdout.splitlines() if line.startswith("repair  ")]
     assert line.endswith(f"gone: {', '.join(told(trial, name)['gone'])}")
 

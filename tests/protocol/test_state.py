@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from hashlib import sha256
 
 import pytest
@@ -42,6 +43,7 @@ one, two, three, gone, old, held, kept, free, guarded, abandoned, sent = (bytes(
 manifest, other_manifest = b"m" * 32, b"o" * 32
 
 
+@cache
 def public(name):
     """The public key of somebody whom the consortium of these tests knows by name."""
     return public_key(Ed25519PrivateKey.from_private_bytes(sha256(name.encode()).digest()))

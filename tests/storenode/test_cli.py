@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from medshard import nursery
 from medshard_protocol.invite import Invite
 from storenode.cli import main
 from storenode.cli.main import Exit
@@ -24,9 +25,7 @@ environment = {name: value for name, value in os.environ.items() if not name.sta
 
 
 def storenode(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "storenode", *map(str, words)], capture_output=True, text=True, env=environment, timeout=60, check=False
-    )
+    done = nursery.run(["-m", "storenode", *map(str, words)], environment)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
