@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -40,6 +39,7 @@ from medshard.gateway.dimse.peers import Peer
 from medshard.gateway.dimse.server import DimseServer, Listening
 from medshard.gateway.part10 import read_head
 from medshard.keys import VaultKeys
+from medshard.nursery import Process
 
 instance = "1.2.840.10008.1.20.1.1"
 
@@ -236,7 +236,7 @@ async def test_a_killed_gateway_reports_after_its_next_start_as_soon_as_the_peer
     reports, uid, transaction = Reports(), generate_uid(), generate_uid()
     port, at_peer = free_port(), free_port()
 
-    def gateway() -> subprocess.Popen[bytes]:
+    def gateway() -> Process:
         return start(trial.vault_home, tmp_path, port, "--peer", f"CT01=127.0.0.1:{at_peer}")
 
     process = gateway()

@@ -26,7 +26,7 @@ from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from tests.gateway.conftest import make_instance
 
-from medshard import Vault
+from medshard import Vault, nursery
 from medshard.consortium import LocalConsortium
 from medshard.gateway.dimse import commands
 from medshard.gateway.dimse.association import Association
@@ -36,6 +36,7 @@ from medshard.gateway.model import Incoming, Outcome
 from medshard.gateway.part10 import read_head
 from medshard.gateway.service import Settings, archive_of, spool_key
 from medshard.gateway.spool import Spool
+from medshard.nursery import Process
 from medshard_protocol.errors import MedshardError
 
 
@@ -90,10 +91,12 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(home: Path, folder: Path, port: int, *more: str) -> subprocess.Popen[bytes]:
+def start(home: Path, folder: Path, port: int, *more: str) -> Process:
     words = ["--home", str(home), "gateway", "--dir", str(folder), "--dimse", f"127.0.0.1:{port}", "--any-calling", "--quiet-time", "0.3"]
     off = [word for name in ("--status", "--http") if name not in more for word in (name, "off")]
-    return subprocess.Popen([sys.executable, "-m", "medshard", *words, *off, *more], stderr=subprocess.DEVNULL)
+    loaded = nursery.loaded()
+    assert loaded
+    return loaded.start(["-m", "medshard", *words, *off, *more], Path(os.devnull))
 
 
 async def kills(trial: LocalConsortium, tmp_path: Path, rounds: int) -> None:
