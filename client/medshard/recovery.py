@@ -101,7 +101,7 @@ async def restore_home(
     home, keys = Home(folder), VaultKeys.from_root(root)
     if home.key_file.exists() and open_key_file(home.key_file, passphrase).public != keys.public:
         raise Refused(f"{folder} holds another vault", hint="choose another --home")
-    certificate, links = await _certificate(keys, urls, genesis)
+    certificate, links = await certificate_of(keys, urls, genesis)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not home.key_file.exists():
         create_key_file(home.key_file, passphrase, root=root, fast=fast_kdf)
@@ -111,7 +111,8 @@ async def restore_home(
     return keys
 
 
-async def _certificate(keys: VaultKeys, urls: Sequence[str], genesis: bytes) -> tuple[bytes, enrolment.Links]:
+async def certificate_of(keys: VaultKeys, urls: Sequence[str], genesis: bytes) -> tuple[bytes, enrolment.Links]:
+    """A certificate for keys that an institution has enrolled, and the rosters since the genesis file. Raises as ``restore_home``."""
     roster, links, failures = Roster.from_bytes(genesis), enrolment.Links(), list[str]()
     for url in urls:
         try:

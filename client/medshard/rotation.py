@@ -16,7 +16,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from medshard import enrolment
+from medshard import enrolment, recovery
 from medshard.durable import fsync_folder, write_durably
 from medshard.home import Home
 from medshard.keys import (
@@ -30,9 +30,13 @@ from medshard.keys import (
     roots_of,
     seal_former,
 )
+from medshard.ledger import LedgerClient
 from medshard.model import Description
 from medshard.packs import Plan, Unit
+from medshard.rights import Rights
 from medshard.source import Part
+from medshard.tls import Shown
+from medshard.transport import Net
 from medshard_protocol import canonical
 from medshard_protocol.errors import Conflict, Damaged, Refused, Unavailable
 
@@ -66,6 +70,32 @@ async def rotate(home: Home, passphrase: str, code: str, *, fast_kdf: bool = Fal
             home.next_key.unlink(missing_ok=True)
             former_path(home.folder, new.public).unlink(missing_ok=True)
         raise
+    write_durably(home.next_certificate, certificate)
+    finish(home)
+    return new
+
+
+async def adopt(home: Home, passphrase: str, root: bytes, *, fast_kdf: bool = False) -> VaultKeys:
+    """Take the keys into this home that another home of the same vault was rotated to; what lies on this disk stays as it is.
+
+    Raises Refused where they did not come right after this home's, by the ledger.
+    """
+    if finish(home):
+        return open_key_file(home.key_file, passphrase)
+    old, new = open_key_file(home.key_file, passphrase), VaultKeys.from_root(root)
+    if new.public == old.public:
+        return old
+    roster = home.roster()
+    certificate, _ = await recovery.certificate_of(new, [node.url for node in roster.nodes], home.genesis.read_bytes())
+    async with Net(roster, Shown(certificate, new.signing).contexts(roster), certificate) as net:
+        heirs = await Rights(net, new, LedgerClient(net, new)).heirs(old.public)
+    if heirs[:1] != [new.public]:
+        hint = "Make a home anew from it: medshard --home NEW recover --kit FILE."
+        raise Refused("these are not the keys that came right after this home's", hint=hint)
+    home.next_key.unlink(missing_ok=True)
+    new = create_key_file(home.next_key, passphrase, root=root, fast=fast_kdf)
+    new = new.remember([keys.root for keys in old.line], old.at_home.root)
+    write_durably(former_path(home.folder, new.public), seal_former(new), mode=0o600)
     write_durably(home.next_certificate, certificate)
     finish(home)
     return new

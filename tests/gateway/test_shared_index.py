@@ -19,7 +19,9 @@ from tests.gateway.test_dicomweb import stored as as_stored
 from tests.gateway.test_hostile import sent
 from tests.postgres import Server, running_server
 
-from medshard import Vault
+from medshard import Vault, rotation
+from medshard.cli.exits import Exit
+from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
 from medshard.gateway import tags
 from medshard.gateway.archive import Archive
@@ -35,6 +37,8 @@ from medshard.gateway.model import OUT_OF_RESOURCES, Incoming, Outcome, Query
 from medshard.gateway.service import Settings, archive_of
 from medshard.gateway.tags import Level
 from medshard.gateway.web import WebRules, serving
+from medshard.home import Home
+from medshard.recovery import code_of, restore_home
 from medshard_protocol.errors import MedshardError, Unavailable
 
 Gateways = Callable[[str], AbstractAsyncContextManager[Archive]]
@@ -250,3 +254,49 @@ def test_the_database_is_reached_by_tls_and_its_certificate_is_checked(tmp_path:
         tables.close()
         with pytest.raises(Unavailable, match="certificate"):
             PostgresTables(f"{address}/other.pem")
+
+
+async def test_after_a_rotation_every_gateway_of_the_vault_goes_on_with_the_index(
+    trial: LocalConsortium, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.sql("CREATE DATABASE rotated")
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    words = "three words suffice"
+    monkeypatch.setenv("MEDSHARD_PASSPHRASE", words)
+    await Vault.join(first, trial.invite(trial.names[0]), words, fast_kdf=True)
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns("*.sqlite*"))
+
+    @asynccontextmanager
+    async def gateway(home: Path) -> AsyncIterator[Archive]:
+        settings = Settings(home / "gateway", 1 << 30, Rules(quiet_s=60.0), None, None, index=server.dsn("rotated"))
+        async with Vault.open(home, words) as vault, archive_of(vault, settings) as archive:
+            yield archive
+
+    files = [make_instance(study := generate_uid()), make_instance(later := generate_uid())]
+    async with gateway(first) as archive:
+        await archive.receive(Incoming(files[0]))
+        await archive.settle()
+    async with gateway(second) as archive:  # what waits on the other machine survives it, too
+        await archive.receive(Incoming(files[1]))
+    keys = await rotation.rotate(Home(first), words, trial.invite(trial.names[0]), fast_kdf=True)
+    async with Vault.open(first, words) as vault:
+        await rotation.keep_former(vault)
+        genesis, url = vault.home.genesis.read_bytes(), vault.roster.nodes[0].url
+        (tmp_path / "kit").write_text(code_of(vault.home, vault.keys, vault.roster).to_code())
+    assert await asyncio.to_thread(main, ["--home", str(second), "keys", "rotate", "--kit", str(tmp_path / "kit")]) == Exit.OK
+    async with gateway(second) as archive:
+        assert archive.vault.keys.public == keys.public
+        await archive.settle()
+        (instance,) = archive.instances(study)
+        assert await (await archive.open(instance)).read() == files[0]
+    await restore_home(third, keys.root, words, [url], genesis, fast_kdf=True)
+    async with Vault.open(third, words) as vault:
+        await vault.reindex()
+    async with gateway(third) as archive:  # made from the new key alone
+        for uid, file in ((study, files[0]), (later, files[1])):
+            (instance,) = archive.instances(uid)
+            assert await (await archive.open(instance)).read() == file
+    async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+        (tmp_path / "kit").write_text(code_of(vault.home, vault.keys, vault.roster).to_code())
+    assert await asyncio.to_thread(main, ["--home", str(second), "keys", "rotate", "--kit", str(tmp_path / "kit")]) == Exit.REFUSED
+    assert "not the keys that came right after" in capsys.readouterr().err

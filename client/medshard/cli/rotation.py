@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     epilog=examples(
         "medshard keys rotate MEDSHARD1…                 # the code comes from `storenode invite`",
         "medshard keys rotate MEDSHARD1… --kit kit.txt   # on a new machine, after a theft",
+        "medshard keys rotate --kit new.txt              # another home of this vault, such as a second gateway's",
     ),
 )
 @click.argument("code", metavar="[CODE]", required=False)
 @click.option(
-    "--kit", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Begin with what `keys kit` wrote; the home is new."
+    "--kit",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Begin with what `keys kit` wrote, in a new home; without CODE: take its keys, to which another home of this vault was rotated.",
 )
 @shared
 def rotate(session: Session, code: str | None, kit: Path | None) -> int:
@@ -45,6 +48,8 @@ def rotate(session: Session, code: str | None, kit: Path | None) -> int:
     from medshard.rotation import rotate as rotate_keys
 
     home = Home(session.home)
+    if code is None and kit is not None:
+        return _adopt(session, home, kit)
     if code is None:
         finish(home)
     fresh = kit is not None and not home.key_file.exists()
@@ -69,6 +74,21 @@ def rotate(session: Session, code: str | None, kit: Path | None) -> int:
         output.note(f"medshard: {each}")
     if not session.quiet:
         output.line("Make a new kit (medshard keys kit), replace copies of vault.key, and tell others the new key (medshard key).")
+    return Exit.OK
+
+
+def _adopt(session: Session, home: Home, kit: Path) -> int:
+    """Have one more home of a vault go on under the keys that the first was rotated to."""
+    from medshard.cli import passphrase as asking
+    from medshard.cli.keys import code_in
+    from medshard.rotation import adopt
+
+    root = code_in(kit.read_text(encoding="utf-8", errors="replace")).root
+    keys = run(adopt(home, asking.known(session.home), root))
+    if session.json:
+        output.document({"key": keys.public.hex()})
+    elif not session.quiet:
+        output.note(f"medshard: {session.home} is the vault {short(keys.public)} from now on")
     return Exit.OK
 
 

@@ -42,8 +42,17 @@ def catalog_path(home: Path) -> Path:
 
 
 def catalog_key(keys: VaultKeys) -> bytes:
-    """What the DICOM index is sealed with."""
-    return hkdf(keys.at_home.root, b"", b"medshard/vault/v1/dicom-index")
+    """What the DICOM index in the vault's home is sealed with."""
+    return _sealed_with(keys.at_home.root)
+
+
+def catalog_keys(keys: VaultKeys) -> list[bytes]:
+    """What an index that several homes of a vault share may be sealed with: whichever made it, before a rotation or after."""
+    return list(dict.fromkeys(map(_sealed_with, (keys.at_home.root, *(each.root for each in keys.line)))))
+
+
+def _sealed_with(root: bytes) -> bytes:
+    return hkdf(root, b"", b"medshard/vault/v1/dicom-index")
 
 
 class Catalog:

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from medshard.gateway.catalog import Catalog, catalog_key, catalog_path
+from medshard.gateway.catalog import Catalog, catalog_key, catalog_keys, catalog_path
 from medshard.gateway.packing import instances_of
 from medshard.gateway.tables import Tables, remove
 from medshard.vault import Vault
@@ -38,8 +38,15 @@ def tables_of(vault: Vault, address: str = "") -> Tables | Path:
 
 
 def open_catalog(vault: Vault, address: str = "", gateway: bytes = b"") -> Catalog:
-    """The index of a vault, as it is. Blocking."""
-    return Catalog(tables_of(vault, address), catalog_key(vault.keys), gateway)
+    """The index of a vault, as it is. Blocking. Raises Damaged where none of its keys opens it."""
+    first, *others = catalog_keys(vault.keys) if address else [catalog_key(vault.keys)]
+    try:
+        return Catalog(tables_of(vault, address), first, gateway)
+    except Damaged:
+        for key in others:
+            with contextlib.suppress(Damaged):
+                return Catalog(tables_of(vault, address), key, gateway)
+        raise
 
 
 def gateway_id(folder: Path) -> bytes:
@@ -71,18 +78,18 @@ def catch_up(vault: Vault, catalog: Catalog) -> None:
 def rebuild(vault: Vault, address: str = "") -> None:
     """Make the index again from the vault's. Instances that wait in a running gateway's spool stay in it. Blocking."""
     try:
-        _rebuild(vault, tables_of(vault, address))
+        _rebuild(vault, open_catalog(vault, address))
     except Damaged:
         tables = tables_of(vault, address)
         if isinstance(tables, Path):
             remove(tables)
         else:
             tables.reset()  # gateways that run see it, and put in again what waits in their spools
-        _rebuild(vault, tables)
+        _rebuild(vault, Catalog(tables, catalog_key(vault.keys)))
 
 
-def _rebuild(vault: Vault, tables: Tables | Path) -> None:
-    with contextlib.closing(Catalog(tables, catalog_key(vault.keys))) as catalog:
+def _rebuild(vault: Vault, made: Catalog) -> None:
+    with contextlib.closing(made) as catalog:
         have = vault.file_ids()
         catalog.forget((catalog.stored_files() | catalog.files()) - have)
         _take(vault, catalog, have)
