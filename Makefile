@@ -29,7 +29,7 @@ demo: $(READY)  ## a local consortium, real DICOM and PDF in, nodes killed, file
 	@$(BIN)/medshard demo
 
 test: $(READY)  ## all tests but the long ones (some 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter
 	@$(BIN)/ruff check .

@@ -268,7 +268,7 @@ def test_a_promoted_standby_has_every_acknowledged_entry(server: Server, monkeyp
     standby.port = server.port + 1
     try:
         copy = [tool("pg_basebackup"), "-h", str(server.folder), "-p", str(server.port), "-U", "medshard", "-D", str(standby.data), "-R"]
-        as_postgres(subprocess.run, [*copy, "-X", "stream", "-c", "fast"], check=True, capture_output=True)
+        as_postgres(subprocess.run, [*copy, "-X", "stream", "-c", "fast", "--no-sync"], check=True, capture_output=True)
         auto = standby.data / "postgresql.auto.conf"
         auto.write_text(auto.read_text().replace("primary_conninfo = '", "primary_conninfo = 'application_name=second "))
         standby.start()
