@@ -301,10 +301,11 @@ class Admitted(Net):
 class Reader:
     """Reads of one vault: each under a pass, or in an emergency under a signed reason."""
 
-    def __init__(self, net: Net, ledger: LedgerClient, key: Key, keep: Callable[[Entry], None]) -> None:
+    def __init__(self, net: Net, ledger: LedgerClient, line: Collection[Key], keep: Callable[[Entry], None]) -> None:
+        """``line`` are the vault's keys, those before the present one too: a mark in the roster stays through rotations."""
         self._net = net
         self._ledger = ledger
-        self._key = key
+        self._line = frozenset(line)
         self._keep = keep
         self.tickets = Tickets(net, ledger)
 
@@ -359,7 +360,7 @@ class Reader:
 
     def _emergency_passes(self, file_ids: Sequence[FileId], reason: str) -> list[EmergencyPass]:
         roster = self._net.roster
-        if self._key not in roster.emergency or not roster.auditors:
+        if self._line.isdisjoint(roster.emergency) or not roster.auditors:
             raise self._hopeless(no_quorum(self._net, ()))
         sealed = seal_reason(roster.auditors, roster.origin, reason)
         room = entry_bytes_max - len(self._entry((FileId(bytes(file_id_size)),), sealed).to_bytes()) - 2  # the list's length may grow
@@ -372,7 +373,7 @@ class Reader:
         return self._ledger.sign(Access(file_ids, Purpose.EMERGENCY, sealed, os.urandom(nonce_size)))
 
     def _hopeless(self, error: MedshardError) -> MedshardError:
-        if self._key not in self._net.roster.emergency or not self._net.roster.auditors:
+        if self._line.isdisjoint(self._net.roster.emergency) or not self._net.roster.auditors:
             way_out = "This vault is not marked for emergencies in the roster, so there is no other way."
         else:
             way_out = "In an emergency: the same command with --break-glass and a reason, which the auditors will read."

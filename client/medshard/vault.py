@@ -92,7 +92,7 @@ class Vault:
         self._lookup.fate = self.custody.fate
         self.shares.gone = lambda sha256: [each.file_id for each in self.custody.all_ended(sha256)]
         self.keepers = Keepers(net, keys, self._ledger)
-        self._reader = Reader(net, self._ledger, keys.public, self._keep_pending)
+        self._reader = Reader(net, self._ledger, [each.public for each in keys.line], self._keep_pending)
         self.ranges = Ranges(self._lookup, self._reader, home.standing_reason)
 
     @property

@@ -7,7 +7,7 @@ before that entry, whatever came later. Knows no clock: where a time decides, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -248,6 +248,19 @@ class Facts:
         while (known := self.identity(keys[-1])) is not None and known.before is not None:
             keys.append(Key(known.before))
         return keys
+
+    def is_marked(self, marked: Collection[Key], key: Key) -> bool:
+        """Whether this key is among those that a roster marks, or succeeded one of them that was in its owner's hands.
+
+        A key that was withdrawn before it had a successor may have been stolen: its mark ends with it.
+        """
+        while key not in marked:
+            known = self.identity(key)
+            before = None if known is None or known.before is None else self.identity(Key(known.before))
+            if known is None or known.before is None or before is None or before.withdrawn != before.inherits:
+                return False
+            key = Key(known.before)
+        return True
 
     def passings(self, key: Key) -> list[int]:
         """The entries by which files of ``key`` came to whom they belong now, in their order."""

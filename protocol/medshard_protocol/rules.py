@@ -42,7 +42,7 @@ of them: one proposes, another says it. Both must be listed, and vouched for by 
 for one hold, or for the release of all holds that stand; a hold that comes between takes it off the table.
 
 Wherever an owner, an author or a reader is named, the key that has succeeded it is meant, and for a sender's files the vault that it sends
-for.
+for. A keeper or an emergency identity whose key was rotated stays one, but not one whose key was withdrawn before that.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _revoke(facts: Facts, body: Revoke, author: Key) -> MedshardError | None:
 
 
 def _access(facts: Facts, body: Access, author: Key) -> MedshardError | None:
-    if body.reason and author not in facts.roster.emergency:
+    if body.reason and not facts.is_marked(facts.roster.emergency, author):
         return Refused("only an identity that the roster marks for emergencies gives a reason")
     return _stranger(facts, author)
 
@@ -334,7 +334,7 @@ def _not_keeper(facts: Facts, owner: Key, author: Key) -> MedshardError | None:
     if not keepers:
         return Refused("the institution that vouches for the owner has no keepers: nobody needs to propose anything")
     assert known is not None, "or there were no keepers"
-    if author not in keepers:
+    if not facts.is_marked(keepers, author):
         return Refused(f"two keepers of {known.institution} hold and release its files", hint="storenode roster show lists them")
     own = facts.identity(author)
     if own is None or own.withdrawn is not None or own.institution != known.institution:

@@ -295,7 +295,7 @@ class Gate:
             raise _Denied(Refusal(Reason.WITHIN_REACH))
         if entry.author != caller:
             raise _Denied(Refusal(Reason.OTHER_READER))
-        if not isinstance(body, Access) or not body.reason or caller not in facts.roster.emergency:
+        if not isinstance(body, Access) or not body.reason or not facts.is_marked(facts.roster.emergency, caller):
             raise _Denied(Refusal(Reason.NO_EMERGENCY))
         if facts.vouched_at(caller, facts.size) is None:
             raise _Denied(Refusal(Reason.WITHDRAWN))

@@ -236,7 +236,7 @@ class Holders:
 
 
 def reader(world: World, kept: list[Entry]) -> Reader:
-    return Reader(world.net, world.ledger, keys.public, kept.append)
+    return Reader(world.net, world.ledger, [keys.public], kept.append)
 
 
 async def test_after_a_read_that_was_refused_the_next_one_is_announced_anew(world: World) -> None:

@@ -285,7 +285,7 @@ def test_every_type_of_entry_stands_in_the_table_with_and_without_the_right(cons
     for author, body, error in rules.values():
         made = body(c, log) if callable(body) else body
         seen.setdefault(type(made), set()).add(error is None)
-        people = ("log", "owner", "reader", "former", "other", "stranger", "scanner", "keeper", "second", "lost")
+        people = ("log", "owner", "reader", "former", "other", "stranger", "scanner", "keeper", "second", "lost", "new", "newer")
         assert author in people or author[:3] in ("ca ", "tls")
     assert seen.pop(Genesis) == {False}  # with the right: below
     assert len(seen) == 18
@@ -496,6 +496,31 @@ def test_a_hold_that_comes_between_takes_a_proposed_release_off_the_table(consor
     assert (log.state.holds(guarded), log.state.proposals(Type.RELEASE, guarded)) == ([], {})
 
 
+def test_a_keeper_with_a_new_key_stays_one_and_what_the_old_key_proposed_counts_no_more(consortium):
+    log = guarding(consortium(4))
+    log.must("ca 2", rotate("keeper", "new"))
+    log.say("keeper", Propose(Type.RELEASE, guarded, True, nonce))
+    assert not log.effective
+    log.say("second", Hold(guarded, nonce))  # which the old key has proposed
+    assert not log.effective
+    log.must("new", Propose(Type.RELEASE, guarded, True, nonce))
+    log.say("new", Release(log.kept_hold, nonce))  # two keys of one person are one person
+    assert not log.effective
+    log.must("second", Release(log.kept_hold, nonce))
+
+
+def test_who_succeeds_a_stolen_key_is_no_keeper_and_reads_in_no_emergency(consortium):
+    c = consortium(4)
+    log = guarding(c)
+    log.must("ca 2", Withdraw(public("keeper"), nonce))
+    log.must("ca 2", rotate("keeper", "new"))
+    log.must("ca 2", rotate("new", "newer"))
+    for who in ("new", "newer"):
+        log.say(who, Propose(Type.RELEASE, guarded, True, nonce))
+        assert not log.effective
+        assert not log.state.is_marked({public("keeper")}, public(who))
+
+
 # -- the quorum
 
 
@@ -520,6 +545,14 @@ def test_a_roster_is_in_effect_from_the_entry_after_the_quorum(consortium):
     assert log.state.roster == new
     assert (log.state.roster_at(decided), log.state.roster_at(decided + 1)) == (c.roster, new)
     log.must("owner", access)
+    log.must("ca 1", rotate("owner", "new"))
+    log.say("owner", access)
+    assert not log.effective
+    log.must("new", access)  # the mark goes on with the key
+    log.must("ca 1", Withdraw(public("new"), nonce))
+    log.must("ca 1", rotate("new", "newer"))
+    log.say("newer", access)
+    assert not log.effective
     assert log.state.decided == [(decided, new)]
     voices = {f"Institution {number}": place for number, place in ((0, decided - 5), (1, decided - 3), (3, decided))}
     assert log.state.ballots(Type.ROSTER, 0) == {new.sha256: voices}
