@@ -25,7 +25,8 @@ from tests.simulation import mutants, warming
 from tests.simulation import run as runs
 from tests.simulation import world as _first
 
-hangs_after_s = 60
+hangs_after_s = 60  # of processor
+stands_after_s = 1800  # of time
 unfit = 9
 _spent: list[Path] = []  # folders to be removed
 
@@ -48,8 +49,10 @@ def one(seed: int, mutant: str, bench: Bench) -> Callable[[], dict[str, Any]]:
     if child == 0:
         os.close(reading)
         gc.disable()
-        signal.signal(signal.SIGALRM, _hangs)
-        signal.alarm(hangs_after_s)
+        for number in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(number, _hangs)
+        signal.setitimer(signal.ITIMER_PROF, hangs_after_s)  # and not of time, of which a busy machine takes any amount
+        signal.alarm(stands_after_s)
         begun = bench.begun if not mutant and runs.size_of(seed) == bench.begun.size else None  # a bug may be one of the beginning
         if begun is not None:
             warming.copy(bench.folder, folder)
