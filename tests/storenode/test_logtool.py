@@ -151,7 +151,7 @@ def test_one_changed_bit_in_any_tile_or_bundle_is_found(large: SimpleNamespace, 
     at = file.stat().st_size // 3
     flip(file, at)
     with pytest.raises(Damaged, match=path.replace("entries", "(entries|0)")):  # a changed entry shows in the tile of its hash
-        audit(large.folder, large.c.roster, {}, processes=2)
+        audit(large.folder, large.c.roster, {}, processes=2 if path in ("0/000", "entries/150") else 1)
     flip(file, at)
 
 
