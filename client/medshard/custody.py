@@ -180,8 +180,10 @@ class Custody:
     ) -> list[Kept]:
         """Propose, or be the second person; what keeps each of the objects then."""
         propose = []
+        expired = {(each.file_id, each.by) for each in await self._keepers.open() if each.what is what and each.expired}
         for opened in wanted:
-            file_id, found = opened.manifest.file_id, standing[opened.manifest.file_id].proposed[what]
+            file_id = opened.manifest.file_id
+            found = [author for author in standing[file_id].proposed[what] if (file_id, author) not in expired]
             if any(author != self._keys.public for author in found):
                 await self._keepers.say(what, file_id)
             elif not found:

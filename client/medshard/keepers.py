@@ -4,6 +4,8 @@
     for each in await vault.keepers.open(): ...
     await vault.keepers.approve([each.index])
 
+A proposal has a fortnight by the cosigners' clocks. That is a rule of whoever approves, as the ledger's fold knows no clock.
+
 Law: the ledger decides, and one person's word changes nothing at any honest node. Who the keepers of an institution are stands in the
 roster, which a quorum of institutions signs. A keeper needs no right to read what is kept, and gets none.
 """
@@ -11,8 +13,10 @@ roster, which a quorum of institutions signs. A keeper needs no right to read wh
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
@@ -25,6 +29,8 @@ from medshard_protocol.errors import Absent, Conflict, Refused
 from medshard_protocol.ids import FileId, Key
 from medshard_protocol.proofs import Inclusion
 
+proposal_s: Final = 14 * 86_400
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -35,6 +41,13 @@ class Proposal:
     file_id: FileId
     by: Key
     own: bool  # this vault's
+    at: int = 0  # when it was published, in Unix seconds, as nodes remember it; 0 where they do not
+    expired: bool = False
+
+    @property
+    def until(self) -> int:
+        """Until when it can be approved; 0 where nobody knows when it was made."""
+        return self.at + proposal_s if self.at else 0
 
 
 class Keepers:
@@ -56,15 +69,24 @@ class Keepers:
 
     async def open(self) -> list[Proposal]:
         """Every proposal that waits for its second person, in the ledger's order. Raises Unavailable as a history does."""
+        told = await self._rights.proposals()
+        times = await self._rights.times(sorted(told.entries))
         found = []
-        for index, entry in (await self._rights.proposals()).items():
+        for index, entry in sorted(told.entries.items()):
             if isinstance(entry.body, Propose) and entry.body.stands:
-                own = self._keys.of(entry.author) is not None
-                found.append(Proposal(index, entry.body.what, entry.body.file_id, entry.author, own))
-        return sorted(found, key=lambda each: each.index)
+                own, at = self._keys.of(entry.author) is not None, times.get(index, 0)
+                expired = bool(at) and told.time > at + proposal_s
+                found.append(Proposal(index, entry.body.what, entry.body.file_id, entry.author, own, at, expired))
+        return found
 
     async def propose(self, what: Type, file_ids: Sequence[FileId]) -> list[Proposal]:
-        """Want a hold of these files, or all their holds released. Raises what the ledger has against it."""
+        """Want a hold of these files, or all their holds released. Raises what the ledger has against it.
+
+        What has expired is taken off the table first.
+        """
+        there = [each for each in await self.open() if each.what is what and each.file_id in file_ids] if file_ids else []
+        old = {each.file_id for each in there if each.expired} - {each.file_id for each in there if not each.expired}
+        await self._append([Propose(what, file_id, stands=False, nonce=_nonce()) for file_id in sorted(old)])
         bodies = [Propose(what, file_id, stands=True, nonce=_nonce()) for file_id in dict.fromkeys(file_ids)]
         inclusions = await self._append(bodies)
         return [
@@ -78,6 +100,10 @@ class Keepers:
         for each in chosen:
             if each.own:
                 raise Refused(f"entry {each.index} is this vault's own proposal", hint="Another keeper approves it, with another vault.")
+            if each.expired:
+                made, days = time.strftime("%Y-%m-%d", time.gmtime(each.at)), proposal_s // 86_400
+                hint = f"Propose it anew (`medshard proposals {each.what.name.lower()}`), and let the other keeper approve that."
+                raise Refused(f"entry {each.index} was proposed on {made}, and a proposal has {days} days", hint=hint)
         for each in chosen:
             await self.say(each.what, each.file_id)
         return chosen

@@ -219,9 +219,9 @@ class Rights:
         told = await self._told(lambda after: history_path(file_id, after), "the file's history")
         return replace(told, entries=_about(file_id, told.entries))
 
-    async def proposals(self) -> dict[int, Entry]:
-        """Holds and releases that wait for a second person, by their places. That they still wait is the nodes' word."""
-        return (await self._told(proposals_path, "what waits for a second person")).entries
+    async def proposals(self) -> Ledgered:
+        """Holds and releases that wait for a second person. That they still wait is the nodes' word."""
+        return await self._told(proposals_path, "what waits for a second person")
 
     async def _told(self, path: Callable[[int | None], str], what: str) -> Ledgered:
         quorum = self._net.roster.quorum

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from medshard import Vault, certificate
+from medshard import Vault, certificate, keepers
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
@@ -352,7 +352,17 @@ def test_with_keepers_one_person_alone_holds_and_releases_nothing(
     assert settled(proposed=[entry], held=0) == []
     assert main(["--home", alice, "proposals", "approve", str(entry)]) == Exit.REFUSED
     assert main(["--home", bob, "proposals", "ls"]) == Exit.OK
-    assert f"entry {entry}  hold  by {asyncio.run(key_of(two_keepers[0])).hex()[:16]}…" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"entry {entry}  hold  by {asyncio.run(key_of(two_keepers[0])).hex()[:16]}…  until 20" in shown
+    with monkeypatch.context() as late:  # a fortnight later
+        late.setattr(keepers, "proposal_s", -1)
+        assert main(["--home", bob, "proposals", "approve", str(entry)]) == Exit.REFUSED
+        assert "Propose it anew" in capsys.readouterr().err
+        assert main(["--home", bob, "proposals", "ls"]) == Exit.OK
+        assert "expired on" in capsys.readouterr().out
+        settled(proposed=[entry], held=0)
+        entry = proposal(alice, "hold")
+    settled(proposed=[entry], held=0)
     assert main(["--home", bob, "proposals", "approve", str(entry)]) == Exit.OK
     (hold,) = settled(proposed=[], held=1)
     operate(trial, "insurer-02", "release", file_id.hex(), "--yes", code=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -35,14 +36,15 @@ def proposals() -> None:
     """Holds and releases that need two persons: one keeper proposes, another approves.
 
     For institutions that the roster lists keepers for (`storenode roster propose --keepers`). Until a second keeper has approved it, a
-    proposal changes nothing. `medshard hold` and `release` in the vault that owns the files propose and approve too.
+    proposal changes nothing, and after a fortnight it can be approved no more. `medshard hold` and `release` in the vault that owns the
+    files propose and approve too.
     """
 
 
 @proposals.command("ls", epilog=examples("medshard proposals ls", "medshard proposals ls --json"))
 @shared
 def list_proposals(session: Session) -> int:
-    """List what waits for a second keeper: FILE, the proposal's entry, what is proposed, by whom, the name where this vault knows it."""
+    """List what waits for a second keeper: FILE, the proposal's entry, what is proposed, by whom, until when, the name if known here."""
 
     async def work() -> list[tuple[Proposal, str, bytes]]:
         async with session.vault() as vault:
@@ -58,8 +60,13 @@ def list_proposals(session: Session) -> int:
         return Exit.OK
     for each, who, name in found:
         by = "this vault" if each.own else who or f"{each.by.hex()[:16]}…"
-        output.hashed(each.file_id, name, f"entry {each.index}", each.what.name.lower(), f"by {by}")
+        output.hashed(each.file_id, name, f"entry {each.index}", each.what.name.lower(), f"by {by}", _until(each))
     return Exit.OK
+
+
+def _until(each: Proposal) -> str:
+    day = time.strftime("%Y-%m-%d", time.localtime(each.until))
+    return f"expired on {day}" if each.expired else f"until {day}" if each.until else "until a fortnight after it was made"
 
 
 @proposals.command(epilog=examples("medshard proposals hold 9f31…"))
@@ -120,4 +127,5 @@ def _decide(session: Session, word: str, act: Callable[[Keepers], Coroutine[None
 
 
 def _as_json(each: Proposal) -> dict[str, object]:
-    return {"entry": each.index, "what": each.what.name.lower(), "file": each.file_id.hex(), "by": each.by.hex(), "own": each.own}
+    about = {"entry": each.index, "what": each.what.name.lower(), "file": each.file_id.hex(), "by": each.by.hex(), "own": each.own}
+    return {**about, "until": each.until or None, "expired": each.expired}
