@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from reportlab.pdfgen.canvas import Canvas
 from tests.browser import browser, chromium
 
 from medshard import Vault
@@ -51,6 +53,15 @@ async def put(vault: Vault, folder: Path, *sizes: int) -> dict[bytes, bytes]:
         (folder / f"letter-{number}.pdf").write_bytes(content)
     await vault.put([folder] if len(sizes) > 1 else [folder / "letter-0.pdf"])
     return {sha256(content).digest(): content for content in contents}
+
+
+def printed(text: str) -> bytes:
+    """A PDF of one page."""
+    out = io.BytesIO()
+    canvas = Canvas(out)
+    canvas.drawString(72, 720, text)
+    canvas.save()
+    return out.getvalue()
 
 
 def uses(told: list[object]) -> int:
@@ -176,6 +187,38 @@ async def test_a_browser_opens_a_link_with_its_passcode_and_saves_the_very_bytes
         await page.open(guarded.link(base).to_text(f"{base}/link")[:-30])
         assert "cut" in await page.run("document.getElementById('told').textContent")
     assert uses(await vault.shares.log(next(iter(stored)))) >= 1
+
+
+@pytest.mark.skipif(chromium is None, reason="Chromium is not installed")
+async def test_a_browser_shows_what_it_can_show_in_a_tab_of_its_own(vault: Vault, base: str, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "letter.txt").write_text("Grüße aus der Klinik <script>document.title='run'</script>", encoding="utf-8")
+    (folder / "letter.pdf").write_bytes(printed("Befund"))
+    (folder / "scan.bin").write_bytes(os.urandom(3_000))
+    report = await vault.put(sorted(folder.iterdir()))
+    note = vault.links.make([each.sha256 for each in report.stored])
+    async with browser(tmp_path) as page:
+        await page.open(note.link(base).to_text(f"{base}/link"))
+        await page.run(
+            "var opened = []; var real = window.open; window.open = (...a) => { const t = real(...a); opened.push(t); return t; }"
+        )
+        await page.run("document.getElementById('open').click()")
+        await page.until("document.getElementById('list').children.length === 3")
+        acts = await page.run(
+            "Object.fromEntries([...document.querySelectorAll('#list li')].map((item) => "
+            "[item.querySelector('.name').firstChild.textContent, [...item.querySelectorAll('button')].map((each) => each.textContent)]))"
+        )
+        assert acts == {"letter.pdf": ["View", "Save"], "letter.txt": ["View", "Save"], "scan.bin": ["Save"]}
+        for number, name in enumerate(("letter.txt", "letter.pdf")):
+            await page.run(f"document.querySelector('button[aria-label^=\"View {name}\"]').click()")
+            await page.until(f"opened.length === {number + 1} && opened[{number}].location.href.startsWith('blob:')")
+            await page.until(f"opened[{number}].document.readyState === 'complete' && Boolean(opened[{number}].document.body)")
+        assert "Grüße aus der Klinik <script>" in await page.run("opened[0].document.body.innerText")
+        assert await page.run("opened[0].document.title") != "run"
+        assert await page.run("opened[1].document.contentType") == "application/pdf"
+        assert await page.run("document.getElementById('told').textContent") == ""
+        await page.picture(tmp_path / "list.png")
 
 
 async def eventually(true: Callable[[], bool]) -> None:

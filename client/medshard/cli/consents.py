@@ -13,7 +13,7 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, purpose, run, sha256, shared
-from medshard.cli.sharing import short, until
+from medshard.cli.sharing import short, tell_granted, until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,13 +131,7 @@ def approve(session: Session, request: bytes, hashes: tuple[bytes, ...], end: in
             raise click.UsageError("this gives rights away: say --yes")
         count = len(hashes) or run(look())
         click.confirm(f"Let them read {output.files(count)}?", abort=True, err=True)
-    granted = run(work())
-    if session.json:
-        output.document({"shared": output.plain(granted)})
-    else:
-        for each in granted:
-            output.hashed(each.sha256, each.name, f"grant {each.grant_index}")
-    return Exit.OK
+    return tell_granted(session, run(work()))
 
 
 @requests.command(epilog=examples("medshard requests refuse 3b1f… --reason 'not without the patient'"))

@@ -14,7 +14,7 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, purpose, run, shared
-from medshard.cli.sharing import until
+from medshard.cli.sharing import tell_granted, until
 from medshard.cli.store import tell_put
 
 if TYPE_CHECKING:
@@ -258,13 +258,7 @@ def share_claim(session: Session, number: str, reader: str, end: int | None, pur
             terms = {"until": end or 0} | ({"purpose": purpose} if purpose else {})
             return await Policies(vault).share_claim(number, vault.contacts.key(reader), **terms)
 
-    granted = run(work())
-    if session.json:
-        output.document({"shared": output.plain(granted)})
-    else:
-        for each in granted:
-            output.hashed(each.sha256, each.name, f"grant {each.grant_index}")
-    return Exit.OK
+    return tell_granted(session, run(work()))
 
 
 @claim.command("check", epilog=examples("medshard claim check C-17", "medshard claim check C-17 --from Hospital --json"))

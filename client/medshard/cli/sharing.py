@@ -16,6 +16,8 @@ from medshard.cli.options import Session, examples, purpose, run, sha256, shared
 from medshard_protocol.ids import Key, Sha256
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from medshard.grants import Shared
 
 _spans = {"h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
@@ -94,14 +96,18 @@ def share(
             with output.meter(wanted=not (session.quiet or session.json)) as progress:
                 return await vault.shares.share(hashes, key, until=end or 0, purpose=purpose, progress=progress)
 
-    granted = run(work())
+    return tell_granted(session, run(work()))
+
+
+def tell_granted(session: Session, granted: Sequence[Shared]) -> int:
+    """Say what somebody may read from now on."""
     if session.json:
         output.document({"shared": output.plain(granted)})
-    else:
-        for each in granted:
-            output.hashed(each.sha256, each.name, f"grant {each.grant_index}", _end(each))
-        if not session.quiet and any(each.copied for each in granted):
-            output.note("medshard: files that lie in packs were stored once more, each alone, to be shared without their neighbours")
+        return Exit.OK
+    for each in granted:
+        output.hashed(each.sha256, each.name, f"grant {each.grant_index}", _end(each))
+    if not session.quiet and any(each.copied for each in granted):
+        output.note("medshard: files that lie in packs were stored once more, each alone, to be shared without their neighbours")
     return Exit.OK
 
 

@@ -1,4 +1,4 @@
-"use strict";
+// A module, so that no function here takes the place of one of the browser's.
 // Opens a SMART Health Link: everything is decrypted here, with the key behind the #, which no server sees.
 
 const at = (id) => document.getElementById(id);
@@ -35,13 +35,18 @@ async function opened(link, jwe) {
   return [await crypto.subtle.decrypt(rules, key, sealed), header.cty || "application/octet-stream"];
 }
 
+function isUtf8(plain) {
+  try { new TextDecoder("utf-8", { fatal: true }).decode(plain); return true; } catch { return false; }
+}
+
 // The document as an address within this page, decrypted once and kept until the page is closed.
 function fetched(link, file) {
   const fetchIt = async () => {
     const answer = await fetch(file.location);
     if (!answer.ok) throw new Error("This has run out. Open the link again.");
     const [plain, type] = await opened(link, await answer.text());
-    return URL.createObjectURL(new Blob([plain], { type: shows.includes(type) ? type : "application/octet-stream" }));
+    const told = type === "text/plain" && isUtf8(plain) ? "text/plain;charset=utf-8" : type;
+    return URL.createObjectURL(new Blob([plain], { type: shows.includes(type) ? told : "application/octet-stream" }));
   };
   file.place = file.place || fetchIt().catch((error) => { file.place = null; throw error; });
   return file.place;
@@ -98,7 +103,7 @@ function listed(link, file) {
   return item;
 }
 
-async function open(event) {
+async function unlock(event) {
   event.preventDefault();
   at("open").disabled = true;
   tell("Opening …");
@@ -139,7 +144,7 @@ try {
     at("until").hidden = false;
   }
   if (link.exp && Date.now() / 1000 > link.exp) { tell("This link has expired. Ask for a new one.", true); at("open").disabled = true; }
-  at("ask").addEventListener("submit", open);
+  at("ask").addEventListener("submit", unlock);
 } catch (error) {
   tell(error instanceof SyntaxError ? "This link is cut. Copy the whole of it." : error.message, true);
   at("ask").hidden = true;
