@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from medshard.durable import write_durably
+from medshard.text import quoted
 from medshard_protocol import canonical
 from medshard_protocol.canonical import Fields
 from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed
@@ -56,11 +57,11 @@ class Contacts:
     def add(self, name: str, key: Key) -> None:
         """Give a key a name. Raises Conflict if the name means another key, Malformed for what is no name."""
         if len(name) > name_chars_max or not _name_form.match(name) or _key_form.match(name):
-            raise Malformed(f"{name!a} is no name for a contact", hint=f"A name has 1 to {name_chars_max} printable characters.")
+            raise Malformed(f"{quoted(name)} is no name for a contact", hint=f"A name has 1 to {name_chars_max} printable characters.")
         with self._changing() as names:
             known = _found(names, name)
             if known is not None and names[known] != key:
-                raise Conflict(f"{known} is another key already", hint=f"Remove it first: medshard contacts rm {known!a}")
+                raise Conflict(f"{known} is another key already", hint=f"Remove it first: medshard contacts rm {quoted(known)}")
             if len(names) >= contacts_max:
                 raise Conflict(f"there are {contacts_max} contacts already")
             names[known or name] = key
@@ -122,4 +123,4 @@ def _found(names: Mapping[str, Key], name: str) -> str | None:
 
 def _unknown(name: str) -> Absent:
     hint = "`medshard contacts ls` lists them; a key is 64 hexadecimal digits, as `medshard key` prints it."
-    return Absent(f"there is no contact named {name!a}", hint=hint)
+    return Absent(f"there is no contact named {quoted(name)}", hint=hint)

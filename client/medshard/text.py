@@ -29,6 +29,11 @@ def shown(name: bytes) -> str:
     return "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in text)
 
 
+def quoted(text: str) -> str:
+    """Show what somebody has typed: in their own letters, and nothing that a terminal could obey."""
+    return f"'{shown(text.encode('utf-8', 'surrogateescape'))}'"
+
+
 def last_day(end: int) -> str:
     """For people, the last day of what lasts until ``end`` (Unix seconds), where a day ends then in UTC or here; else the minute."""
     if end % 86_400 == 0:

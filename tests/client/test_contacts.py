@@ -45,6 +45,8 @@ def test_an_unknown_name_is_absent(contacts: Contacts) -> None:
         contacts.key("nobody")
     with pytest.raises(Absent):
         contacts.remove("nobody")
+    with pytest.raises(Absent, match="'Müller \\\\x1b\\[2J 김'"):  # in their own letters, and nothing that a terminal could obey
+        contacts.key("Müller \x1b[2J 김")
 
 
 @pytest.mark.parametrize("name", ["", " x", "a\nb", "x" * 65, "ab" * 32], ids=["empty", "blank first", "two lines", "long", "a key"])

@@ -13,6 +13,7 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, purpose, run, sha256, shared
+from medshard_protocol.errors import Malformed
 from medshard_protocol.ids import Key, Sha256
 
 if TYPE_CHECKING:
@@ -230,7 +231,10 @@ def add_contact(session: Session, name: str, key: bytes) -> int:
         async with session.vault() as vault:
             vault.contacts.add(name, Key(key))
 
-    run(work())
+    try:
+        run(work())
+    except Malformed as error:
+        raise click.UsageError(f"{error}. {error.hint}") from None
     if session.json:
         output.document({"name": name, "key": key.hex()})
     elif not session.quiet:

@@ -19,7 +19,7 @@ from medshard.grants import Happened, Shared
 from medshard.links.model import Note
 from medshard.model import OnProgress, Progress, Row
 from medshard.query import Query
-from medshard.text import fold
+from medshard.text import fold, quoted
 from medshard_protocol.errors import Absent
 from medshard_protocol.ids import FileId
 
@@ -55,8 +55,8 @@ async def gather(vault: Vault, patient: str, progress: OnProgress | None = None)
     found = documents(list(vault.find(Query(), shared=False)), patient)
     rows = tuple(sorted(found.values(), key=lambda row: (row.put_time, row.file_id, row.member or 0)))
     if not rows:
-        hint = "It is looked for in patients' names and ids, and in holders of policies: `medshard find --patient` shows the first two."
-        raise Absent(f"this vault holds nothing of a patient {patient!a}", hint=hint)
+        hint = "See `medshard find --patient` for names and ids of patients, and `medshard policy find --holder`."
+        raise Absent(f"this vault holds nothing of a patient {quoted(patient)}", hint=hint)
     hashes = list(found)
     kept = {sha256: each for each in await vault.custody.standing(hashes) for sha256 in each.hashes if sha256 in found}
     objects = {FileId(row.file_id): row.sha256 for row in (*rows, *vault.shares.objects_of(hashes))}
