@@ -16,7 +16,7 @@ from medshard.envelopes import open_grant
 from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
-from medshard.model import Header
+from medshard.model import Header, Row
 from medshard.restoring import Target
 from medshard.sealing import FileSeal, unwrap
 from medshard.transport import Net
@@ -85,6 +85,12 @@ class Lookup:
                 found.update(await self._from_others(missing))
             missing = [wanted for wanted in missing if wanted not in found]
         return [found[wanted] for wanted in hashes]
+
+    async def located(self, sha256: bytes, file_id: FileId) -> Target:
+        """A plaintext in the object that is named, an own one or one that was shared with this vault. Raises Absent."""
+        if (target := (await self.file(file_id)).locate(sha256)) is None:
+            raise Absent(f"{sha256.hex()[:16]}… does not lie in object {file_id.hex()[:16]}…")
+        return target
 
     def owns(self, manifest: Manifest) -> bool:
         """Whether a file is this vault's own: put by it, under any of its keys, or by a sender for it."""
@@ -191,7 +197,8 @@ class Lookup:
     def _from_index(
         self, wanted: bytes, opened: dict[FileId, Opened | None], *, received: bool = False, alone: bool = False
     ) -> Target | None:
-        for row in self._index.by_tag(self._keys.row_tag(wanted), received=received):
+        rows = self._index.by_tag(self._keys.row_tag(wanted), received=received)
+        for row in sorted(rows, key=self._last_granted, reverse=True) if received else rows:
             if alone and row.member is not None:
                 continue
             file_id = FileId(row.file_id)
@@ -201,6 +208,10 @@ class Lookup:
             if (file := opened[file_id]) and (target := file.locate(wanted)):
                 return target
         return None
+
+    def _last_granted(self, row: Row) -> int:
+        """Where the newest right to read an object stands in the ledger, of those not known to have ended: the likeliest to be in force."""
+        return max((known.index for known in self._index.grants(row.file_id) if not known.ended), default=-1)
 
     async def _from_nodes(self, hashes: Sequence[bytes]) -> dict[bytes, Target]:
         found: dict[bytes, Target] = {}

@@ -215,14 +215,16 @@ class Vault:
         progress: OnProgress | None = None,
         purpose: int = Purpose.UNSPECIFIED,
         break_glass: str | None = None,
+        home: bytes | None = None,
     ) -> GetReport:
         """Restore one file by its SHA-256 to ``dest`` (a path or a folder; else its own name here), or into ``out``.
 
-        Without ``overwrite``, raises Conflict where another file has that name. The read is on the ledger before a byte is asked for, with
-        its ``purpose``; ``break_glass`` is the reason for which it may be served when the ledger is out of reach. Raises Refused where the
-        right is wanting, Unavailable without a quorum or with fewer than k holders.
+        A file may lie in several objects; ``home`` is the id of the one to read it from. Without ``overwrite``, raises Conflict where
+        another file has that name. The read is on the ledger before a byte is asked for, with its ``purpose``; ``break_glass`` is the
+        reason for which it may be served when the ledger is out of reach. Raises Refused where the right is wanting, Unavailable without
+        a quorum or with fewer than k holders.
         """
-        (target,) = await self._lookup.targets([sha256])
+        (target,) = await self._lookup.targets([sha256]) if home is None else [await self._lookup.located(sha256, FileId(home))]
         path = None if out is not None else _destination(target, dest)
         if path is not None and not overwrite:
             await asyncio.to_thread(_check_free, path, sha256)

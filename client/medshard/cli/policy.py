@@ -281,7 +281,7 @@ def check_claim(session: Session, number: str, owner: str | None) -> int:
     output.line(
         f"claim {record['claim']} of policy {record['policy']} on {record['day']}: {record['checked']} documents are whole, as recorded"
     )
-    output.line(f"ledger entry {record['ledger_index']}, cosigned by {', '.join(record['cosigners'])}")
+    output.line(f"ledger entry {record['ledger_index']}, cosigned by {', '.join(each.rpartition('/')[2] for each in record['cosigners'])}")
     if not record["in_force"]:
         output.line("  it names no version of the policy")
     for each in record["in_force"]:

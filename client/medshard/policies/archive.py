@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -181,13 +182,15 @@ class Policies:
         record_row = next((row for row in rows if row.name == record_name), None)
         if record_row is None or record_row.size > record_bytes_max:
             raise Damaged(f"claim {claim} has no record that says what belongs to it")
-        record: dict[str, Any] = json.loads(await self._vault.read(record_row.sha256, 0, record_row.size, Purpose.INSURANCE))
+        said, home = BytesIO(), record_row.file_id  # read from the claim itself, also where a document is known from elsewhere
+        await self._vault.get(record_row.sha256, out=said, purpose=Purpose.INSURANCE, home=home)
+        record: dict[str, Any] = json.loads(said.getvalue())
         for each in record["documents"]:
             digest = bytes.fromhex(each["sha256"])
             row = by_hash.get(digest)
             if row is None or row.size != each["size"]:
                 raise Damaged(f"{each['name']} is in the record of claim {claim} and not among its documents")
-            await self._vault.get(digest, out=Nowhere(), purpose=Purpose.INSURANCE)
+            await self._vault.get(digest, out=Nowhere(), purpose=Purpose.INSURANCE, home=home)
         info = await self._vault.info(record_row.sha256)
         return record | {"ledger_index": info.ledger_index, "cosigners": list(info.cosigners), "checked": len(record["documents"])}
 
