@@ -39,6 +39,7 @@ def check(text: str) -> int:
 
 def test_every_test_that_the_page_names_is_there() -> None:
     assert check(section("How soon a loss is found")) >= 6
+    assert check(section("Bugs planted by hand")) >= 10
     for path in re.findall(r"tests/[\w/]+(?:\.py)?", page):
         assert (root / path).exists(), path
 
