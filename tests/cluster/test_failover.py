@@ -79,7 +79,7 @@ async def assert_one_history(vault: Vault, trial: LocalConsortium, proofs: list[
     """Every node has the same log, and in it every entry that was acknowledged, at its place."""
     tail: list[Inclusion] = []
     await append(vault, tail)  # rules out whatever somebody has beyond the others
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             states = [await status(vault, name) for name in trial.names]
             if len({(state["root"], state["published"]) for state in states}) == 1 and states[0]["published"] == states[0]["size"]:

@@ -28,7 +28,7 @@ from storenode.asking import exchange
 from storenode.identity import NodeKeys
 
 size = 40_000
-settle_s = 20.0
+settle_s = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def operate(home: Path, *words: str, refused: bool = False) -> dict[str, Any]:
     return answer["error"] if refused else answer
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> None:
+def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come about in time"

@@ -40,7 +40,7 @@ def started() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
         with (home / "log").open("wb") as log:
             process = subprocess.Popen([sys.executable, "-m", "storenode", "--home", str(home), "run"], stderr=log, env=environment)
         processes.append(process)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while b'"event":"ready"' not in (home / "log").read_bytes():
             assert process.poll() is None, (home / "log").read_text()
             assert time.monotonic() < deadline, (home / "log").read_text()

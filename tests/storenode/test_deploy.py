@@ -75,7 +75,7 @@ def test_the_founding_script_makes_four_nodes_that_can_start(tmp_path: Path) -> 
         tool.chmod(0o755)
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "NODES": str(tmp_path / "nodes")}
     for _ in range(2):
-        subprocess.run(["sh", deploy / "compose/founding.sh"], env=environment, check=True, capture_output=True, timeout=60)
+        subprocess.run(["sh", deploy / "compose/founding.sh"], env=environment, check=True, capture_output=True)
     homes = sorted((tmp_path / "nodes").iterdir())
     assert [home.name for home in homes] == ["hospital-01", "hospital-03", "insurer-02", "insurer-04"]
     for home in homes:
