@@ -75,6 +75,8 @@ def parse_code(text: str) -> Code:
     k, n = int(match[1]), int(match[2])
     profile = profiles.get(n)
     usual = profile.w if profile and profile.k == k else min(n, max(k + 1, -(-3 * n // 4)))
+    if not k <= n <= 255:
+        raise Malformed(f"code: {text} has K > N or more than 255 shards", hint="3/6 makes 6 shards of which any 3 rebuild the file")
     w = int(match[3]) if match[3] else usual
     if not 1 <= k <= w <= n <= 255:
         raise Malformed(f"code: {text} does not satisfy 1 <= K <= W <= N <= 255", hint="3/6/5: any 3 of 6 rebuild, 5 must be durable first")

@@ -129,6 +129,8 @@ def test_a_code_is_read_with_or_without_w() -> None:
     for wrong in ("", "3", "6/3", "0/6", "3/6/2", "3/6/7", "3/256", "3/6/", "a/b", "3 of 6", "-3/6"):
         with pytest.raises(Malformed):
             parse_code(wrong)
+    with pytest.raises(Malformed, match="K > N"):
+        parse_code("6/3")
 
 
 # -- adopting
