@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -15,7 +16,7 @@ from medshard_protocol.ids import FileId, Key, NodeId, Sha256, Tag
 from medshard_protocol.manifest import Manifest, ShardRef
 from medshard_protocol.shards import Layout, digests, shard_root, split
 from storenode.shardstore import Sealed, Shard, ShardStore
-from storenode.shardstore.store import reserve_bytes
+from storenode.shardstore.store import quick_reads, reserve_bytes
 
 owner = Key(b"o" * 32)
 cell = 1000
@@ -280,21 +281,57 @@ async def test_one_failing_write_does_not_undo_its_neighbours(store: ShardStore)
     assert store.catalog.all("SELECT count(*) FROM tags") == [(5,)]
 
 
-async def test_a_quick_disk_is_read_without_a_thread_and_a_slow_one_keeps_nobody_waiting(
-    store: ShardStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, file_id, readers = os.urandom(9000), FileId(os.urandom(32)), list[int]()
-    assert await put(store, data, file_id)
-    shard, read = store.shard_at(file_id, 0), ShardStore.read
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each read of a shard from now on was in the test's own thread."""
+    found, read = list[bool](), ShardStore.read
 
     def noted(self: ShardStore, shard: Shard, offset: int, length: int) -> bytes:
-        readers.append(threading.get_ident())
+        found.append(threading.current_thread() is threading.main_thread())
         return read(self, shard, offset, length)
 
     monkeypatch.setattr(ShardStore, "read", noted)
+    return found
+
+
+async def test_what_the_system_has_in_memory_is_read_without_a_thread_and_a_disk_keeps_nobody_waiting(
+    store: ShardStore, readers: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, file_id, answers = os.urandom(9000), FileId(os.urandom(32)), [1990, 500, errno.EAGAIN]
+    assert await put(store, data, file_id)
+    shard = store.shard_at(file_id, 0)
+
+    def preadv(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        if (answer := answers.pop(0)) == errno.EAGAIN:
+            raise BlockingIOError(answer, "not in memory")
+        buffers[0][:answer] = os.pread(descriptor, answer, offset)
+        return answer
+
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    monkeypatch.setattr(os, "preadv", preadv)
+    store._tells_cached = True
+    assert await store.fetch(shard, 10, 1990) == data[10:2000]
+    assert not readers
+    assert await store.fetch(shard, 10, 1990) == data[10:2000]
+    assert await store.fetch(shard, 8900, 1990) == data[8900:]
+    assert readers == [False, False]
+    assert not answers
+
+
+async def test_where_nobody_tells_what_is_in_memory_a_disk_that_was_quick_of_late_is_read_without_a_thread(
+    store: ShardStore, readers: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, file_id = os.urandom(9000), FileId(os.urandom(32))
+    assert await put(store, data, file_id)
+    shard = store.shard_at(file_id, 0)
+
+    def preadv(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "this file system does not say")
+
+    monkeypatch.setattr(os, "preadv", preadv)
     assert await store.fetch(shard, 10, 8000) == data[10:8010]
-    store._typical_read_s = 0.0
+    store._read_s.append(0.0)
     assert await store.fetch(shard, 0, 9000) == data
-    store._typical_read_s = 0.1
+    store._read_s.extend([0.1] * quick_reads)
     assert await store.fetch(shard, 0, 9000) == data
-    assert [reader == threading.get_ident() for reader in readers] == [False, True, False]
+    assert readers == [False, True, False]

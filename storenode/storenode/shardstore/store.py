@@ -10,11 +10,13 @@ A shard is acknowledged after: its bytes fsynced, its name fsynced in its folder
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,8 @@ from medshard_protocol.shards import digests, shard_root, split
 from storenode.shardstore.catalog import Catalog
 from storenode.shardstore.incoming import Incoming, ahead_bytes
 
-quick_read_s = 0.0005  # a disk this quick, or its cache, is not worth a hop to a thread, which costs 100 microseconds of processor
+quick_read_s = 0.0005  # what this quick is not worth a hop to a thread, which costs 100 microseconds of processor
+quick_reads = 4  # the quickest of so many tells: the others may have waited for the interpreter or a processor, not for the disk
 inline_bytes_max = 256 * 1024
 reserve_bytes = 64 * 1024 * 1024  # the catalog and the ledger must be able to write when shards have filled the disk
 
@@ -113,7 +116,8 @@ class ShardStore:
         self.used = int((self.catalog.one("SELECT coalesce(sum(size), 0) FROM shards") or (0,))[0])
         self._coming: set[Incoming] = set()
         self._room = threading.Lock()  # uploads are written in threads
-        self._typical_read_s = 1.0  # until measured, a disk is slow
+        self._tells_cached = hasattr(os, "RWF_NOWAIT")  # until a file system says that it cannot
+        self._read_s = deque([1.0], quick_reads)  # how long the last ones took; until measured, a disk is slow
 
     # -- in
 
@@ -315,20 +319,38 @@ class ShardStore:
         return data
 
     async def fetch(self, shard: Shard, offset: int, length: int) -> bytes:
-        """As ``read``, in a thread unless that would cost more than it spares: little is read, and of late this disk was quick."""
+        """As ``read``, in a thread unless that would cost more than it spares: little is read, and it is in memory, or the disk was quick
+        of late where the system does not say what is."""
         if shard.data is not None:
             return self.read(shard, offset, length)
+        length = max(0, min(length, shard.size - offset))
 
         def timed() -> bytes:
             began = time.perf_counter()
             try:
                 return self.read(shard, offset, length)
             finally:
-                self._typical_read_s += (time.perf_counter() - began - self._typical_read_s) / 4
+                self._read_s.append(time.perf_counter() - began)
 
-        if length <= inline_bytes_max and self._typical_read_s < quick_read_s:
-            return timed()
+        if length <= inline_bytes_max:
+            if (data := self._cached(shard, offset, length)) is not None:
+                return data
+            if not self._tells_cached and min(self._read_s) < quick_read_s:
+                return timed()
         return await asyncio.to_thread(timed)
+
+    def _cached(self, shard: Shard, offset: int, length: int) -> bytes | None:
+        """What the system has in memory of a shard's file; None if that is not all, or the file system does not say."""
+        if not self._tells_cached:
+            return None
+        data = bytearray(length)
+        try:
+            with open(self._path(shard.file_id, shard.root), "rb", buffering=0) as file:
+                got = os.preadv(file.fileno(), [data], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            self._tells_cached = error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+            return None
+        return bytes(data) if got == length else None
 
     def open(self, shard: Shard) -> StoredFile:
         """The file of a shard that is not small. Raises Damaged when it is gone."""
