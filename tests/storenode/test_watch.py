@@ -199,6 +199,23 @@ async def test_a_node_reads_few_tiles_and_compares_every_head(watched: Round) ->
     assert await watched.found() == [("rewritten", "node2")]
 
 
+async def test_where_many_are_watched_each_watch_goes_around_less_often(watched: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+
+    async def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 3:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr("storenode.watching.watch.asyncio.sleep", sleep)
+    watched.mirrors *= 3
+    for per_pause, least, most in ((None, 7, 13), (12, 7, 13), (4, 21, 39)):
+        pauses.clear()
+        with pytest.raises(asyncio.CancelledError):
+            await watched.watch.run(10.0, per_pause=per_pause)
+        assert all(least <= pause <= most for pause in pauses), (per_pause, pauses)
+
+
 async def test_a_smaller_head_over_a_changed_past_is_found_too(watched: Round) -> None:
     watched.grow(300, 0, 1, 2)
     watched.mirrors[3].entries[3] = b"another"

@@ -20,6 +20,7 @@ from storenode.watching.watch import Trust, Watch
 
 watch_key: Final = web.AppKey("watch", Watch)
 
+per_pause: Final = 6  # nodes are asked in a pause: in a larger consortium each goes around less often, or all together would ask n * n times
 sample: Final = 2  # all mirrors' heads are proved in each round; the tiles of this many are read for themselves
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def node_watch(data: Path, trust: Callable[[], Trust], ask: Ask, *, log: Path | 
 
 def start(watch: Watch, every_s: float, lull: Lull) -> asyncio.Task[None]:
     """Run it in the background. To be cancelled at the end."""
-    task = asyncio.create_task(watch.run(every_s, lull), name="watch")
+    task = asyncio.create_task(watch.run(every_s, lull, per_pause=per_pause), name="watch")
     task.add_done_callback(_report_end)
     return task
 

@@ -92,10 +92,16 @@ class Watch:
         self.found: Counter[str] = Counter()  # by kind: how often something was found that was not there in the round before
         self.last: Report | None = None
 
-    async def run(self, pause_s: float = every_s, lull: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Go around for ever, each time after a ``lull``. Only a full or broken disk is told and survived; a bug ends the task."""
+    async def run(
+        self, pause_s: float = every_s, lull: Callable[[], Awaitable[None]] | None = None, *, per_pause: int | None = None
+    ) -> None:
+        """Go around for ever, each time after a ``lull``, with longer pauses where there are more sources than ``per_pause``.
+
+        Only a full or broken disk is told and survived; a bug ends the task.
+        """
         while True:
-            await asyncio.sleep(pause_s * random.uniform(0.7, 1.3))
+            stretch = max(1.0, len(self._sources()) / per_pause) if per_pause else 1.0
+            await asyncio.sleep(pause_s * stretch * random.uniform(0.7, 1.3))
             if lull is not None:
                 await lull()
             try:
