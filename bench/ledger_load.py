@@ -73,7 +73,7 @@ class Submitter:
             data = await response.read()
             if response.status != 200:
                 raise RuntimeError(f"append: {response.status} {data[:200]!r}")
-        for inclusion in unpack_appended(data, entries):
+        for inclusion in unpack_appended(data, entries).inclusions:
             inclusion.verify(self._roster, self._seen)
 
     async def steady(self, rate: float, seconds: float) -> Latency:

@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+from blake3 import blake3
 from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
 from Crypto.PublicKey import ECC, MLDSA
 from Crypto.Signature import eddsa, mldsa
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 folder = Path(__file__).parent.parent / "tests" / "vectors"
 origin = "consortium.example/log"
 cosigned_at = 1_700_000_000
 nodes = range(4)
+p25519 = 2**255 - 19
 
 
 def pack(value: Any) -> bytes:
@@ -287,6 +290,24 @@ def ml_dsa_line(number: int, text: str) -> str:
     return line(name, 6, pq_public(key), cosigned_at.to_bytes(8, "big") + pq_sign(key, message))
 
 
+def voucher(cosigner: int, reader: int, text: str) -> bytes:
+    """What one node tells another of its cosignature; nothing to itself."""
+    if cosigner == reader:
+        return bytes(16)
+    mine, other = public(f"cosigner {cosigner}"), public(f"cosigner {reader}")
+    y = int.from_bytes(other, "little") & (1 << 255) - 1
+    u = (1 + y) * pow(1 - y, -1, p25519) % p25519  # the same point on Curve25519
+    scalar = X25519PrivateKey.from_private_bytes(hashlib.sha512(seed(f"cosigner {cosigner}")).digest()[:32])
+    secret = scalar.exchange(X25519PublicKey.from_public_bytes(u.to_bytes(32, "little")))
+    key = blake3(secret, derive_key_context="medshard 2026 voucher between two cosigners v1").digest()
+    signed = cosigned_at.to_bytes(8, "big") + sign(f"cosigner {cosigner}", f"cosignature/v1\ntime {cosigned_at}\n{text}".encode())
+    return bytes(blake3(mine + other + signed + text.encode(), key=key).digest(16))
+
+
+def vouchers(cosigner: int, text: str) -> bytes:
+    return b"".join(voucher(cosigner, reader, text) for reader in range(4))
+
+
 def checkpoint(leaves: Sequence[bytes], *, full: bool) -> str:
     text = f"{origin}\n{len(leaves)}\n{b64(tree_head(leaves))}\n"
     signed = line(origin, 1, public("log"), sign("log", text.encode()))
@@ -315,15 +336,16 @@ def messages(entries: Sequence[bytes], note: str) -> dict[str, str]:
     leaves, signed = [leaf(each) for each in entries], note.encode()
     inclusion = [2, entries[2], audit_path(2, leaves), signed]
     promised = b"medshard/takeover/v1" + pack([origin, 7, node_id(1)])
-    both = "".join(ed25519_line(0, note.partition("\n\n")[0] + "\n"))
+    text = note.partition("\n\n")[0] + "\n"
+    both = "".join(ed25519_line(0, text))
     bodies: dict[str, Any] = {
         "append": [1, [entries[2], entries[4]]],
-        "appended": [1, signed, [[n, audit_path(n, leaves)] for n in (2, 4)]],
+        "appended": [1, signed, [[n, audit_path(n, leaves)] for n in (2, 4)], sorted([node_id(n), vouchers(n, text)] for n in range(3))],
         "registration": [1, inclusion],
         "places": [1, 1, [4], [[5, 6, 7]]],
         "push": [2, 7, 3, 3, list(entries[3:]), signed, signed, consistency(3, leaves), b""],
-        "cosignature": [2, both.encode()],
-        "cosignatures": [1, both.encode(), ml_dsa_line(0, note.partition("\n\n")[0] + "\n").encode()],
+        "cosignature": [2, both.encode(), vouchers(0, text)],
+        "cosignatures": [1, both.encode(), ml_dsa_line(0, text).encode()],
         "size": [2, 3, 2],
         "fence": [2, 7, node_id(1)],
         "report": [2, 7, node_id(1), 1, 7, 5, signed, signed],

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import aiohttp
@@ -44,6 +44,7 @@ from medshard_protocol.sharing import (
     tickets_max,
     unpack_seen,
 )
+from medshard_protocol.vouchers import for_reader, pack_vouchers, vouchers_header
 
 ticket_s: Final = 540.0  # nodes honour 600 s, counted from a checkpoint before the entry; a minute is for idle heads and the way
 pass_files_max: Final = tickets_max * access_files_max
@@ -64,6 +65,7 @@ class Ticket:
 
     inclusion: Inclusion
     until: float  # by the monotonic clock
+    vouchers: Mapping[NodeId, bytes] = field(default_factory=dict)  # for its checkpoint
 
 
 class Tickets:
@@ -123,7 +125,8 @@ class Tickets:
         self._held = {known: ticket for known, ticket in self._held.items() if ticket.until > now}
         for group, inclusion in zip(groups, inclusions, strict=True):
             self._unsent.pop((group, purpose), None)
-            self._held.update({(file_id, purpose): Ticket(inclusion, now + ticket_s) for file_id in group})
+            ticket = Ticket(inclusion, now + ticket_s, self._ledger.vouchers(inclusion.checkpoint))
+            self._held.update({(file_id, purpose): ticket for file_id in group})
 
     def held(self, file_ids: Collection[FileId], purpose: int) -> list[Ticket]:
         """The tickets for these files, each once, oldest first."""
@@ -158,6 +161,14 @@ class Pass:
                 shown[checkpoint_header] = checkpoint
             packed = self._packed = held, fresh, shown
         return packed[2]
+
+    def vouchers_for(self, node: NodeId) -> dict[str, str]:
+        """What goes with a request to this node beside ``headers``, and saves it the checking of a quorum's signatures."""
+        if not (self._is_fresh and self._held[-1].vouchers):
+            return {}
+        newest = self._held[-1]
+        shown = pack_vouchers(for_reader(newest.vouchers, Note.from_bytes(newest.inclusion.checkpoint), self._net.roster, node))
+        return {vouchers_header: shown} if shown else {}
 
     def is_known_to(self, node: NodeId) -> bool:
         """Whether this node has stored the newest entry: it cosigned it, or has had the time."""
@@ -279,7 +290,8 @@ class Admitted(Net):
             tries += 1
 
     async def _post(self, node: Node, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> Answer:
-        return await super()._post(node, path, body, {**headers, **self.shard_headers()}, timeout_s)
+        shown = {**headers, **self.shard_headers(), **self._shown.vouchers_for(node.id)}
+        return await super()._post(node, path, body, shown, timeout_s)
 
     @asynccontextmanager
     async def _open(

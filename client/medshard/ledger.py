@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from medshard.keys import VaultKeys
@@ -36,6 +36,7 @@ class LedgerClient:
         self._net = net
         self._keys = keys
         self.newest = b""  # the newest cosigned checkpoint that was verified
+        self._vouchers: tuple[bytes, Mapping[NodeId, bytes]] = b"", {}
         self.reached = 0  # the size of the log as this vault has made it grow: an answer of less is out of date
         self._answered: NodeId | None = None  # which node took the last entries
         self._seen: dict[bytes, Checkpoint] = {}  # checkpoints whose signatures were verified: one serves many files
@@ -154,10 +155,15 @@ class LedgerClient:
         )
 
     async def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
-        proofs = list(unpack_appended(answer, entries))
+        proofs, vouchers = unpack_appended(answer, entries)
         for inclusion in proofs:
             await self._remember(inclusion)
-        return proofs
+        self._vouchers = proofs[-1].checkpoint, vouchers
+        return list(proofs)
+
+    def vouchers(self, note: bytes) -> Mapping[NodeId, bytes]:
+        """What came with this checkpoint for the nodes that will be shown it; nothing but for the newest."""
+        return self._vouchers[1] if note == self._vouchers[0] else {}
 
     async def _remember(self, inclusion: Inclusion) -> None:
         """Verify a proof from a node; where it does not hold, the quorum may be one of a roster that this vault has not followed yet.

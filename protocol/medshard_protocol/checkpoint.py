@@ -290,11 +290,16 @@ def cosigners(note: Note, roster: Roster, *, pq: bool = False) -> dict[NodeId, i
     return times
 
 
-def cosigned_times(note: Note, roster: Roster) -> dict[NodeId, int]:
-    """When a roster's nodes cosigned a note that was checked before, as its Ed25519 lines say."""
+def cosigner_lines(note: Note, roster: Roster) -> list[tuple[NodeId, Verifier, Signature]]:
+    """The Ed25519 lines by keys of a roster's nodes, in the note's order, none of them checked."""
     known = _cosigners(roster, pq=False)
     found = ((known.get((line.name, line.key_id)), line) for line in note.signatures)
-    return {who[0]: int.from_bytes(line.value[:8], "big") for who, line in found if who is not None}
+    return [(*who, line) for who, line in found if who is not None]
+
+
+def cosigned_times(note: Note, roster: Roster) -> dict[NodeId, int]:
+    """When a roster's nodes cosigned a note that was checked before, as its Ed25519 lines say."""
+    return {node: int.from_bytes(line.value[:8], "big") for node, _, line in cosigner_lines(note, roster)}
 
 
 def open_published(data: bytes, roster: Roster, *, pq: bool = False) -> Checkpoint:

@@ -7,23 +7,27 @@ author had the right (``state`` does), or that no earlier entry said otherwise; 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from medshard_protocol import merkle
 from medshard_protocol.canonical import Fields, Value, decode, encode
 from medshard_protocol.checkpoint import Checkpoint, note_bytes_max, open_published, size_max
 from medshard_protocol.entries import Entry, entry_bytes_max
 from medshard_protocol.errors import Malformed, Refused
+from medshard_protocol.ids import NodeId, node_id_size
 from medshard_protocol.merkle import hash_size, path_hashes_max, sha256
 from medshard_protocol.roster import Roster, institutions_max
+from medshard_protocol.vouchers import row_bytes_max
 
 message_version = 1
 append_entries_max = 256  # signatures of one request are checked in about 25 ms
 append_bytes_max = append_entries_max * (entry_bytes_max + 3) + 16
 rosters_max = 4096
 places_bytes_max = rosters_max * (institutions_max * 9 + 3) + 64
-appended_bytes_max = note_bytes_max + append_entries_max * (path_hashes_max * (hash_size + 2) + 16) + 16
+vouchers_bytes_max = institutions_max * (row_bytes_max + node_id_size + 8)
+appended_bytes_max = note_bytes_max + append_entries_max * (path_hashes_max * (hash_size + 2) + 16) + vouchers_bytes_max + 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +85,36 @@ def unpack_append(data: bytes) -> list[bytes]:
     return entries
 
 
-def pack_appended(inclusions: Sequence[Inclusion]) -> bytes:
-    """Answer to POST /v1/ledger/append: one checkpoint, and where under it each entry stands."""
-    places: list[Value] = [[item.index, list(item.path)] for item in inclusions]
-    return encode([message_version, inclusions[0].checkpoint, places])
+class Appended(NamedTuple):
+    """Where entries stand, and under which checkpoint."""
+
+    inclusions: tuple[Inclusion, ...]
+    vouchers: Mapping[NodeId, bytes] = {}  # what its cosigners gave for the nodes that will be shown it (``vouchers``), if anything
 
 
-def unpack_appended(data: bytes, entries: Sequence[bytes]) -> tuple[Inclusion, ...]:
+def pack_appended(appended: Appended) -> bytes:
+    """Answer to POST /v1/ledger/append: one checkpoint, where under it each entry stands, and vouchers for it."""
+    places: list[Value] = [[item.index, list(item.path)] for item in appended.inclusions]
+    rows: list[Value] = [[node, row] for node, row in sorted(appended.vouchers.items())]
+    return encode([message_version, appended.inclusions[0].checkpoint, places, rows])
+
+
+def unpack_appended(data: bytes, entries: Sequence[bytes]) -> Appended:
     """Parse the answer for the entries that were sent. Raises Malformed; the inclusions are still to be verified."""
-    fields = Fields(decode(data, bytes_max=appended_bytes_max, what="appended"), count=3, what="appended")
+    fields = Fields(decode(data, bytes_max=appended_bytes_max, what="appended"), count=4, what="appended")
     fields.uint(least=message_version, most=message_version)
     note, places = fields.bytes(most=note_bytes_max), fields.list(most=append_entries_max)
+    rows = [Fields(item, count=2, what="appended") for item in fields.list(most=institutions_max)]
+    vouchers = [(NodeId(row.bytes(exactly=node_id_size)), row.bytes(most=row_bytes_max)) for row in rows]
+    if [node for node, _ in vouchers] != sorted({node for node, _ in vouchers}):
+        raise Malformed("appended: vouchers stand in the order of their nodes, one row for each")
     if len(places) != len(entries):
         raise Malformed("appended: not as many places as entries")
     inclusions = []
     for entry, item in zip(entries, places, strict=True):
         place = Fields(item, count=2, what="appended")
         inclusions.append(Inclusion(place.uint(most=size_max), entry, _path(place.list(most=path_hashes_max)), note))
-    return tuple(inclusions)
+    return Appended(tuple(inclusions), dict(vouchers))
 
 
 def pack_registration(inclusion: Inclusion) -> bytes:

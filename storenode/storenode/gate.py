@@ -20,7 +20,7 @@ from typing import Final
 
 from aiohttp import web
 
-from medshard_protocol.checkpoint import Note, cosigned_times, open_published
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigned_times, open_published
 from medshard_protocol.entries import Access, Entry, Type
 from medshard_protocol.errors import Malformed, MedshardError, Refused
 from medshard_protocol.facts import Facts
@@ -36,6 +36,7 @@ from medshard_protocol.sharing import (
     unpack_emergency,
     unpack_tickets,
 )
+from medshard_protocol.vouchers import unpack_vouchers, vouchers_header
 from storenode.emergency import Emergencies
 from storenode.ledger import Ledger, Published
 from storenode.metrics import Metrics
@@ -132,6 +133,7 @@ class Gate:
         self._metrics = metrics
         self._ages = Ages()
         self._fresh_at = time.monotonic()
+        self._vouched = 0  # how many entries are published, by vouchers
         self._admitted: dict[tuple[Key, FileId, int], float] = {}  # until when, by the monotonic clock
         self._stamp = (0, 0)  # of the state that ``_admitted`` was decided by
         self._journal.on_published.append(self._note)
@@ -150,7 +152,7 @@ class Gate:
                 if enforced:
                     raise _Denied(Refusal(Reason.NO_ENTRY))
                 return
-            await self._admit_by(caller, unpack_tickets(shown), file_ids, headers.get(checkpoint_header))
+            await self._admit_by(caller, unpack_tickets(shown), file_ids, headers)
         except _Denied as denied:
             self._metrics.denied(denied.refusal.reason)
             raise denied.refusal.error() from None
@@ -173,11 +175,14 @@ class Gate:
 
     # -- the ordinary way
 
-    async def _admit_by(self, caller: Key, places: Sequence[int], file_ids: Sequence[FileId], checkpoint: str | None) -> None:
+    async def _admit_by(self, caller: Key, places: Sequence[int], file_ids: Sequence[FileId], headers: Mapping[str, str]) -> None:
         if self._all_admitted(caller, places, file_ids):
             return
+        checkpoint, vouchers = headers.get(checkpoint_header), headers.get(vouchers_header)
         if checkpoint is not None:
-            self._hear(unpack_checkpoint(checkpoint), min(places))
+            note = unpack_checkpoint(checkpoint)
+            if vouchers is None or not self._take_vouched(note, unpack_vouchers(vouchers)):
+                self._hear(note, min(places))
         refusal = self._unreadable(caller, places, file_ids)
         if refusal is not None and refusal.reason in not_yet:
             await self._wait(lambda: self._pending(places) if self._unreadable(caller, places, file_ids) else None)
@@ -217,8 +222,8 @@ class Gate:
 
     def _find(self, places: Sequence[int]) -> list[Shown]:
         """The entries that stand in the mirror, are published, and are folded."""
-        facts, published = self._journal.state, self._journal.published
-        end = min(facts.size, published.checkpoint.size if published else 0)
+        facts = self._journal.state
+        end = min(facts.size, self._published_size(max(places)))
         return [
             Shown(place, _parse(self._journal.entries(place, place + 1)[0]), facts.entry_effective(place))
             for place in places
@@ -227,10 +232,10 @@ class Gate:
 
     def _pending(self, places: Sequence[int]) -> Refusal | None:
         """What is still missing before the last of these can be judged; None if nothing."""
-        published, last = self._journal.published, max(places)
+        last = max(places)
         if last >= min(self._journal.head.size, self._journal.state.size):
             return Refusal(Reason.NOT_IN_MIRROR, f"entry {last}")
-        if published is None or last >= published.checkpoint.size:
+        if last >= self._published_size(last):
             return Refusal(Reason.NOT_PUBLISHED, f"entry {last}")
         return None
 
@@ -252,7 +257,9 @@ class Gate:
     # -- checkpoints
 
     def _note(self, published: Published, heard_at: float) -> None:
-        size, cosigned = published.checkpoint.size, cosigned_at(published.note, self._ledger.roster)
+        self._take_time(published.checkpoint.size, cosigned_at(published.note, self._ledger.roster), heard_at)
+
+    def _take_time(self, size: int, cosigned: float, heard_at: float) -> None:
         if self._ages.note(size, cosigned, heard_at):
             self._fresh_at = heard_at
 
@@ -267,6 +274,36 @@ class Gate:
             raise
         except MedshardError as error:
             log.info("a checkpoint that a reader showed is not believed: %s", error)
+
+    def _published_size(self, last: int) -> int:
+        """How many entries are published, as far as this node must know to judge the one at ``last``."""
+        if last < self._vouched:
+            return self._vouched
+        published = self._journal.published
+        return max(self._vouched, published.checkpoint.size if published else 0)
+
+    def _take_vouched(self, note: bytes, vouchers: Sequence[bytes]) -> bool:
+        """Believe the checkpoint that a reader shows if a quorum vouches to this node for having cosigned it; whether that is so.
+
+        It counts here and nowhere else: vouchers convince nobody but this node, so what the journal keeps is checked by signatures.
+        Raises Malformed.
+        """
+        try:
+            checkpoint = Checkpoint.from_text(Note.text_of(note))
+            if checkpoint.size <= self._vouched:
+                return True
+            if checkpoint.origin != self._ledger.roster.origin or checkpoint.size > self._journal.head.size:
+                return False
+            roster, opened = self._journal.roster_of(checkpoint.size), Note.from_bytes(note)
+        except Refused:
+            return False
+        who = self._ledger.mirror.voucher.who(roster, opened, vouchers)
+        if not roster.has_quorum(who) or self._journal.tree.root(checkpoint.size) != checkpoint.root:
+            return False
+        times = [at for node, at in cosigned_times(opened, roster).items() if node in who]
+        self._vouched = checkpoint.size
+        self._take_time(checkpoint.size, float(statistics.median(times)), time.monotonic())
+        return True
 
     def _check(self, inclusion: Inclusion) -> None:
         """Hear the checkpoint of a proof, if it holds. Each is checked once."""

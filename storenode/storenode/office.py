@@ -98,7 +98,7 @@ class Office:
         """Put an entry on the ledger and wait until it is published; its index. Raises what the ledger has against it."""
         data = entry.to_bytes()
         answer = ask_any(self.roster, self.keys, "POST", "/v1/ledger/append", pack_append([data]), timeout_s=append_wait_s)[1]
-        (inclusion,) = unpack_appended(answer, [data])
+        (inclusion,) = unpack_appended(answer, [data]).inclusions
         try:
             inclusion.verify(self.roster)
         except Refused:

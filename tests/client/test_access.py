@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from medshard_protocol.sharing import (
     unpack_shown,
     unpack_tickets,
 )
+from medshard_protocol.vouchers import unpack_vouchers, vouchers_header
 
 keys = VaultKeys.from_root(b"r" * 32)
 auditors = hpke.PrivateKey(b"a" * 32)
@@ -198,6 +199,30 @@ async def test_a_new_ticket_is_shown_with_the_checkpoint_until_everybody_has_hea
     assert unpack_checkpoint(shown.headers()[checkpoint_header]) == b"note"
     now[0] += access.fresh_s + 0.1
     assert set(shown.headers()) == {access_header}
+
+
+async def test_each_holder_is_shown_what_the_cosigners_vouch_for_to_it_with_a_new_checkpoint(
+    world: World, consortium: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, sent = [1000.0], list[Mapping[str, str]]()
+
+    async def post(net: Net, node: Any, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> None:
+        sent.append(headers)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Net, "_post", post)
+    made, nodes = consortium(4), world.net.roster.nodes
+    world.note = made.note(made.checkpoint([b"entry"]), (0, 2, 3)).to_bytes()
+    rows = {nodes[number].id: bytes(range(16 * number, 16 * number + 64)) for number in (0, 2, 3)}
+    world.ledger._vouchers = world.note, rows
+    (shown,) = await Tickets(world.net, world.ledger).announce(files(1), 0)
+    admitted = Admitted(world.net, shown)
+    await admitted._post(nodes[1], "/v1/read", b"", {"More": "1"}, 1.0)
+    assert sent[0].keys() == {"More", access_header, checkpoint_header, vouchers_header}
+    assert unpack_vouchers(sent[0][vouchers_header]) == [row[16:32] for row in rows.values()]
+    now[0] += access.fresh_s + 0.1
+    await admitted._post(nodes[1], "/v1/read", b"", {}, 1.0)
+    assert sent[1].keys() == {access_header}
 
 
 async def test_holders_that_cosigned_are_informed_at_once_and_the_others_a_little_later(

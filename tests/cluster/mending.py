@@ -87,7 +87,7 @@ class Repairing(LocalConsortium):
         entry = sign_entry(self.roster.origin, body, Key(keys.node.public_key().public_bytes_raw()), keys.node.sign).to_bytes()
         status, answer = self.ask(name, name, "POST", "/v1/ledger/append", pack_append([entry]))
         assert status == 200, answer
-        return unpack_appended(answer, [entry])[0].index
+        return unpack_appended(answer, [entry]).inclusions[0].index
 
 
 class File:

@@ -41,6 +41,7 @@ from medshard_protocol import (
     sharing,
     tiles,
     tlogproof,
+    vouchers,
 )
 from medshard_protocol.checkpoint import Checkpoint, Note, Signature, Verifier
 from medshard_protocol.ending import Receipt
@@ -261,6 +262,7 @@ def of_sharing() -> dict[str, Parser]:
         "sharing.unpack_checkpoint": of_text(
             sharing.unpack_checkpoint, sharing.pack_checkpoint, sharing.pack_checkpoint(inclusion.checkpoint)
         ),
+        "vouchers.unpack_vouchers": of_text(vouchers.unpack_vouchers, vouchers.pack_vouchers, "A" * 64, "zz" * 32),
         "sharing.unpack_emergency": of_text(sharing.unpack_emergency, sharing.pack_emergency, sharing.pack_emergency(entry)),
         "sharing.unpack_shown": Parser(sharing.unpack_shown, sharing.pack_shown, (sharing.pack_shown(inclusion),)),
         "sharing.unpack_seen": Parser(sharing.unpack_seen, sharing.pack_seen, (sharing.pack_seen(0), sharing.pack_seen(2**40))),

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medshard_protocol.canonical import encode
+from medshard_protocol.canonical import decode, encode
 from medshard_protocol.entries import Register
 from medshard_protocol.errors import Malformed, MedshardError, Refused
 from medshard_protocol.proofs import (
+    Appended,
     Inclusion,
     append_entries_max,
     pack_append,
@@ -19,6 +20,7 @@ from medshard_protocol.proofs import (
     unpack_appended,
     unpack_registration,
 )
+from medshard_protocol.vouchers import row_bytes_max
 
 
 def log_of(c, count):
@@ -101,9 +103,22 @@ def test_append_and_its_answer_survive_the_wire(consortium):
     log = log_of(c, 5)
     assert unpack_append(pack_append(log[1:3])) == log[1:3]
     inclusions = tuple(c.inclusion(log, index, [0, 1, 2]) for index in (1, 2))
-    assert unpack_appended(pack_appended(inclusions), log[1:3]) == inclusions
+    bare, rows = Appended(inclusions), {node.id: bytes(64) for node in c.roster.nodes[:3]}
+    for appended in (bare, Appended(inclusions, rows)):
+        assert unpack_appended(pack_appended(appended), log[1:3]) == appended
     with pytest.raises(Malformed):
-        unpack_appended(pack_appended(inclusions), log[1:4])
+        unpack_appended(pack_appended(bare), log[1:4])
+
+
+def test_vouchers_that_stand_twice_or_out_of_order_are_malformed(consortium):
+    c = consortium(4)
+    log = log_of(c, 5)
+    rows = {node.id: bytes(64) for node in c.roster.nodes[:3]}
+    packed = pack_appended(Appended((c.inclusion(log, 1, [0, 1, 2]),), rows))
+    version, note, places, rows = decode(packed, bytes_max=1 << 20, what="appended")
+    for wrong in (rows[::-1], [rows[0], rows[0]], [[rows[0][0], bytes(row_bytes_max + 1)]], [[rows[0][0][:-1], b""]]):
+        with pytest.raises(Malformed):
+            unpack_appended(encode([version, note, places, wrong]), log[1:2])
 
 
 @pytest.mark.parametrize("count", [0, append_entries_max + 1])

@@ -338,7 +338,7 @@ async def _told(ledger: Any, node: Any, push: Push) -> str:
     channel = Channel(node, ledger._call)
     try:
         status, answer = await channel.ask(push.to_bytes(), 1.0)
-        return wire.unpack_cosignature(answer) if status == 200 else ""
+        return wire.unpack_cosignature(answer).line if status == 200 else ""
     except MedshardError:
         return ""
     finally:

@@ -11,7 +11,7 @@ import pytest
 
 from medshard_protocol import checkpoint as checkpoints
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_verifier, log_verifier
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_lines, cosigner_verifier, log_verifier
 from medshard_protocol.entries import Access, Enrol, Entry, Erase, Genesis, Grant, Register, Revoke, Withdraw
 from medshard_protocol.errors import Malformed, Refused, Unavailable
 from medshard_protocol.identity import public_key
@@ -19,6 +19,7 @@ from medshard_protocol.merkle import sha256
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, reason_in
 from medshard_protocol.sharing import access_header, checkpoint_header, emergency_header, pack_checkpoint, pack_emergency, pack_tickets
+from medshard_protocol.vouchers import Voucher, for_reader, pack_vouchers, vouchers_header
 from storenode import gate as module
 from storenode.emergency import Emergencies
 from storenode.gate import Ages, Gate
@@ -43,7 +44,8 @@ class Mirror:
         self.reachable = False
         self.emergencies = Emergencies(folder, self.append, self.is_appended, retry_s=0.01)
         self.hurried = 0
-        ledger = SimpleNamespace(journal=self.journal, roster=c.roster, hurry=self.hurry)
+        witness = SimpleNamespace(voucher=voucher(c, number))
+        ledger = SimpleNamespace(journal=self.journal, roster=c.roster, hurry=self.hurry, mirror=witness)
         self.gate = Gate(ledger, self.emergencies, self.metrics)
         self.written = []
 
@@ -344,6 +346,87 @@ async def test_a_proof_of_entries_that_the_mirror_lacks_waits_for_them(mirror):
 
 def shown(note):
     return {checkpoint_header: pack_checkpoint(note)}
+
+
+def vouched(mirror, note, voices=(0, 1), reader=2):
+    """The same, with what those cosigners tell a node in confidence; this one is the third."""
+    c, opened = mirror.c, Note.from_bytes(note)
+    rows = {
+        node: voucher(c, number).row(c.roster, opened.text, line)
+        for number, (node, _, line) in enumerate(cosigner_lines(opened, c.roster))
+        if number in voices
+    }
+    told = for_reader(rows, opened, c.roster, c.roster.nodes[reader].id)
+    return shown(note) | ({vouchers_header: pack_vouchers(told)} if told else {})
+
+
+def voucher(c, number):
+    key = c.key(f"cosigner {number}")
+    return Voucher(key.private_bytes_raw(), key.public_key().public_bytes_raw())
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Whose signatures under a head are checked from now on."""
+    found, verify = [], checkpoints.Verifier.verify
+
+    def noted(self, text, signature):
+        found.append(self.name)
+        return verify(self, text, signature)
+
+    monkeypatch.setattr(checkpoints.Verifier, "verify", noted)
+    return found
+
+
+async def test_a_quorum_that_vouches_to_this_node_saves_it_the_signatures(mirror, checked):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    note = mirror.note()
+    await mirror.read("owner", place, **vouched(mirror, note))
+    assert checked == ["consortium.example/log/node2"]  # its own
+    assert mirror.journal._published is None or mirror.journal._published.note != note  # what is told to others rests on signatures
+
+
+async def test_vouchers_that_are_no_quorums_leave_it_to_the_signatures(mirror, checked):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    note = mirror.note()
+    forged = note[:-9] + b"AAAAAAA=\n"
+    few = mirror.note(cosigners=(0, 1))
+    for wrong in (vouched(mirror, forged), vouched(mirror, note) | shown(few), vouched(mirror, few)):
+        await mirror.refused(Reason.NOT_PUBLISHED, "owner", place, **wrong)
+    checked.clear()
+    await mirror.read("owner", place, **vouched(mirror, note, reader=3))
+    assert {"consortium.example/log/node0", "consortium.example/log/node1"} <= set(checked)
+
+
+async def test_vouchers_for_another_history_than_this_nodes_are_believed_by_nobody(mirror):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    mirror.written[place] = mirror.c.entry("owner", access(two)).to_bytes()
+    other = mirror.note()
+    mirror.written[place] = mirror.journal.entries(place, place + 1)[0]
+    await mirror.refused(Reason.NOT_PUBLISHED, "owner", place, **vouched(mirror, other))
+
+
+async def test_a_read_after_a_revocation_is_refused_whatever_is_vouched_for(mirror):
+    grant = mirror.c.entry("owner", Grant((one,), mirror.key("reader"), 0, 0, os.urandom(16)))
+    await mirror.store(grant)
+    revoke = await mirror.store(mirror.c.entry("owner", Revoke(grant.id, os.urandom(16))))
+    place = await mirror.store(mirror.c.entry("reader", access()))
+    assert place > revoke
+    await mirror.refused(Reason.REVOKED, "reader", place, **vouched(mirror, mirror.note()))
+
+
+async def test_the_time_that_is_vouched_for_tells_the_age_of_an_entry(mirror):
+    mirror.publish()
+    _ = mirror.journal.published
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    await mirror.refused(Reason.EXPIRED, "owner", place, **vouched(mirror, mirror.note(after_s=module.ticket_s + 10)))
+
+
+async def test_vouchers_that_are_none_are_malformed(mirror):
+    place = await mirror.store(mirror.c.entry("owner", access()))
+    for text in ("", "!", "AAAA"):
+        with pytest.raises(Malformed):
+            await mirror.read("owner", place, **shown(mirror.note()), **{vouchers_header: text})
 
 
 async def test_a_read_that_shows_the_checkpoint_need_not_wait_until_this_node_is_told(mirror, monkeypatch):

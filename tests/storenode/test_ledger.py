@@ -20,6 +20,7 @@ from medshard_protocol.merkle import sha256
 from medshard_protocol.messages import unpack_error
 from medshard_protocol.proofs import pack_append, unpack_appended, unpack_registration
 from medshard_protocol.tiles import TileName, tile_names, unpack_bundle
+from medshard_protocol.vouchers import for_reader
 from storenode.ledger import Ledger, forwarding, journal, sequencer, wire
 
 pytestmark = pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
@@ -78,7 +79,20 @@ async def test_any_node_takes_an_entry_and_hands_it_to_the_sequencer(net):
     assert (await net.ledgers[3].append([one]))[0].verify(net.roster)[1] == one
     status, answer = await net.request(2, "POST", "/v1/ledger/append", pack_append([two.to_bytes()]))
     assert status == 200
-    assert unpack_appended(answer, [two.to_bytes()])[0].verify(net.roster)[1] == two
+    assert unpack_appended(answer, [two.to_bytes()]).inclusions[0].verify(net.roster)[1] == two
+
+
+async def test_who_hands_an_entry_in_gets_what_a_quorum_vouches_for_to_each_node(net):
+    await net.start(0, 1, 2, 3)
+    await net.enrol()
+    entry = net.register()
+    status, answer = await net.request(2, "POST", "/v1/ledger/append", pack_append([entry.to_bytes()]))
+    assert status == 200
+    (inclusion,), rows = unpack_appended(answer, [entry.to_bytes()])
+    note = Note.from_bytes(inclusion.checkpoint)
+    for number, node in enumerate(net.roster.nodes):
+        told = for_reader(rows, note, net.roster, node.id)
+        assert net.roster.has_quorum(net.ledgers[number].mirror.voucher.who(net.roster, note, told))
 
 
 async def test_an_entry_handed_in_twice_stands_in_the_log_once(net):

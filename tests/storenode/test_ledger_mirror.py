@@ -298,7 +298,7 @@ async def test_only_nodes_push_and_only_one_of_them_in_an_epoch(net, log):
         await net.push(1, body, as_node=None)
     status, answer = await net.push(1, body)
     assert status == 200
-    assert wire.unpack_cosignature(answer).startswith("— consortium.example/log/node1 ")
+    assert wire.unpack_cosignature(answer).line.startswith("— consortium.example/log/node1 ")
     assert await net.push(1, body, as_node=2) == (wire.fenced, wire.pack_fence(1, net.roster.nodes[0].id))
     assert (await net.push(1, replace(log.push(3, 5), epoch=2).to_bytes(), as_node=2))[0] == 200
     assert await net.push(1, log.push(5, 7).to_bytes()) == (wire.fenced, wire.pack_fence(2, net.roster.nodes[2].id))

@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PrivateKey
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, cosigned_times, log_verifier, note_bytes_max
+from medshard_protocol.checkpoint import Checkpoint, Note, Signature, cosigned_times, log_verifier, note_bytes_max
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.facts import Documents
 from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.messages import unpack_error
-from medshard_protocol.proofs import Inclusion, pack_append, pack_appended, unpack_append, unpack_appended
+from medshard_protocol.proofs import Appended, Inclusion, pack_append, pack_appended, unpack_append, unpack_appended
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
 from storenode.ledger import wire
@@ -230,7 +230,7 @@ class Ledger:
         status, answer = await self.append_packed(pack_append(packed))
         if status != 200:
             raise unpack_error(status, answer, "sequencer")
-        inclusions = unpack_appended(answer, packed)
+        inclusions = unpack_appended(answer, packed).inclusions
         for inclusion in inclusions:
             inclusion.verify(self.roster)
         return inclusions
@@ -244,7 +244,8 @@ class Ledger:
         sequencer = self._sequencer
         if sequencer is not None:
             try:
-                return 200, pack_appended(await sequencer.append(unpack_append(body)))
+                inclusions = await sequencer.append(unpack_append(body))
+                return 200, pack_appended(Appended(inclusions, sequencer.vouchers(inclusions[0].checkpoint)))
             except Deposed:
                 pass
         return wire.not_leading, wire.pack_fence(self.mirror.epoch, self.mirror.leader or b"")
@@ -330,11 +331,19 @@ class Ledger:
 
     async def _take(self, body: bytes, node: NodeId) -> tuple[int, bytes]:
         try:
-            return 200, wire.pack_cosignature(await self.mirror.take(Push.from_bytes(body), node))
+            push = Push.from_bytes(body)
+            line = await self.mirror.take(push, node)
+            return 200, wire.pack_cosignature(wire.Cosigned(line, self._vouchers(push, line)))
         except Behind as behind:
             return 409, wire.pack_size(behind.size, behind.agreed)
         except Fenced as fenced:
             return wire.fenced, wire.pack_fence(fenced.epoch, fenced.leader)
+
+    def _vouchers(self, push: Push, line: str) -> bytes:
+        """A reader may be waiting for the entries that came, and will show this cosignature to others."""
+        if not (line and push.entries):
+            return b""
+        return self.mirror.vouchers(Note.text_of(push.signed), Signature.from_line(line))
 
     async def _ask_what_is_published(self) -> None:
         leader = self.mirror.leader or self.roster.sequencer

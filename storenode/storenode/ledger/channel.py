@@ -19,7 +19,7 @@ from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import pack_error
 from storenode.ledger import wire
 
-answer_bytes_max: Final = wire.line_bytes_max + 64
+answer_bytes_max: Final = wire.cosignature_bytes_max + 64
 close_wait_s: Final = 0.5
 silence_s: Final = 60.0  # a sequencer has something to say every 5 s; one that is silent has gone without a goodbye
 

@@ -26,6 +26,7 @@ from medshard_protocol.errors import Conflict, Damaged, Malformed, MedshardError
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import sha256
 from medshard_protocol.roster import Roster
+from medshard_protocol.vouchers import Voucher
 from storenode import durable
 from storenode.evidence import evidence_in
 from storenode.ledger import wire
@@ -76,6 +77,7 @@ class Mirror:
         self._clock = clock
         self._evidence = evidence_in(journal.evidence)
         self._marker = marker  # lies beside the key from its first cosignature on
+        self.voucher = Voucher(key.private_bytes_raw(), key.public_key().public_bytes_raw())
         self._listed = any(member.id == node for member in roster.nodes)
         if self._listed:
             self._verifier = cosigner_verifier(roster, node)
@@ -195,6 +197,10 @@ class Mirror:
         self._verifier.remember(text, signature)
         self.signed(text, signature)
         return signature
+
+    def vouchers(self, text: str, signature: Signature) -> bytes:
+        """What vouches for a cosignature that was just made here, to each node of the roster."""
+        return self.voucher.row(self._roster, text, signature)
 
     @property
     def may_cosign(self) -> bool:

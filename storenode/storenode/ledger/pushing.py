@@ -63,6 +63,7 @@ class Round:
     began: float
     number: int = 0  # counted by those who push
     cosigned: dict[NodeId, Signature] = field(default_factory=dict)
+    vouchers: dict[NodeId, bytes] = field(default_factory=dict)  # what the cosigners gave for readers; nobody here can check it
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -282,7 +283,9 @@ class Pushers:
         if round_ is not None:
             peer.size = end
             if end == round_.checkpoint.size:
-                signatures = [Signature.from_line(line) for line in wire.unpack_cosignature(answer).splitlines(keepends=True)]
+                cosigned = wire.unpack_cosignature(answer)
+                signatures = [Signature.from_line(line) for line in cosigned.line.splitlines(keepends=True)]
+                round_.vouchers[peer.node.id] = cosigned.vouchers
                 for signature in signatures:
                     self._act.cosigned(round_, peer.node.id, signature)
                 if signatures:

@@ -87,6 +87,7 @@ class Sequencer:
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._vouched: tuple[bytes, dict[NodeId, bytes]] = b"", {}  # the newest published note, and its cosigners' vouchers
         self._round = self._sign()
         self._waits_since = self._round.began  # for a quorum, whichever rounds have begun meanwhile
         self._pushers = Pushers(journal, roster, node, call, epoch, self._round, Acts(self._cosigned, self._sign_at, self._fenced))
@@ -154,6 +155,10 @@ class Sequencer:
         if published is None or published.checkpoint.size <= max(places):
             published = await self._await_published(max(places))
         return tuple(self._journal.inclusion(place, published) for place in places)
+
+    def vouchers(self, note: bytes) -> dict[NodeId, bytes]:
+        """What its cosigners gave for those who will be shown this note; nothing for another one than the newest."""
+        return self._vouched[1] if note == self._vouched[0] else {}
 
     def status(self) -> dict[str, object]:
         """What an operator wants to know."""
@@ -303,7 +308,10 @@ class Sequencer:
         if had_quorum:
             self._waits_since = self._round.began
         if self._mirror.may_cosign:
-            self._cosigned(self._round, self._node, self._mirror.cosign(self._round.note.text))
+            text = self._round.note.text
+            signature = self._mirror.cosign(text)
+            self._round.vouchers[self._node] = self._mirror.vouchers(text, signature)
+            self._cosigned(self._round, self._node, signature)
         self._pushers.push(self._round, spread)
 
     def _sign(self) -> Round:
@@ -335,6 +343,7 @@ class Sequencer:
         grown = self._journal.published is None or self._journal.published.checkpoint.size < round_.checkpoint.size
         published = Published(round_.checkpoint, round_.note.signed_by(voices).to_bytes())
         self._journal.publish(published)
+        self._vouched = published.note, {node: row for node, row in round_.vouchers.items() if row}
         round_.done.set()
         served = [item for item in self._waiting if item[0] < round_.checkpoint.size]
         self._waiting = [item for item in self._waiting if item[0] >= round_.checkpoint.size and not item[1].done()]

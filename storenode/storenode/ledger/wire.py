@@ -7,6 +7,7 @@ shown to others: a promise that was asked for names the log, the epoch and the n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from medshard_protocol.canonical import Fields, Value, decode, encode
 from medshard_protocol.checkpoint import note_bytes_max, size_max
@@ -14,12 +15,14 @@ from medshard_protocol.entries import entry_bytes_max, signature_size
 from medshard_protocol.errors import Malformed
 from medshard_protocol.ids import NodeId, node_id_size
 from medshard_protocol.merkle import hash_size
+from medshard_protocol.vouchers import row_bytes_max
 
 version = 2
 push_entries_max = 2048
 proof_hashes_max = 128  # a consistency proof between two sizes below 2**63
 push_bytes_max = push_entries_max * (entry_bytes_max + 3) + 3 * note_bytes_max + proof_hashes_max * (hash_size + 2) + 128
 line_bytes_max = 16 * 1024  # one cosignature; ML-DSA-44 takes 3.3 KiB
+cosignature_bytes_max = line_bytes_max + row_bytes_max
 fetch_entries_max = 1024  # 2 MiB at the most in an answer
 epoch_max = 2**62
 
@@ -74,17 +77,24 @@ class Push:
         return cls(epoch, base, old_size, tuple(entries), signed, published, tuple(proof), yours)
 
 
-def pack_cosignature(line: str) -> bytes:
-    """Answer 200: the mirror's signature lines, or nothing where it was only told something."""
-    return encode([version, line.encode()])
+class Cosigned(NamedTuple):
+    """A mirror's answer to a push."""
+
+    line: str  # its signature, or nothing where it was only told something
+    vouchers: bytes = b""  # what vouches for that to each node (``vouchers``), where entries came with the push
 
 
-def unpack_cosignature(data: bytes) -> str:
+def pack_cosignature(cosigned: Cosigned) -> bytes:
+    """Answer 200."""
+    return encode([version, cosigned.line.encode(), cosigned.vouchers])
+
+
+def unpack_cosignature(data: bytes) -> Cosigned:
     """Parse answer 200. Raises Malformed."""
-    fields = Fields(decode(data, bytes_max=line_bytes_max, what="cosignature"), count=2, what="cosignature")
+    fields = Fields(decode(data, bytes_max=cosignature_bytes_max, what="cosignature"), count=3, what="cosignature")
     fields.uint(least=version, most=version)
     try:
-        return fields.bytes(most=line_bytes_max).decode()
+        return Cosigned(fields.bytes(most=line_bytes_max).decode(), fields.bytes(most=row_bytes_max))
     except UnicodeDecodeError:
         raise Malformed("cosignature: not UTF-8") from None
 

@@ -20,7 +20,9 @@ from storenode.watching.watch import Trust, Watch
 
 watch_key: Final = web.AppKey("watch", Watch)
 
-per_pause: Final = 6  # nodes are asked in a pause: in a larger consortium each goes around less often, or all together would ask n * n times
+per_pause: Final = (
+    6  # nodes are asked in a pause: in a larger consortium each goes around less often, or all together would ask n * n times
+)
 sample: Final = 2  # all mirrors' heads are proved in each round; the tiles of this many are read for themselves
 
 _log = logging.getLogger(__name__)
