@@ -128,6 +128,13 @@ async def test_an_expired_a_used_up_and_a_revoked_link_open_nothing(vault: Vault
     with pytest.raises(Absent, match="revoked"):
         await fetch(note.link(base), tmp_path / "revoked")
     assert not (tmp_path / "late").exists()
+    (one,) = await put(vault, tmp_path / "gone", 9_000)
+    empty = vault.links.make([one])
+    assert vault.links.state(empty) == "open"
+    await vault.custody.end([one])
+    assert "destroyed" in vault.links.state(empty)
+    with pytest.raises(Absent, match="destroyed"):
+        await fetch(empty.link(base), tmp_path / "gone too")
 
 
 async def test_guesses_of_a_passcode_are_counted_and_few(vault: Vault, base: str, tmp_path: Path) -> None:

@@ -259,7 +259,11 @@ def usage(session: Session, table: Path | None, entries: bool, purpose: int) -> 
         return Exit.OK
     for each, row in zip(found, rows, strict=True):
         who = each.reader_name or f"{each.reader.hex()[:16]}…"
-        when, what = (row[0], f"{row[5]} reads of {output.files(row[6])}") if not entries else (f"entry {row[0]}", f"grant {row[6]}")
+        when, what = (
+            (row[0], f"{output.counted(row[5], 'read')} of {output.files(row[6])}")
+            if not entries
+            else (f"entry {row[0]}", f"grant {row[6]}")
+        )
         output.line(f"{when}  {who}  {each.institution}  {each.purpose}  {what}")
     return Exit.OK
 

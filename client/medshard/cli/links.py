@@ -76,18 +76,18 @@ def make(
 def list_links(session: Session) -> int:
     """List the links of this vault: name, state, uses, end, label."""
 
-    async def work() -> list[Note]:
+    async def work() -> list[tuple[Note, str]]:
         async with session.vault() as vault:
-            return vault.links.all()
+            return [(note, vault.links.state(note)) for note in vault.links.all()]
 
-    found, now = run(work()), time.time()
+    found = run(work())
     if session.json:
-        output.document({"links": [_as_json(note, now) for note in found]})
+        output.document({"links": [_as_json(note, state) for note, state in found]})
         return Exit.OK
-    for note in found:
-        uses = f"opened {note.uses}{f' of {note.uses_max}' if note.uses_max else ''} times"
-        wrong = f", {note.wrong} wrong passcodes" if note.wrong else ""
-        output.line(f"{note.name}  {note.state(now)}  {uses}{wrong}  until {output.day(note.until)}  {note.label}")
+    for note, state in found:
+        uses = f"opened {f'{note.uses} of ' if note.uses_max else ''}{output.counted(note.uses_max or note.uses, 'time')}"
+        wrong = f", {output.counted(note.wrong, 'wrong passcode')}" if note.wrong else ""
+        output.line(f"{note.name}  {state}  {uses}{wrong}  until {output.day(note.until)}  {note.label}")
     return Exit.OK
 
 
@@ -103,7 +103,7 @@ def revoke(session: Session, name: str) -> int:
 
     note = run(work())
     if session.json:
-        output.document(_as_json(note, time.time()))
+        output.document(_as_json(note, note.state(time.time())))
     elif not session.quiet:
         output.line(f"{note.name}  revoked")
     return Exit.OK
@@ -200,10 +200,10 @@ def _show(text: str) -> None:
     segno.make_qr(text, error="l").terminal(out=sys.stderr, compact=True)
 
 
-def _as_json(note: Note, now: float) -> dict[str, Any]:
+def _as_json(note: Note, state: str) -> dict[str, Any]:
     return {
         "name": note.name,
-        "state": note.state(now),
+        "state": state,
         "documents": [sha256.hex() for sha256 in note.documents],
         "made": note.made,
         "until": note.until,

@@ -87,6 +87,12 @@ class Desk:
         """Every link that this vault has made, the oldest first."""
         return sorted((Note.from_bytes(data) for _, data in self._index.custody(notes)), key=lambda note: (note.made, note.id))
 
+    def state(self, note: Note) -> str:
+        """Open, or why it is not."""
+        state = note.state(self._clock())
+        there = state != "open" or any(self._vault.row(sha256) is not None for sha256 in note.documents)
+        return state if there else "empty: its documents were destroyed"
+
     def revoke(self, name: str) -> Note:
         """End a link, by the first letters of its address. Raises Absent, or Conflict where several begin so."""
         found = [note for note in self.all() if note.name.startswith(name) and len(name) >= 4]

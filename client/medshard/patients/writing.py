@@ -165,7 +165,7 @@ def _told(vault: Vault, gathered: Gathered, paths: Mapping[bytes, str], proofs: 
                 "link": note.name,
                 "made": moment(note.made),
                 "until": moment(note.until),
-                "state": note.state(gathered.made),
+                "state": vault.links.state(note),
                 "uses": note.uses,
                 "documents": [sha256.hex() for sha256 in note.documents if sha256 in paths],
             }
