@@ -1,4 +1,4 @@
-"""What a vault is told of its shards: a holder's word that it can check, the margin, and audits in the word of who made them."""
+"""What a vault is told of its shards: a holder's word that it can check, the margin, audits and receipts in the word of who signed them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from tests.conftest import consortium_of, key_named
 
 from medshard import checking
 from medshard.checking import verify_target
+from medshard.custody import Custody, Ended
 from medshard_protocol import merkle
 from medshard_protocol.audit import Report, Result, Verdict, sign_report
+from medshard_protocol.ending import Receipt, sign_receipt
+from medshard_protocol.entries import Type
 from medshard_protocol.errors import Absent
 from medshard_protocol.ids import FileId, NodeId, Sha256
 from medshard_protocol.messages import SpanHead, pack_check
@@ -90,3 +93,32 @@ async def test_audits_are_those_that_present_holders_have_signed(holders: Holder
     holders.forger = 1
     report = await verify_target(holders, holders.target())  # type: ignore[arg-type]
     assert [each.auditor for each in report.audits] == [roster.nodes[i].name for i in (0, 2, 4)]
+
+
+# -- what was destroyed
+
+
+@pytest.mark.parametrize(
+    ("signer", "by", "of", "what", "counts"),
+    [
+        (1, 1, file_id, Type.ERASE, True),
+        (2, 1, file_id, Type.ERASE, False),  # not signed by whom it names
+        (2, 2, file_id, Type.ERASE, False),  # another node's
+        (1, 1, FileId(b"x" * 32), Type.ERASE, False),
+        (1, 1, file_id, Type.RETIRE, False),  # of less than was asked for
+    ],
+)
+async def test_a_receipt_counts_if_its_holder_signed_it_for_this_file_and_this_end(
+    signer: int, by: int, of: FileId, what: Type, counts: bool
+) -> None:
+    nodes = roster.nodes
+    receipt = sign_receipt(roster.origin, Receipt(of, 7, what, nodes[by].id, 0, 1, 3, b""), key_named(f"tls {signer}").sign)
+
+    async def call(*_: object, **__: object) -> bytes:
+        return receipt.to_bytes()
+
+    custody: Any = SimpleNamespace(_net=SimpleNamespace(roster=roster, call=call))
+    inclusion: Any = None
+    note = Ended(file_id, Type.ERASE, inclusion, (), (), (nodes[1].id,))
+    told = await Custody._collected(custody, note, 0.0)
+    assert (told.receipts, told.missing) == (((receipt,), ()) if counts else ((), (nodes[1].id,)))
