@@ -199,6 +199,14 @@ class Answering:
         return 200, b"ok"
 
 
+@pytest.mark.parametrize(("count", "grace_s", "every_s"), [(4, 3600.0, 15.0), (6, 3600.0, 15.0), (16, 3600.0, 40.0), (16, 20.0, 5.0)])
+async def test_where_there_are_many_each_is_asked_less_often_but_four_times_within_its_grace(
+    count: int, grace_s: float, every_s: float
+) -> None:
+    roster: Any = SimpleNamespace(nodes=[SimpleNamespace(id=bytes([number] * 16)) for number in range(count)])
+    assert Pulse(nodes[0], Answering(), lambda: roster, grace_s, Traffic().lull).every_s == every_s  # type: ignore[arg-type]
+
+
 async def test_a_node_is_gone_after_the_time_of_grace_and_not_where_most_are_silent() -> None:
     roster: Any = SimpleNamespace(nodes=[SimpleNamespace(id=node) for node in nodes[:5]])
     peers: Any = Answering(1, 2, 3)

@@ -20,6 +20,7 @@ from storenode.repairing.lasting import lasting
 from storenode.traffic import Lull
 
 every_s: Final = 15.0
+per_beat: Final = 6  # nodes are asked in that time: in a larger consortium each is asked less often, or all together would ask n * n times
 answer_s: Final = 5.0
 late_s: Final = 10.0  # that a beat may come after its time, for a lull and answers that do not come; what is beyond was this node's own
 
@@ -62,7 +63,7 @@ class Pulse:
     @property
     def every_s(self) -> float:
         """How often each is asked."""
-        return min(every_s, self._grace_s / 4)
+        return min(every_s * max(1.0, len(self._roster().nodes) / per_beat), self._grace_s / 4)
 
     @property
     def gone(self) -> frozenset[NodeId]:
