@@ -209,10 +209,7 @@ plant("rot-vouched-for", "a holder vouches for a cell that its disk has changed"
 plant("absent-vouched-for", "a holder vouches for a shard that it has not got", (
     f"{_answerer}:Answerer._look", "except Absent:\n        return answer", "except Absent:\n        return replace(answer, claim=Claim.HELD, digest=bytes(32))"))  # fmt: skip
 
-# -- whoever leaves takes nothing away
+# -- what a quorum decided about the roster counts
 
-_leaving = "storenode.repairing.leaving:Leaving"
-plant("handed-on-unfetched", "a node deletes a shard while another one still fetches it", (
-    f"{_leaving}._give", "if status == 204:", "if status in (202, 204):"))  # fmt: skip
-plant("drained-with-shards", "a node that drains says that nothing is left when something is", (
-    f"{_leaving}.status", '"left": left,', '"left": 0,'))  # fmt: skip
+plant("roster-not-followed", "a node does not go by a roster that the ledger has decided", (
+    "storenode.following:Following._take_over", "self._membership.follow([self._link(state, index, roster)])", "pass"))  # fmt: skip
