@@ -305,7 +305,8 @@ def _stranger(facts: Facts, key: Key, text: str = "no institution has enrolled t
     if known is None:
         return Refused(text, hint="join an institution first")
     if known.withdrawn is not None:
-        return Refused(f"{known.institution} has withdrawn this key", hint="ask it for an invitation, and run `medshard keys rotate`")
+        hint = "ask it for an invitation, and run `medshard keys rotate CODE`; if that was done in another home: `keys rotate --kit FILE`"
+        return Refused(f"{known.institution} has withdrawn this key", hint=hint)
     if facts.roster.institution_named(known.institution) is None:
         return Refused(f"{known.institution}, which enrolled this key, is no longer in the roster")
     if known.heir is not None and not sends:  # and not withdrawn, so no successor

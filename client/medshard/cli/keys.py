@@ -273,19 +273,24 @@ async def _ask_and_collect(session: Session, vault: Vault, lost: Key, custodians
     deadline, before = time.monotonic() + 60 * wait, -1
     while True:
         found = await escrow.collect(request)
-        if len(found.good) != before and not session.quiet and found.root is None:
-            before = len(found.good)
-            output.note(f"medshard: {before} of {found.threshold or 'the needed'} shares are here")
         if found.root is not None or time.monotonic() >= deadline:
             return found
+        if len(found.good) != before and not session.quiet:
+            before = len(found.good)
+            output.note(f"medshard: {_count(found)}")
         await asyncio.sleep(look_every_s)
+
+
+def _count(found: Collected) -> str:
+    """How many shares there are; each of them says how many are needed."""
+    return f"{len(found.good)} of {found.threshold} shares are here" if found.threshold else "no share is here yet"
 
 
 def _whole(found: Collected) -> bytes:
     if found.root is None:
         wrong = f"; wrong ones came from {', '.join(map(short, found.wrong))}" if found.wrong else ""
         raise Unavailable(
-            f"{len(found.good)} of {found.threshold or 'the needed'} shares are here{wrong}",
+            f"{_count(found)}{wrong}",
             hint="Run the same command again when more custodians have approved; --wait MINUTES waits for them.",
         )
     return found.root

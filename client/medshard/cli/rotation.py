@@ -74,6 +74,7 @@ def rotate(session: Session, code: str | None, kit: Path | None) -> int:
         output.note(f"medshard: {each}")
     if not session.quiet:
         output.line("Make a new kit (medshard keys kit), replace copies of vault.key, and tell others the new key (medshard key).")
+        output.line("Other homes of this vault, such as a second gateway's, take the new keys with `medshard keys rotate --kit FILE`.")
     return Exit.OK
 
 
