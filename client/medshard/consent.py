@@ -38,6 +38,7 @@ own_types: Final = frozenset({request_type, answer_type})
 message_bytes_max: Final = 8192
 text_chars_max: Final = 500
 hashes_max: Final = 10_000
+request_s: Final = 90 * 86_400  # a wish of long ago is asked again, not granted by mistake
 _copy_tag: Final = "deidentified"  # as medshard.dicom.copies writes it, which is imported late: most vaults have no DICOM library
 
 
@@ -169,9 +170,13 @@ class Consents:
         """Grant what a request is about, or only the files that are named, and answer it. The request's own end holds if none is given.
 
         Where de-identified data is asked for, copies are made of the chosen instances and granted, and the originals are not. Raises
-        Absent for a request that was not made of this vault, or where nothing meets it; Conflict for one that was answered.
+        Absent for a request that was not made of this vault, or where nothing meets it; Conflict for one that was answered or is too old.
         """
         request = await self._open_request(sha256)
+        if not -86_400 < time.time() - request.at < request_s:
+            made, days = time.strftime("%Y-%m-%d", time.gmtime(request.at)), request_s // 86_400
+            hint = "Let them ask again; `medshard share` gives without a request."
+            raise Conflict(f"this request is of {made}, and a request can be approved for {days} days", hint=hint)
         chosen = [row.sha256 for row in self.meeting(request)] if hashes is None else list(hashes)
         if not chosen:
             raise Absent("no file of this vault meets the request", hint="Name files, or refuse it: `medshard requests refuse`.")

@@ -18,7 +18,7 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import generate_uid
 
-from medshard import Vault, rotation
+from medshard import Vault, consent, rotation
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consent import Consents, Wish
@@ -58,7 +58,9 @@ async def put(vault: Vault, path: Path, number: str) -> bytes:
     return stored.sha256
 
 
-async def test_a_request_gives_no_right_and_an_approval_the_one_that_was_asked_for(vaults: tuple[Vault, Vault], tmp_path: Path) -> None:
+async def test_a_request_gives_no_right_and_an_approval_the_one_that_was_asked_for(
+    vaults: tuple[Vault, Vault], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, asker = vaults
     wanted, other = await put(owner, tmp_path / "a", "R-1"), await put(owner, tmp_path / "b", "R-2")
     until = int(time.time()) + 3600
@@ -68,6 +70,10 @@ async def test_a_request_gives_no_right_and_an_approval_the_one_that_was_asked_f
     assert [row.sha256 for row in Consents(owner).meeting(request)] == [wanted]
     with pytest.raises(MedshardError):
         await asker.get(wanted, tmp_path / "no")
+    with monkeypatch.context() as late:
+        late.setattr(consent, "request_s", -1)
+        with pytest.raises(Conflict, match="can be approved for"):
+            await Consents(owner).approve(sent)
     (granted,) = await Consents(owner).approve(sent)
     assert (granted.sha256, granted.until, granted.purpose) == (wanted, until, "research")
     await asker.get(wanted, tmp_path / "yes", purpose=Purpose.RESEARCH)
