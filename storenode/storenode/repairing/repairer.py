@@ -204,7 +204,8 @@ class Repairer:
             job.state, job.error = "failed", "given up: cancelled, or the node stops"
         elif (error := task.exception()) is not None:
             job.state, job.error = "failed", job.error or f"{type(error).__name__}: {error}"
-            log.error("repair failed", extra={"file": job.file_id.hex(), "shard": job.shard, "why": job.error})
+            level = logging.INFO if isinstance(error, Absent | Conflict | Refused) else logging.ERROR  # what anybody can ask for in vain
+            log.log(level, "repair failed", extra={"file": job.file_id.hex(), "shard": job.shard, "why": job.error})
         if job.state in ("done", "failed"):
             self._means.metrics.repaired(job.state)
         if job.state == "done":
