@@ -55,6 +55,7 @@ class Code(NamedTuple):
 
 
 profiles: Final = {4: Code(2, 4, 4), 6: Code(3, 6, 5), 9: Code(4, 9, 7), 16: Code(8, 16, 12), 30: Code(15, 30, 22)}
+economy: Final = Code(10, 16, 13)  # for who would rather store less; never chosen by itself
 shards_default_max: Final = 30  # a consortium of more institutions spreads each file over thirty of them
 
 
@@ -73,8 +74,8 @@ def parse_code(text: str) -> Code:
     if not match:
         raise Malformed(f"code: expected K/N or K/N/W, got {text!r}", hint="3/6 makes 6 shards of which any 3 rebuild the file")
     k, n = int(match[1]), int(match[2])
-    profile = profiles.get(n)
-    usual = profile.w if profile and profile.k == k else min(n, max(k + 1, -(-3 * n // 4)))
+    profile = next((each for each in (*profiles.values(), economy) if (each.k, each.n) == (k, n)), None)
+    usual = profile.w if profile else min(n, max(k + 1, -(-3 * n // 4)))
     if not k <= n <= 255:
         raise Malformed(f"code: {text} has K > N or more than 255 shards", hint="3/6 makes 6 shards of which any 3 rebuild the file")
     w = int(match[3]) if match[3] else usual

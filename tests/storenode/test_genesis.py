@@ -123,7 +123,7 @@ def test_default_codes_are_the_profiles_of_the_design() -> None:
 
 def test_a_code_is_read_with_or_without_w() -> None:
     assert parse_code("3/6") == (3, 6, 5)
-    assert parse_code("10/16") == (10, 16, 12)
+    assert parse_code("10/16") == (10, 16, 13)
     assert parse_code("10/16/13") == (10, 16, 13)
     assert parse_code("1/1") == (1, 1, 1)
     for wrong in ("", "3", "6/3", "0/6", "3/6/2", "3/6/7", "3/256", "3/6/", "a/b", "3 of 6", "-3/6"):
