@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sqlite3
@@ -71,6 +72,16 @@ def test_rows_come_in_the_order_they_were_put_over_many_batches(index: Index) ->
     found = list(index.rows())
     assert len(found) == len(rows)
     assert [(r.put_time, r.ledger_index) for r in found] == sorted((r.put_time, r.ledger_index) for r in rows)
+
+
+def test_a_removed_file_is_not_left_in_the_log_of_changes_of_an_index_that_another_process_has_open(index: Index, path: Path) -> None:
+    log = Path(f"{path}-wal")
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("SELECT count(*) FROM files").fetchone()  # so that SQLite keeps the log
+        index.put_manifest(row.file_id, b"manifest")
+        assert log.stat().st_size
+        index.remove(row.file_id)
+        assert not log.stat().st_size
 
 
 def test_a_removed_file_is_gone_with_its_manifest(index: Index) -> None:
