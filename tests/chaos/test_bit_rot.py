@@ -144,8 +144,8 @@ def test_rot_in_shards_manifests_and_catalog_is_found_and_never_served(kept: Kep
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_rot_in_shards_manifests_and_catalog_is_found_three_thousand_times(kept: Kept) -> None:
-    damage_store(kept, 3000, seed=2)
+def test_rot_in_shards_manifests_and_catalog_is_found_thousands_of_times(kept: Kept) -> None:
+    damage_store(kept, 3600, seed=2)
 
 
 def damage_key_files(kept: Kept, times: int, seed: int) -> Counter[str]:
