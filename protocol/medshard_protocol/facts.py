@@ -33,6 +33,10 @@ class Registration:
     erased: int | None = None  # index of the ERASE entry
     ended_at: int = 0  # when the latest of these two entries lets it go, in seconds since 1970, as its author says
 
+    def is_erased(self, now: float) -> bool:
+        """Whether it is to be destroyed by ``now``, in the cosigners' seconds since 1970: an ERASE may be dated ahead."""
+        return self.erased is not None and self.ended_at <= now
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:

@@ -80,7 +80,7 @@ def judge(facts: Facts, shown: Shown, file_id: FileId, caller: Key, now: float, 
     if facts.vouched_at(caller, facts.size) is None:  # a stolen key is shut out at once, with the tickets it has
         return Refusal(Reason.WITHDRAWN)
     known = facts.registration(file_id)
-    if known is not None and known.erased is not None and known.ended_at <= now:
+    if known is not None and known.is_erased(now):
         return Refusal(Reason.ERASED)
     if right.until and now > right.until:
         return Refusal(Reason.ENDED)
@@ -340,7 +340,7 @@ class Gate:
             if file_id not in body.file_ids:
                 raise _Denied(Refusal(Reason.OTHER_FILE))
             known = facts.registration(file_id)
-            if known is None or known.erased is not None:
+            if known is None or known.is_erased(self._ages.now):
                 raise _Denied(Refusal(Reason.UNREGISTERED if known is None else Reason.ERASED))
         try:
             entry.verify(self._ledger.roster.origin)

@@ -180,7 +180,7 @@ def _shared(node: Node, sealed: Sealed, reader: Key, start: int, published: Publ
         if len(files) + len(granted.file_ids) > shared_files_max:
             return Shared(published.note, tuple(files), more=True)
         for file_id in granted.file_ids:
-            one = _shared_file(node, sealed, file_id, id_, granted, published, room)
+            one = _shared_file(node, sealed, file_id, id_, granted, published, room, now)
             if one is not None:
                 files.append(one)
                 room -= len(one.manifest)
@@ -190,11 +190,11 @@ def _shared(node: Node, sealed: Sealed, reader: Key, start: int, published: Publ
 
 
 def _shared_file(
-    node: Node, sealed: Sealed, file_id: FileId, id_: Sha256, granted: Granted, published: Published, room: int
+    node: Node, sealed: Sealed, file_id: FileId, id_: Sha256, granted: Granted, published: Published, room: int, now: float
 ) -> SharedFile | None:
     journal, known = node.ledger.journal, node.ledger.state.registration(file_id)
     data = sealed.grant(file_id, id_)
-    if data is None or known is None or known.erased is not None:
+    if data is None or known is None or known.is_erased(now):
         return None
     try:
         manifest = node.store.manifest(file_id)

@@ -567,6 +567,15 @@ async def test_an_emergency_identity_that_was_withdrawn_is_not_served(mirror):
     await refused_in_emergency(mirror, Reason.WITHDRAWN, emergency(mirror))
 
 
+async def test_in_an_emergency_a_file_is_there_until_the_day_for_which_its_erasure_is_dated(mirror):
+    for ahead, erased in ((100, two), (-1, one)):
+        await mirror.say("owner", Erase(erased, mirror.time + ahead, nonce))
+    assert mirror.journal.published
+    mirror.gate._fresh_at -= module.out_of_reach_s + 1
+    await in_emergency(mirror, emergency(mirror, files=(two,)), "doctor", two)
+    await refused_in_emergency(mirror, Reason.ERASED, emergency(mirror), "doctor", one)
+
+
 async def test_an_emergency_read_is_on_disk_before_it_is_served_and_appended_when_the_ledger_is_back(out_of_reach):
     mirror, entry = out_of_reach, emergency(out_of_reach)
     await in_emergency(mirror, entry)
