@@ -294,6 +294,7 @@ class Custody:
             self._index.put_custody(_ending, file_id, note.to_bytes())
             self._index.drop_custody(_keeping, file_id)
             self._index.remove(file_id)
+        self._index.cut()
         note = await self._collected(note, receipts_wait_s)
         self._index.put_custody(_ending, file_id, note.to_bytes())
         return note

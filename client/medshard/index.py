@@ -147,12 +147,15 @@ class Index:
         return (row for row in self.rows(received=received) if query.meets(row))
 
     def remove(self, file_id: bytes) -> None:
-        """Forget a file: its rows and its manifest, from the log of changes as well, which lives on while a gateway has the index open."""
-        with self._speaking():
-            with self._transaction():
-                for table in ("files", "received", "manifests"):
-                    self._db.execute(_forget.format(table) + " WHERE file = ?", (file_id,))
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()  # not while another process reads: it goes with the next one
+        """Forget a file: its rows and its manifest. What SQLite's log of changes has of it, ``cut`` takes away."""
+        with self._speaking(), self._transaction():
+            for table in ("files", "received", "manifests"):
+                self._db.execute(_forget.format(table) + " WHERE file = ?", (file_id,))
+
+    def cut(self) -> None:
+        """Empty SQLite's log of changes, which lives on while another process has the index open. While one reads, it goes next time."""
+        with self._speaking(), suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def clear(self) -> None:
         """Forget all files, grants and manifests. The journal stays, and what is known of files that were kept or ended."""

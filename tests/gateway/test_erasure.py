@@ -48,9 +48,9 @@ def pieces(data: bytes) -> set[bytes]:
 
 
 def blobs(database: Path) -> set[bytes]:
-    """Every value of a database that is long enough to tell."""
+    """Every value about a file in a database that is long enough to tell. The newest head of the ledger is not: nodes have it as well."""
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT IN ('meta', 'clock')")]
         rows = [row for name in names for row in db.execute(f'SELECT * FROM "{name}"')]
     return {value for row in rows for value in row if isinstance(value, bytes) and len(value) >= 2 * piece}
 

@@ -65,10 +65,13 @@ async def test_the_scrub_finds_rot_cut_and_lost_files_and_lost_rows_and_takes_it
 async def test_the_scrub_keeps_to_its_rate_and_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(70):
         await world.put(2)
-    slept, sleep = 0.0, asyncio.sleep
+    slept, sleep, mine = 0.0, asyncio.sleep, asyncio.current_task()
 
     async def counting(seconds: float) -> None:
         nonlocal slept
+        if asyncio.current_task() is not mine:  # what else a node does
+            await sleep(seconds)
+            return
         slept += seconds
         await sleep(0)
 
@@ -180,8 +183,12 @@ async def test_a_node_with_which_no_file_is_shared_is_asked_once_an_hour_whether
 async def test_draws_keep_their_rate_through_restarts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     await world.put()
     times: list[float] = []
+    mine, really = asyncio.current_task(), asyncio.sleep
 
     async def sleep(seconds: float) -> None:
+        if asyncio.current_task() is not mine:  # what else a node does
+            await really(seconds)
+            return
         world.time += seconds
         if len(times) % 10 == 9 and times[-1] != 0.0:
             times.append(0.0)
