@@ -21,7 +21,7 @@ from medshard.restoring import Target
 from medshard.sealing import FileSeal, unwrap
 from medshard.transport import Net
 from medshard_protocol import canonical
-from medshard_protocol.errors import Absent, Damaged, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest, manifest_bytes_max
 from medshard_protocol.messages import Found, lookup_tags_max, manifest_path, pack_lookup, unpack_found
@@ -30,6 +30,7 @@ from medshard_protocol.roster import Node
 
 parallel: Final = 3  # nodes asked at once: one may be frozen, and most hold the manifest
 timeout_s: Final = 1.5
+new_quorum_s: Final = (0.3, 0.6, 1.2)  # nodes hear of a head that is published anew within a moment of each other
 cached_bytes_max: Final = manifest_bytes_max + 1024 * 1024
 
 
@@ -213,9 +214,10 @@ class Lookup:
         """Where the newest right to read an object stands in the ledger, of those not known to have ended: the likeliest to be in force."""
         return max((known.index for known in self._index.grants(row.file_id) if not known.ended), default=-1)
 
-    async def _from_nodes(self, hashes: Sequence[bytes]) -> dict[bytes, Target]:
+    async def _from_nodes(self, hashes: Sequence[bytes], pauses_s: Sequence[float] = new_quorum_s) -> dict[bytes, Target]:
         found: dict[bytes, Target] = {}
         failures: list[str] = []
+        unproved: list[str] = []
         nodes = sorted(self._net.roster.nodes, key=lambda node: (self._net.health.is_suspect(node.id), node.id))
         for at in range(0, len(nodes), parallel):
             missing = [wanted for wanted in hashes if wanted not in found]
@@ -230,11 +232,16 @@ class Lookup:
                     failures.append(str(error))
                     continue
                 for wanted, files in zip(missing, candidates, strict=True):
-                    if wanted not in found and (target := await self._first_good(files, wanted, opened)):
+                    if wanted not in found and (target := await self._first_good(files, wanted, opened, unproved)):
                         found[wanted] = target
         if not found:
             if await self._net.follow():
                 return await self._from_nodes(hashes)
+            if unproved:  # right after a change of the roster, nodes may still show what the quorum before it published
+                if not pauses_s:
+                    raise Unavailable(f"nodes know this file, and none of them proves it ({unproved[0]})", hint="try again in a moment")
+                await asyncio.sleep(pauses_s[0])
+                return await self._from_nodes(hashes, pauses_s[1:])
             raise self._not_found(hashes[0], failures)
         return found
 
@@ -245,13 +252,17 @@ class Lookup:
         each = len(self._keys.line)
         return [[file for some in found[at : at + each] for file in some] for at in range(0, len(found), each)]
 
-    async def _first_good(self, files: Sequence[Found], wanted: bytes, opened: dict[bytes, Opened | None]) -> Target | None:
+    async def _first_good(
+        self, files: Sequence[Found], wanted: bytes, opened: dict[bytes, Opened | None], unproved: list[str] | None = None
+    ) -> Target | None:
         for file in files:
             if file.manifest not in opened:
                 try:
                     opened[file.manifest] = await self._checked(file)
-                except MedshardError:
+                except MedshardError as error:
                     opened[file.manifest] = None  # one node's bad answer is no reason to stop asking
+                    if unproved is not None and isinstance(error, Refused):
+                        unproved.append(str(error))
             if (good := opened[file.manifest]) and (target := good.locate(wanted)):
                 return target
         return None

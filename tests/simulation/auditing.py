@@ -77,7 +77,13 @@ def _vouches(host: Host, rng: Random) -> None:
 def _conditions(cluster: Cluster) -> _Conditions:
     """Of all shards that catalogs list."""
     held = [(host, *each) for host in cluster.nodes if host.parts is not None for each in checks.rows(host)]
-    return {each: checks.condition(*each) for each in held}
+    return {each: _condition(*each) for each in held}
+
+
+def _condition(host: Host, file_id: FileId, index: int) -> int:
+    """As ``checks`` tells, but that a holder can vouch only for what it has a manifest of: a put leaves that with w nodes."""
+    found = checks.condition(host, file_id, index)
+    return found if found < 3 or checks.describes(host, file_id) else 2
 
 
 def _judge(done: Round, auditor: Host, harm: Harm, before: _Conditions, up: set[Host]) -> None:
@@ -88,7 +94,7 @@ def _judge(done: Round, auditor: Host, harm: Harm, before: _Conditions, up: set[
         harm.audited[str(heard.verdict)] += 1
         if host not in liars and heard.verdict is Verdict.WRONG:  # rot is owned up to, so this is said of liars alone
             raise Broken(f"{auditor} calls {host} a liar ({heard.why})")
-        now = checks.condition(host, done.file_id, shard)
+        now = _condition(host, done.file_id, shard)
         if host in liars or host not in up or before.get((host, done.file_id, shard), 0) != now:
             continue  # or it changed, or was away, meanwhile
         if host in harm.spoiled and not harm.ended:

@@ -257,6 +257,14 @@ def condition(host: Host, file_id: FileId, index: int) -> int:
         return 0
 
 
+def describes(host: Host, file_id: FileId) -> bool:
+    """Whether a node has a manifest of this file that it can read."""
+    try:
+        return bool(host.parts.node.store.manifest(file_id))
+    except (MedshardError, AttributeError):
+        return False
+
+
 def _is_stored(host: Host, manifest: Manifest, index: int) -> bool:
     try:
         store = host.parts.node.store

@@ -255,11 +255,10 @@ class Run:
     async def _share(self, vault: Vault, sha256: bytes) -> None:
         """Let the reader read, and perhaps not any more."""
         if self.reader is None:
-            self.reader = self.cluster.vault_host("reader")
             first = next((host for host in self.cluster.nodes if host.parts is not None), None)
             if first is None:
-                self.reader = None
                 raise Unavailable("no node is up to enrol the reader at")
+            self.reader = self.cluster.vault_host("reader")
             await first.run(self.cluster.append(first, "ca 0", self.cluster.enrol("reader")))
             await self.reader.run(self._publishes_key())
         reader = vault_keys("reader").public
