@@ -373,7 +373,7 @@ class Facts:
         known = self.registration(file_id)
         if known is None or known.index >= index:
             return Refusal(Reason.UNREGISTERED)
-        if known.erased is not None and known.erased < index and known.ended_at <= now:
+        if known.is_erased(now) and (known.erased or 0) < index:
             return Refusal(Reason.ERASED)
         if self.heir(known.owner, index) == reader:
             return Right(known.index, None, 0)

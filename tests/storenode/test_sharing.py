@@ -406,6 +406,13 @@ async def test_a_sealed_key_comes_from_the_author_of_its_grant(node: Running) ->
     assert (await shared(node)).files == ()
 
 
+async def test_a_file_whose_erasure_is_dated_ahead_is_listed_as_shared_until_that_day(node: Running) -> None:
+    file_id = await node.put()
+    await granted(node, file_id)
+    await node.say("owner", Erase(file_id, 2**40, b""))
+    assert [each.file_id for each in (await shared(node)).files] == [file_id]
+
+
 async def test_a_revocation_and_an_erasure_destroy_the_sealed_keys(node: Running) -> None:
     files = [await node.put() for _ in range(3)]
     first, second = await granted(node, files[0], files[1]), await granted(node, files[2])
