@@ -171,6 +171,10 @@ class Facts:
         """The roster that the entry at this index was judged under."""
         return next(roster for decided, roster in reversed(self._rosters) if decided < index)
 
+    def has_been_roster(self, sha256: Sha256) -> bool:
+        """Whether a document is the present roster, or was one."""
+        return any(roster.sha256 == sha256 for _, roster in self._rosters)
+
     def document(self, sha256: Sha256) -> Roster:
         """A roster that somebody proposed. Raises Absent."""
         found = self._documents(sha256) if self._documents else None

@@ -147,6 +147,8 @@ def _approve(facts: Facts, body: Approve, author: Key) -> MedshardError | None:
     institution, votes = facts.institution(author), facts.votes(Type.ROSTER, body.roster_sha256)
     if institution is None:
         return Refused("only an institution approves a roster")
+    if facts.has_been_roster(body.roster_sha256):
+        return Conflict("this roster has been decided before")  # else a late voice would stand among those for the next one
     if institution.name in votes:
         return Conflict(f"{institution.name} has approved this roster before")
     if len(votes) + 1 >= facts.roster.quorum.q:

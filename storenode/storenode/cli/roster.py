@@ -290,7 +290,7 @@ def _sign_for(session: Session, office: Office, new: Roster, seal: Seal, *, yes:
     except Conflict as error:
         if "before" not in str(error):
             raise
-        index = -1  # handed in earlier, and perhaps decided since
+        index = -1  # said earlier, or decided since
     approved, decided = _standing(office, old, new, own)
     missing = [each.name for each in old.institutions if each.name not in approved]
     document = _proposal(old, new) | {"institution": own, "approved": approved, "missing": missing, "in_effect": decided}
