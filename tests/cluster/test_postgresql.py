@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.cluster.test_failover import append, assert_one_history, sequencer, status
-from tests.cluster.test_successor import assert_reads, eventually, genesis_of, operate, published, stored
+from tests.cluster.test_successor import assert_reads, eventually, export, genesis_of, operate, published, stored
 from tests.postgres import Server, running_server
 
 from medshard import Vault
@@ -84,13 +83,7 @@ async def test_a_killed_sequencer_on_postgresql_is_replaced_and_comes_back(vault
 def test_the_log_of_a_node_on_postgresql_is_exported_beside_it(trial: LocalConsortium, tmp_path: Path) -> None:
     eventually(lambda: published(trial, second) > 60)
     # An export goes by the head with both kinds of cosignature, which a node renews once a minute.
-    exports: list[dict[str, Any]] = []
-    eventually(
-        lambda: exports.append(operate(trial.home(second), "log", "export", str(tmp_path / f"{len(exports)}"))) or exports[-1]["size"] > 60,
-        within_s=120,
-    )
-    done = exports[-1]
-    (tmp_path / f"{len(exports) - 1}").rename(tmp_path / "log")
+    done = export(trial.home(second), tmp_path / "log", 60)
     report = operate(trial.home(second), "log", "verify", str(tmp_path / "log"))
     assert (report["size"], report["unsigned"], done["size"] > 60) == (done["size"], 0, True)
     assert published(trial, second) >= done["size"]  # the node goes on: reading took nothing over
@@ -123,7 +116,7 @@ async def test_a_log_on_postgresql_goes_on_in_its_successor(trial: LocalConsorti
     assert vault.roster.sha256 == sha256(genesis_of(file)).digest()
     (tmp_path / "new").write_bytes(Successor.from_bytes(file.read_bytes()).genesis)
     eventually(lambda: published(trial, first) > begins + 2)
-    operate(trial.home(first), "log", "export", str(tmp_path / "log"))
+    export(trial.home(first), tmp_path / "log", begins)
     report = operate(trial.home(first), "log", "verify", str(tmp_path / "log"), "--genesis", str(tmp_path / "new"))
     assert (report["unsigned"], report["size"] > begins) == (0, True)
     assert os.path.exists(tmp_path / "log" / "before-0")

@@ -144,8 +144,11 @@ class Net:
         return self.consortium.entry(author, Register(file_id, bytes([manifest]) * 32, nonce))
 
     async def enrol(self, who: str = "vault") -> None:
+        """Enrol a key, and wait until every node that answers has the entry: a quorum has it before the others."""
         enrol = Enrol(public_key(self.consortium.key(who)), 0, bytes(16))
-        await self.ledgers[0].append([self.consortium.entry("ca 0", enrol)])
+        (inclusion,) = await self.ledgers[0].append([self.consortium.entry("ca 0", enrol)])
+        answering = [ledger for number, ledger in self.ledgers.items() if number not in self.frozen]
+        await self.until(lambda: all(ledger.journal.head.size > inclusion.index for ledger in answering))
 
     def published(self, number: int) -> int:
         """How many entries a node knows to be published."""

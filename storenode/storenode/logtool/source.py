@@ -139,7 +139,7 @@ class Database:
         full = self._folder / "full-checkpoint"
         notes = [note for note in ((full.read_bytes() if full.exists() else b""), self._reader.memory().published) if note]
         if not notes:
-            raise Absent("this node knows of no published checkpoint yet")
+            raise Absent("this node's database knows of no published checkpoint yet", hint="wait until one is a second old, and try again")
         newest = max(map(_time_of, notes))  # the first carries both kinds of cosignature, and may be a little older
         return next(note for note in notes if _time_of(note) >= newest - full_age_s_max)
 
