@@ -1,85 +1,76 @@
 """The node as one program: parts put together, served over TLS, stopped cleanly.
 
-Every request passes ``_guard``: who is it, may it speak at all, and how errors become answers. No route does any of that.
+Every request passes the guard (guard.py) before it comes to a route.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import functools
 import gc
 import logging
 import signal
 import sqlite3
 import ssl
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 from cryptography.x509 import load_der_x509_certificate
 
 from medshard_protocol.entries import Body, Rotate, Sender, sign_entry
-from medshard_protocol.errors import Full, MedshardError, Refused, Unavailable
+from medshard_protocol.errors import Refused
 from medshard_protocol.facts import Facts
 from medshard_protocol.identity import certificate_key
 from medshard_protocol.ids import FileId, Key
-from medshard_protocol.messages import body_type, pack_error
+from medshard_protocol.messages import body_type
 from medshard_protocol.roster import Roster
-from medshard_protocol.rosters import log_header, pack_links, roster_header
-from medshard_protocol.succession import successor_path
+from medshard_protocol.rosters import pack_links, roster_header
 from storenode import clock, heads, openapi, routes, sharing
 from storenode.auditing import routes as auditing
 from storenode.auditing.auditor import Auditor
 from storenode.auditing.routes import audits_key
-from storenode.callers import caller, peer_key
 from storenode.config import Config
 from storenode.doorkeeper import Doorkeeper, prepare
 from storenode.draining import Draining
 from storenode.evidence import evidence_in
 from storenode.following import Following, roster_routes
+from storenode.gate import gate_key
 from storenode.genesis import check_membership, load_genesis
-from storenode.identity import NodeKeys, Peer, client_contexts, peer_of, server_ssl_context, trust
+from storenode.guard import Guard
+from storenode.identity import NodeKeys, client_contexts, server_ssl_context, trust
 from storenode.join import join_routes
 from storenode.ledger import Ledger, marker_name
 from storenode.ledger.standby import may_order, stands_by
 from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
 from storenode.peers import Peers
+from storenode.quick import Answer
 from storenode.repairing import ground
 from storenode.repairing import routes as repairing
 from storenode.repairing.routes import repairs_key
 from storenode.rotation import promote, waits
 from storenode.routes import Node, node_key, sections_key
 from storenode.shardstore import ShardStore
-from storenode.succession import archive_prefix, successor_routes
+from storenode.succession import successor_routes
 from storenode.timestamping import Timestamping
 from storenode.watching import Watch
 from storenode.watching.inside import node_watch, start, watch_key
 from storenode.watching.watch import Trust
-from storenode.wire import TlsSite, body_size
+from storenode.wire import Answered, TlsSite, keepalive_s
 
 log = logging.getLogger("storenode")
-open_paths: Final = frozenset(
-    {"/healthz", "/v1/genesis", "/v1/rosters", "/v1/join", "/v1/rotate", "/v1/senders", "/v1/certificate", successor_path}
-)  # answer without a certificate
-public_prefixes: Final = ("/log/", archive_prefix)  # so do these, where the operator says so
-writes: Final = frozenset(
-    {"/v1/files", "/v1/ledger/append", "/v1/join", "/v1/rotate", "/v1/senders", "/v1/certificate"}
-)  # beside every PUT and DELETE; not for a node that has left
 again_after_s: Final = 2.0  # what the others get to hear of a roster with our new keys, before we begin again with those
 shutdown_s: Final = 30.0  # how long SIGTERM waits for uploads in flight
 read_bytes: Final = 256 * 1024  # a connection reads this far ahead of its handler; the default stops and starts four times as often
 sweep_every_s: Final = 600.0
-failing: Final = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})  # of a disk
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A node's running parts, to be closed in reverse order."""
+    """A node's running parts, to be closed in reverse order, and the guard that knows them."""
 
     node: Node
     membership: Membership
@@ -93,10 +84,15 @@ class Parts:
         """Who takes part now."""
         return self.membership.roster
 
+    @property
+    def guard(self) -> Guard:
+        """What every request passes."""
+        return Guard(self.node.config, self.node.id, self.membership, self.metrics)
+
 
 def build(parts: Parts, keys: NodeKeys) -> web.Application:
     """The web application: all routes behind the guard."""
-    app = web.Application(middlewares=[_guard(parts)], client_max_size=0)
+    app = web.Application(middlewares=[parts.guard.middleware()], client_max_size=0)
     app.on_response_prepare.append(_teller(parts.membership))
     app[node_key] = parts.node
     app[watch_key] = parts.watch
@@ -182,9 +178,10 @@ async def serve(config: Config) -> bool:
     doorkeeper = Doorkeeper(app)
     runner = web.AppRunner(
         app,
-        access_log=None,
+        access_log=log,
+        access_log_class=Answered,
         shutdown_timeout=shutdown_s,
-        keepalive_timeout=330,
+        keepalive_timeout=keepalive_s,
         lingering_time=2,
         read_bufsize=read_bytes,
         auto_decompress=False,  # nothing is inflated, not even of a body that the guard refuses for its Content-Encoding
@@ -203,6 +200,7 @@ async def serve(config: Config) -> bool:
         context = server_ssl_context(membership.roster, keys)
         membership.on_change(_adopter(parts, keys, context, stopping))
         site = TlsSite(runner, *config.listen_address, context)
+        site.quick = quick_ways(parts, app, draining, doorkeeper)
         await site.start()
         await following.start()
         stamping.start()
@@ -227,6 +225,8 @@ async def serve(config: Config) -> bool:
         await following.close()
         await app[repairs_key].close()
         await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
+        if site is not None:
+            site.quick = {}
         await draining.wait(shutdown_s)
         await runner.cleanup()
         if site is not None:
@@ -235,6 +235,12 @@ async def serve(config: Config) -> bool:
         await peers.close()
         store.close()
     return again
+
+
+def quick_ways(parts: Parts, app: web.Application, draining: Draining, doorkeeper: Doorkeeper) -> Mapping[bytes, Answer]:
+    """What is answered below aiohttp where it can be, by the first line of its request."""
+    shards = functools.partial(routes.small_shards, parts.node, app[gate_key])
+    return {b"POST /v1/read HTTP/1.1": parts.guard.quick("POST", "/v1/read", shards, draining, doorkeeper)}
 
 
 def _look_for_less_garbage() -> None:
@@ -285,83 +291,6 @@ def _tell_if_alone(roster: Roster) -> None:
             "give a node of another institution a log key (storenode rotate makes one)",
             able[0] if able else "none",
         )
-
-
-def _caller(parts: Parts, ssl_object: ssl.SSLObject | None) -> Peer | None:
-    """Who asks; on a node that has left, its own institution is known too, as it was."""
-    members = parts.membership
-    peer = peer_of(ssl_object, members.roster, members.just_before)
-    return peer_of(ssl_object, members.last_with(parts.node.id)) if peer is None and not members.lists(parts.node.id) else peer
-
-
-def _guard(parts: Parts) -> Middleware:
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        started = time.monotonic()
-        transport = request.transport
-        members = parts.membership
-        peer = _caller(parts, transport.get_extra_info("ssl_object")) if transport else None
-        if peer is not None:
-            request[peer_key] = peer
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource else "unknown"
-        status, sent = 500, 0
-        try:
-            if request.path not in open_paths and not (parts.node.config.public_log and request.path.startswith(public_prefixes)):
-                caller(request)
-            if request.headers.get(log_header, parts.roster.origin) != parts.roster.origin:
-                raise Refused(f"this node goes by the log {parts.roster.origin}")
-            if (request.method in ("PUT", "DELETE") or request.path in writes) and not members.lists(parts.node.id):
-                raise Refused("this node is no longer in the consortium and serves reads only", hint="follow the roster to the other nodes")
-            if request.headers.get("Content-Encoding", "identity") != "identity":
-                raise web.HTTPUnsupportedMediaType(text="bodies are sent as they are, without Content-Encoding")
-            response = await handler(request)
-            status, sent = response.status, response.content_length or 0
-            return response
-        except MedshardError as error:
-            status, body = pack_error(error)
-            parts.metrics.refused(type(error).__name__)
-            return web.Response(status=status, body=body, content_type=body_type)
-        except (OSError, sqlite3.OperationalError) as error:
-            answer = _disk_error(error)
-            if answer is None:
-                raise
-            if not isinstance(answer, Full):
-                where = getattr(error, "filename", None) or parts.node.config.data
-                log.error("the disk under %s fails (%s): look at the kernel's log, and replace it", where, error)
-            status, body = pack_error(answer)
-            return web.Response(status=status, body=body, content_type=body_type)
-        except web.HTTPException as error:
-            status = error.status
-            raise
-        finally:
-            took = time.monotonic() - started
-            parts.metrics.request(request.method, route, status, took, body_size(request) or 0, sent)
-            if log.isEnabledFor(logging.DEBUG) or status >= 500:
-                log.log(
-                    logging.WARNING if status >= 500 else logging.DEBUG,
-                    "request",
-                    extra={
-                        "method": request.method,
-                        "route": route,
-                        "status": status,
-                        "ms": round(took * 1000, 1),
-                        "peer": peer.key.hex()[:16] if peer else "",
-                    },
-                )
-
-    return guard
-
-
-def _disk_error(error: OSError | sqlite3.OperationalError) -> MedshardError | None:
-    """What a caller hears of a disk that is full or fails; None if it is neither."""
-    if isinstance(error, OSError):
-        full, failed = error.errno in (errno.ENOSPC, errno.EDQUOT), error.errno in failing
-    else:
-        full, failed = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR), False
-    if full:
-        return Full("this node's disk is full", hint="the operator must free space or add a disk")
-    return Unavailable("this node's disk fails", hint="other nodes serve; the operator must replace the disk") if failed else None
 
 
 async def _healthz(request: web.Request) -> web.Response:

@@ -14,7 +14,11 @@ peer_key: Final = web.RequestKey("peer", Peer)
 
 def caller(request: web.Request) -> Peer:
     """Who asks. Raises Refused for nobody in particular."""
-    peer: Peer | None = request.get(peer_key)
+    return somebody(request.get(peer_key))
+
+
+def somebody(peer: Peer | None) -> Peer:
+    """The same. Raises Refused for None."""
     if peer is None:
         raise Refused("a client certificate of one of the institutions is needed", hint="join with an invitation code")
     return peer

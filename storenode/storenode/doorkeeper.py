@@ -51,10 +51,14 @@ class Doorkeeper:
                 silent += 1
         return silent
 
+    def heard(self, connection: web.RequestHandler) -> None:
+        """Somebody who may was heard on this one."""
+        self._heard.add(connection)
+
     def _hear(self) -> Middleware:
         @web.middleware
         async def hear(request: web.Request, handler: Handler) -> web.StreamResponse:
-            self._heard.add(request.protocol)
+            self.heard(request.protocol)
             return await handler(request)
 
         return hear

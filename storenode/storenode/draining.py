@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from typing import Final
 
 from aiohttp import web
@@ -36,6 +37,18 @@ class Draining:
             async with asyncio.timeout(limit_s):
                 await self._idle.wait()
 
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """While a request is being answered."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
     def _counting(self) -> Middleware:
         @web.middleware
         async def counting(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -44,13 +57,7 @@ class Draining:
                 response = web.Response(status=status, body=body, content_type=body_type)
                 response.force_close()
                 return response
-            self._running += 1
-            self._idle.clear()
-            try:
+            with self.counted():
                 return await handler(request)
-            finally:
-                self._running -= 1
-                if not self._running:
-                    self._idle.set()
 
         return counting

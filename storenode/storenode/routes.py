@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -42,7 +42,8 @@ from medshard_protocol.messages import (
 from medshard_protocol.shards import cell_bytes_max, cells_in, check_cells, code_n_max, digests
 from storenode.callers import caller
 from storenode.config import Config
-from storenode.gate import gate_key
+from storenode.gate import Gate, gate_key
+from storenode.identity import Peer
 from storenode.ledger import Ledger
 from storenode.lending import Gone, Stalled
 from storenode.shardstore import Incoming, Shard, ShardStore, StoredFile
@@ -220,11 +221,17 @@ async def get_manifest(request: web.Request) -> web.Response:
 
 async def read_files(request: web.Request) -> web.Response:
     """Whole small shards of many files."""
-    node = request.app[node_key]
+    node, gate = request.app[node_key], request.app[gate_key]
+    body = await read_body(request, bundle_bytes_max)
+    return web.Response(body=await small_shards(node, gate, caller(request), request.headers, body), content_type=body_type)
+
+
+async def small_shards(node: Node, gate: Gate, who: Peer, headers: Mapping[str, str], body: bytes) -> bytes:
+    """The same, however it was asked for."""
     answers: list[bytes | None] = []
     room = bundle_bytes_max
-    wanted = unpack_small_reads(await read_body(request, bundle_bytes_max))
-    await request.app[gate_key].admit(caller(request).key, request.headers, [file_id for file_id, _ in wanted])
+    wanted = unpack_small_reads(body)
+    await gate.admit(who.key, headers, [file_id for file_id, _ in wanted])
     for file_id, index in wanted:
         try:
             shard = node.store.shard_at(file_id, index)
@@ -233,7 +240,7 @@ async def read_files(request: web.Request) -> web.Response:
             data = None
         room -= len(data or b"")
         answers.append(data)
-    return web.Response(body=pack_shards(answers), content_type=body_type)
+    return pack_shards(answers)
 
 
 async def lookup(request: web.Request) -> web.Response:

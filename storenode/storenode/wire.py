@@ -7,7 +7,8 @@ asked in app.py, and who is silent is shown out by the doorkeeper.
 
 Where a head says that a long body follows, to be taken aside, aiohttp is told of an empty one, and a thread takes the body for the
 handler (lending.py): what aiohttp's parser and stream cost for each byte is most of what a node's processor would do. Only heads that
-say plainly what follows are treated so; from the first other one on, a connection is passed on as it comes.
+say plainly what follows are treated so; from the first other one on, a connection is passed on as it comes. What is asked most often does
+not come to aiohttp at all, if it comes whole, is written plainly (quick.py), and aiohttp has nothing of this connection left to answer.
 
 Law: the handler hears of a connection only after the handshake, which has ``handshake_s``; its bytes go through OpenSSL in pieces that stay
 in the processor's cache; a connection that this side ends gets a farewell, and ``farewell_s`` to answer it.
@@ -17,17 +18,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
 
 from storenode.lending import Gone, Receiving, Sending, Threads, Work
+from storenode.quick import Answer, Request, headers_of
 
+keepalive_s: Final = 330.0  # without a request; clients keep idle connections for 240 s
 handshake_s: Final = 30.0
 farewell_s: Final = 30.0  # what is still unsent goes on meanwhile
 refused_s: Final = 5.0  # to send the rest of a body that nobody wants
@@ -40,6 +45,17 @@ _length: Final = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})(?=\r\n)", 
 _unusual: Final = re.compile(rb"\r\n(?:transfer-encoding|upgrade|expect)[ \t]*:", re.IGNORECASE)
 backlog: Final = 128  # connections that the system keeps until they are accepted
 
+_log = logging.getLogger(__name__)
+
+
+class Answered(AbstractAccessLogger):
+    """In the place of aiohttp's log: lets a connection know that a request of it was answered."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        """Called by aiohttp behind each answer."""
+        if isinstance(request.transport, Connection):
+            request.transport.answered()
+
 
 class TlsSite(web.BaseSite):
     """Where a node's runner listens. Long bodies of requests that begin with ``aside`` are for ``Connection.receive``."""
@@ -49,6 +65,7 @@ class TlsSite(web.BaseSite):
         self._address = (host, port)
         self.context = context
         self.aside = aside
+        self.quick: Mapping[bytes, Answer] = {}  # by a request's first line
         self.threads = Threads()
         self.sealed = memoryview(bytearray(read_bytes))
         self.plain = memoryview(bytearray(read_bytes + record_bytes))  # a record may have been here but for its last byte
@@ -81,11 +98,11 @@ class TlsSite(web.BaseSite):
         """After the runner's clean-up."""
         self.threads.close()
 
-    def handler(self) -> asyncio.Protocol:
+    def handler(self) -> web.RequestHandler:
         """A new handler of aiohttp's."""
         server = self._runner.server
         assert server is not None  # the runner was set up before the site was made
-        handler: asyncio.Protocol = server()
+        handler: web.RequestHandler = server()
         return handler
 
 
@@ -99,7 +116,7 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
         self._out = ssl.MemoryBIO()
         self._tls = site.context.wrap_bio(self._in, self._out, server_side=True)
         self._below: asyncio.Transport
-        self._handler: asyncio.Protocol | None = None
+        self._handler: web.RequestHandler | None = None
         self._ending = False
         self._timer: asyncio.TimerHandle
         self._plain = True  # whether all heads so far said plainly where the next one begins
@@ -108,6 +125,12 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
         self._aside = self._left = 0  # bytes of the body that was taken aside last, and how many of them have not been received
         self._ahead = b""  # those that came with its head
         self._lent: socket.socket | None = None
+        self._unanswered = 0  # requests that the handler has got
+        self._answering: asyncio.Task[None] | None = None  # a request that it has not
+        self._held = b""  # what came meanwhile
+        self._leaving = False  # as soon as that is answered
+        self._spoke_at = 0.0  # when the last answer went out, by the loop's clock
+        self._idle: asyncio.TimerHandle | None = None  # from the first on that the handler has not seen
 
     # -- what the socket's transport calls
 
@@ -142,6 +165,8 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
         """Tell the handler."""
         self._ending = True
         self._timer.cancel()
+        if self._idle is not None:
+            self._idle.cancel()
         if self._handler is not None:
             self._handler.connection_lost(exc)
 
@@ -176,6 +201,9 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
     def close(self) -> None:
         """Say farewell, and end when the other side has heard it."""
         if self._ending:
+            return
+        if self._answering is not None:
+            self._leaving = True
             return
         if self._lent is not None:  # OpenSSL is not ours just now
             self.abort()
@@ -291,6 +319,10 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
     def _hand_on(self, data: bytes) -> None:
         """Give the handler what came, but for a body that is taken aside or that nobody wants."""
         assert self._handler is not None
+        if self._answering is not None:
+            self._held += data
+            self._below.pause_reading()
+            return
         if self._dropping:
             data, self._dropping = data[self._dropping :], max(0, self._dropping - len(data))
             if self._dropping:
@@ -314,6 +346,9 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
             self._plain = False
             return data
         size, came = int(lengths[0][1]) if lengths else 0, len(data) - end
+        if size == came and self._is_quick(data, end):
+            return b""
+        self._unanswered += 1
         if size < aside_bytes_min or came > size or not data.startswith(self._site.aside):
             self._passing = size - came
             self._plain = self._passing >= 0
@@ -323,6 +358,56 @@ class Connection(asyncio.BufferedProtocol, asyncio.Transport):
         self._below.pause_reading()
         digits = lengths[0].span(1)
         return data[: digits[0]] + b"0" * (digits[1] - digits[0]) + data[digits[1] : end]
+
+    def _is_quick(self, data: bytes, end: int) -> bool:
+        """Whether this request is answered here. The handler has nothing to do then, and who asks has taken all answers so far."""
+        answer = self._site.quick.get(data[: data.find(b"\r\n")])
+        if answer is None or self._unanswered or self._below.get_write_buffer_size():
+            return False
+        headers = headers_of(data[: end - 4])
+        if headers is None:
+            return False
+        assert self._handler is not None, "made after the handshake"
+        request = Request(headers, data[end:], self._tls, self._handler)
+        self._answering = asyncio.get_running_loop().create_task(self._answer(answer, request))
+        return True
+
+    async def _answer(self, answer: Answer, request: Request) -> None:
+        try:
+            said = await answer(request)
+        except Exception:
+            _log.exception("a request was not answered")
+            self.abort()
+            return
+        finally:
+            self._answering = None
+        if not self.is_closing():
+            self.write(said)
+        if self._leaving:
+            self.close()
+            return
+        self._spoke_at = asyncio.get_running_loop().time()
+        if self._idle is None and not self._ending:
+            self._idle = asyncio.get_running_loop().call_later(keepalive_s, self._look_idle)
+        if self._held:
+            held, self._held = self._held, b""
+            self._hand_on(held)
+            self.resume_reading()
+
+    def answered(self) -> None:
+        """The handler has answered a request."""
+        self._unanswered -= 1
+        self._spoke_at = asyncio.get_running_loop().time()
+
+    def _look_idle(self) -> None:
+        """End a connection that nothing was asked on for long. The handler does so as well, from what it has heard."""
+        loop = asyncio.get_running_loop()
+        busy = self._unanswered or self._answering is not None
+        left = keepalive_s if busy else self._spoke_at + keepalive_s - loop.time()
+        if left > 0:
+            self._idle = loop.call_later(left, self._look_idle)
+        else:
+            self.close()
 
     def _refuse(self) -> None:
         """Let the body that is still to come pass unheard, if it comes soon: the answer must not be lost, nor the connection."""

@@ -6,11 +6,13 @@ import asyncio
 import errno
 import io
 import os
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -42,8 +44,10 @@ from medshard_protocol.roster import Institution as RosterInstitution
 from medshard_protocol.roster import Node as RosterNode
 from medshard_protocol.roster import Roster
 from medshard_protocol.shards import Layout, digests, shard_root, split
-from storenode.app import Parts, build
+from storenode.app import Parts, build, quick_ways
 from storenode.config import Config, write_config
+from storenode.doorkeeper import Doorkeeper
+from storenode.draining import Draining
 from storenode.following import Following
 from storenode.identity import (
     Institution,
@@ -62,7 +66,7 @@ from storenode.shardstore import ShardStore
 from storenode.traffic import Traffic
 from storenode.watching.inside import node_watch
 from storenode.watching.watch import Trust
-from storenode.wire import TlsSite
+from storenode.wire import Answered, TlsSite
 
 cell = 1000
 
@@ -125,8 +129,7 @@ async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     url = f"https://127.0.0.1:{unused_tcp_port}"
     write_config(home, url=url, listen=f"127.0.0.1:{unused_tcp_port}", capacity_bytes=50_000_000)
     config = Config.load(home)
-    # msgspec structs are frozen: limits small enough to meet in a test
-    import msgspec
+    import msgspec  # its structs are frozen: limits small enough to meet in a test
 
     limits = msgspec.structs.replace(config.limits, shard_bytes_max=2_000_000, body_stall_s=0.3, manifest_bytes_max=70_000)
     config = replace(config, limits=limits)
@@ -145,9 +148,13 @@ async def node(tmp_path: Path, unused_tcp_port: int) -> AsyncIterator[Running]:
     following = Following(membership, ledger, keys.node_id, peers)
     watch = node_watch(config.data, lambda: Trust((roster,)), peers)
     parts = Parts(Node(config, keys.node_id, store, ledger), membership, peers, Metrics(), following, watch)
-    runner = web.AppRunner(build(parts, keys), access_log=None, lingering_time=0.2)
+    app = build(parts, keys)
+    draining, doorkeeper = Draining(app), Doorkeeper(app)
+    runner = web.AppRunner(app, access_log_class=Answered, lingering_time=0.2)
     await runner.setup()
-    await TlsSite(runner, *config.listen_address, server_ssl_context(roster, keys)).start()
+    site = TlsSite(runner, *config.listen_address, server_ssl_context(roster, keys))
+    site.quick = quick_ways(parts, app, draining, doorkeeper)
+    await site.start()
     async with aiohttp.ClientSession() as session:
         running = Running(url, keys.node_id, roster, store, institution, owner, session, context_with(institution, owner, tmp_path))
         yield running
@@ -176,6 +183,30 @@ def manifest_of(node: Running, shard: bytes, file_id: FileId, **changes: object)
         bytes(32),
     )
     return replace(manifest, **changes)  # type: ignore[arg-type]
+
+
+async def test_a_read_is_answered_alike_whichever_way_its_answer_comes(node: Running) -> None:
+    data, file_id, url = os.urandom(5000), FileId(os.urandom(32)), urlsplit(node.url)
+    await node.put(data, file_id)
+    known = pack_small_reads([(file_id, 0), (FileId(bytes(32)), 0)])
+    nobody = ssl.create_default_context()
+    nobody.check_hostname, nobody.verify_mode = False, ssl.CERT_NONE
+    for context, body, header, status in (
+        (node.context, known, "", b"200 OK"),
+        (node.context, b"junk", "", b"400 Bad Request"),
+        (nobody, known, "", b"403 Forbidden"),
+        (node.context, known, "Medshard-Log: another.example/log\r\n", b"403 Forbidden"),
+    ):
+        bodies = []
+        for unusual in ("", "Accept: */*\r\n"):
+            reader, writer = await asyncio.open_connection(url.hostname, url.port, ssl=context, server_hostname=node_hostname(node.node))
+            writer.write(f"POST /v1/read HTTP/1.1\r\nHost: n\r\nContent-Length: {len(body)}\r\n{header}{unusual}\r\n".encode() + body)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 " + status)
+            assert (b"Server: " in head) == bool(unusual), "aiohttp says who it is"
+            bodies.append(await reader.readexactly(int(re.findall(rb"Content-Length: (\d+)", head)[0])))
+            writer.close()
+        assert bodies[0] == bodies[1]
 
 
 @pytest.mark.parametrize("size", [1, 4096, 4097, 1_500_000])

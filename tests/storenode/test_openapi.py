@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
 
 from storenode import openapi
-from storenode.app import Parts, build, open_paths
+from storenode.app import Parts, build
 from storenode.auditing.routes import audits_key
 from storenode.config import AuditSection, RepairSection
+from storenode.guard import open_paths
 from storenode.routes import Node
 
 if TYPE_CHECKING:
