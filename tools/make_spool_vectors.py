@@ -13,7 +13,7 @@ from Crypto.Hash import SHA256
 from Crypto.Protocol.KDF import HKDF
 
 path = Path(__file__).parent.parent / "tests" / "vectors" / "spool.json"
-DATA, END, DROP = 1, 2, 3
+SALT, DATA, END = 1, 2, 3
 
 
 def drawn(label: str, size: int) -> bytes:
@@ -27,11 +27,22 @@ def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
     return derived
 
 
+def framed(kind: int, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + bytes([kind]) + data
+
+
 def chunk(key: bytes, number: int, kind: int, plain: bytes) -> bytes:
     cipher = AES.new(key, AES.MODE_GCM, nonce=number.to_bytes(12, "big"))
     cipher.update(bytes([kind]))
-    sealed = b"".join(cipher.encrypt_and_digest(plain))
-    return len(sealed).to_bytes(4, "big") + bytes([kind]) + sealed
+    return framed(kind, b"".join(cipher.encrypt_and_digest(plain)))
+
+
+def instance(segment: bytes, label: str, *plain: tuple[int, bytes], ended: bool = False) -> bytes:
+    """The chunks of one instance, under its own key; ``ended``: the salt of which is overwritten."""
+    salt = drawn(f"spool salt {label}", 32)
+    key = hkdf(segment, salt, b"medshard/spool/v2/instance")
+    chunks = b"".join(chunk(key, number, kind, data) for number, (kind, data) in enumerate(plain))
+    return framed(SALT, bytes(32) if ended else salt) + chunks
 
 
 def end(file: bytes, received: int, attributes: dict[str, str]) -> bytes:
@@ -54,19 +65,20 @@ def owed(root: bytes) -> dict[str, object]:
 def main() -> None:
     root, salt = drawn("spool root", 32), drawn("spool salt", 32)
     spool_key = hkdf(root, b"", b"medshard/vault/v1/spool")
-    key = hkdf(spool_key, salt, b"medshard/spool/v1/segment")
+    key = hkdf(spool_key, salt, b"medshard/spool/v2/segment")
     files = [drawn("spool first", 300), b"", drawn("spool third", 70)]
     about = [{"sop-uid": f"1.2.{number}", "patient-name": "Müller^Änne=山田^太郎"} for number in range(3)]
-    chunks = [
-        chunk(key, 0, DATA, files[0]),
-        chunk(key, 1, END, end(files[0], 1_700_000_000_000, about[0])),
-        chunk(key, 2, DATA, drawn("broken off", 40)),
-        chunk(key, 3, DROP, b""),
-        chunk(key, 4, END, end(files[1], 1_700_000_000_001, about[1])),
-        chunk(key, 5, DATA, files[2]),
-        chunk(key, 6, END, end(files[2], 1_700_000_000_002, about[2])),
+    ends = [(END, end(file, 1_700_000_000_000 + number, about[number])) for number, file in enumerate(files)]
+    stored = drawn("stored", 90)
+    instances = [
+        instance(key, "first", (DATA, files[0]), ends[0]),
+        instance(key, "broken off", (DATA, drawn("broken off", 40)), ended=True),
+        instance(key, "empty", ends[1]),
+        instance(key, "stored", (DATA, stored), (END, end(stored, 1_700_000_000_009, about[0])), ended=True),
+        instance(key, "third", (DATA, files[2]), ends[2]),
+        instance(key, "cut off", (DATA, drawn("cut off", 50))),
     ]
-    segment = b"medshard/spool/v1\n" + salt + b"".join(chunks) + bytes(64)
+    segment = b"medshard/spool/v2\n" + salt + b"".join(instances) + bytes(64)
     found = {
         "about": "docs/formats/spool.md: a segment, and a commitment request. Hex. Made by tools/make_spool_vectors.py, not with medshard.",
         "root": root.hex(),

@@ -75,6 +75,13 @@ class Ended:
     missing: tuple[NodeId, ...]  # holders that have not answered yet
     moved: int = field(default=0, compare=False)  # neighbours in its pack that were stored anew
 
+    @property
+    def at(self) -> int:
+        """When it ended, by its entry: Unix seconds."""
+        body = Entry.from_bytes(self.inclusion.entry).body
+        assert isinstance(body, Erase | Retire)
+        return body.at
+
     def to_bytes(self) -> bytes:
         """The canonical form."""
         documents: list[canonical.Value] = [[size, sha256] for size, sha256 in self.documents]

@@ -77,6 +77,7 @@ class Index:
         self._slot_key = hmac.digest(key, b"medshard/index/v1/slot", hashlib.sha256)
         self._lock = threading.RLock()
         self._data_version = -1
+        self._removed = False
         with self._speaking():
             self._db = sqlite3.connect(path, timeout=busy_wait_s, isolation_level=None, check_same_thread=False)
             try:
@@ -151,6 +152,7 @@ class Index:
         with self._speaking(), self._transaction():
             for table in ("files", "received", "manifests"):
                 self._db.execute(_forget.format(table) + " WHERE file = ?", (file_id,))
+            self._removed = True
 
     def cut(self) -> None:
         """Empty SQLite's log of changes, which lives on while another process has the index open. While one reads, it goes next time."""
@@ -169,11 +171,12 @@ class Index:
             return int(self._db.execute("SELECT count(*) FROM files").fetchone()[0])
 
     def changed(self) -> bool:
-        """Whether another process has written here since this was last asked; yes the first time."""
+        """Whether another process has written here, or this one removed a file, since this was last asked; yes the first time."""
         with self._speaking():
             (version,) = self._db.execute("PRAGMA data_version").fetchone()
             before, self._data_version = self._data_version, version
-            return bool(version != before)
+            removed, self._removed = self._removed, False
+            return bool(version != before) or removed
 
     def file_ids(self) -> set[bytes]:
         """Every object of this vault's own."""

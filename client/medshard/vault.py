@@ -294,7 +294,7 @@ class Vault:
         return self._index.by_file(file_id)
 
     def index_changed(self) -> bool:
-        """Whether another process has changed the local index since this was last asked; yes the first time."""
+        """Whether others have changed the local index, or this vault has removed a file from it, since the last call; yes at first."""
         return self._index.changed()
 
     def file_ids(self) -> set[bytes]:

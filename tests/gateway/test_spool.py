@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from medshard.gateway import spool as spools
-from medshard.gateway.segments import Entry, chunk_plain
+from medshard.gateway.segments import Entry, Segment, chunk_plain
 from medshard.gateway.spool import Spool
 from medshard.keys import VaultKeys
 from medshard.sealing import hkdf
@@ -141,8 +145,129 @@ def test_what_is_done_while_another_comes_takes_no_file_from_under_it(tmp_path: 
         spool.done([first])
         second = coming.finish(about)
         assert spool.read(second, 0, 10) == b"second"
+        with pytest.raises(Absent):
+            spool.read(first, 0, 10)
     with opened(tmp_path) as spool:
-        assert spool.recover() == [first, second]  # the first is in the store, which the archive finds
+        assert spool.recover() == [second]
+
+
+def opens(folder: Path, key: bytes) -> set[bytes]:
+    """Everything that whoever has the key and these files can open, begun and broken off or not: docs/formats/spool.md and nothing else."""
+    found = set()
+    for path in folder.glob("*.spool"):
+        data = path.read_bytes()
+        segment = hkdf(key, data[18:50], b"medshard/spool/v2/segment")
+        at, number, cipher = 50, 0, AESGCM(segment)
+        while size := int.from_bytes(data[at : at + 4]):
+            kind = data[at + 4]
+            chunk = data[at + 5 : at + 5 + size]
+            if kind == 1:
+                number, cipher = 0, AESGCM(hkdf(segment, chunk, b"medshard/spool/v2/instance"))
+            else:
+                with contextlib.suppress(InvalidTag):
+                    found.add(cipher.decrypt(number.to_bytes(12), chunk, bytes([kind])))
+                number += 1
+            at += 5 + size
+    return found
+
+
+def test_what_is_done_opens_under_no_key_while_its_neighbours_wait(tmp_path: Path) -> None:
+    files = [os.urandom(size) for size in (1000, chunk_plain + 500, 0, 3000)]
+    with opened(tmp_path) as spool:
+        entries = [stored(spool, file) for file in files]
+        assert len({entry.segment for entry in entries}) == 1
+        assert {files[0], files[1][:chunk_plain], files[1][chunk_plain:], files[3]} < opens(tmp_path, b"k" * 32), (
+            "else nothing is looked for"
+        )
+        spool.done(entries[1:3])
+        kept = [entries[0], entries[3]]
+        left = opens(tmp_path, b"k" * 32)
+        assert len(left) == 4, "two neighbours, each its file and what is said of it"
+        assert {files[0], files[3]} < left
+        broken = spool.begin()
+        broken.write(files[1])
+        broken.drop()
+        assert opens(tmp_path, b"k" * 32) == left, "nor does what was broken off, or was known already"
+        cut_off = spool.begin()
+        cut_off.write(files[1])
+        assert len(opens(tmp_path, b"k" * 32)) == 5
+    with opened(tmp_path) as spool:  # after a kill, while one came
+        assert spool.recover() == kept
+        assert [spool.read(entry, 0, entry.size) for entry in kept] == [files[0], files[3]]
+        assert opens(tmp_path, b"k" * 32) == left
+
+
+def test_a_kill_at_any_step_of_shredding_takes_no_neighbour_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [os.urandom(1000 + number) for number in range(5)]
+    done, kept = slice(1, 4, 2), slice(0, 5, 2)
+    step, last = 0, False
+    while not last:
+        folder = tmp_path / str(step)
+        with opened(folder) as spool:
+            entries = [stored(spool, file) for file in files]
+            with monkeypatch.context() as patched:
+                last = not killed_after(patched, step, partial(spool.done, entries[done]))
+            left = opens(folder, b"k" * 32)
+        with opened(folder) as spool:
+            found = spool.recover()
+            assert [entry for entry in found if entry not in entries[done]] == entries[kept], step
+            assert [spool.read(entry, 0, entry.size) for entry in found if entry in entries[kept]] == files[kept], step
+            for entry in found:
+                assert files[entries.index(entry)] in left, step
+            spool.done(entry for entry in found if entry in entries[done])  # the archive knows them as stored
+            assert not opens(folder, b"k" * 32) & set(files[done]), step
+        step += 1
+    assert step == 4, "two salts, each whole or half, and a sync: as many steps were tried"
+
+
+def test_shredding_never_hits_what_has_come_into_the_file_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Segment.end
+    with opened(tmp_path) as spool:
+        first, second = stored(spool, b"first"), stored(spool, b"second")
+        later: list[Entry] = []
+
+        def slow(segment: Segment, offsets: Iterable[int]) -> None:
+            monkeypatch.setattr(Segment, "end", end)
+            spool.done([second])  # another series' thread: now the file is empty, and is used again
+            later.append(stored(spool, b"third"))
+            end(segment, offsets)
+
+        monkeypatch.setattr(Segment, "end", slow)
+        spool.done([first])
+        assert spool.read(later[0], 0, 10) == b"third"
+    with opened(tmp_path) as spool:
+        assert spool.recover() == later
+
+
+def killed_after(patched: pytest.MonkeyPatch, steps: int, act: Callable[[], None]) -> bool:
+    """Do it, and stop dead in the step of that number: in the middle of what it writes. Whether there was such a step."""
+    write, sync, left = os.pwrite, os.fdatasync, steps
+
+    class Killed(BaseException):
+        pass
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            write(descriptor, data[: len(data) // 2], offset)
+            raise Killed
+        return write(descriptor, data, offset)
+
+    def fdatasync(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        sync(descriptor)
+
+    patched.setattr(os, "pwrite", pwrite)
+    patched.setattr(os, "fdatasync", fdatasync)
+    try:
+        act()
+    except Killed:
+        return True
+    return False
 
 
 def test_finish_returns_after_the_disk_has_it_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

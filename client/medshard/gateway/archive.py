@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
 from medshard.gateway.catalog import Catalog
 from medshard.gateway.indexing import catch_up
@@ -126,6 +126,10 @@ class Archive(Intake):
         return instance.place if instance.place is not None else await asyncio.to_thread(self.place, instance)
 
     # -- inside
+
+    def _destroyed(self) -> Mapping[bytes, int]:
+        ended = [(each.at * 1000 + 999, each.documents) for each in self.vault.custody.all_ended()]
+        return {sha256: at for at, documents in sorted(ended) for _, sha256 in documents}
 
     async def ask(self) -> None:
         """Learn from the nodes what others have put for this vault: its senders. ``catch_up`` takes it in."""

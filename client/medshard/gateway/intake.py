@@ -263,11 +263,18 @@ class Intake:
 
     # -- inside
 
+    def _destroyed(self) -> Mapping[bytes, int]:
+        """When (Unix milliseconds) files were destroyed on purpose, by SHA-256."""
+        return {}
+
     def _recover(self) -> None:
         done, left = [], []
-        for entry in self.spool.recover():
+        entries = self.spool.recover()
+        destroyed = self._destroyed() if entries else {}
+        for entry in entries:
             stored = [each.place for each in self._known.instances(entry.attributes["sop-uid"]) if each.sha256 == entry.sha256]
-            if any(stored):
+            # Stored, destroyed before this process could tell its spool that it was stored, and not to come back.
+            if any(stored) or destroyed.get(entry.sha256, -1) >= entry.received:
                 done.append(entry)
             else:
                 self._keep(entry)

@@ -123,5 +123,5 @@ class _Reading(io.RawIOBase):
 
 def _part(entry: Entry, spool: Spool) -> Part:
     said, name = entry.attributes, name_of(entry.attributes)
-    lasting = Path(f"spool/{entry.segment:012x}/{entry.counter}")
+    lasting = Path(f"spool/{entry.segment:012x}/{entry.offset}")
     return Part(lasting, name, entry.size, entry.received, Description(media_type, said), lambda: cast(BinaryIO, _Reading(spool, entry)))

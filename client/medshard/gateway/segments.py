@@ -1,7 +1,8 @@
-"""One file of the spool: sealed chunks, one after the other, under a key of its own. The bytes are in docs/formats/spool.md.
+"""One file of the spool: sealed instances, one after the other, each under a key of its own. The bytes are in docs/formats/spool.md.
 
-Law: a chunk's number is never used twice under one key, and a file that is used again gets another key first. What an earlier use left
-in it, behind what was written since, opens under no key that is still known, so ``scan`` ends where this use ended.
+Law: an instance's key is made of the file's salt and of its own. Whoever overwrites its own ends it alone, whoever overwrites the file's
+ends all that lie in it; nothing else is needed, and nothing brings it back. A file that is used again gets another salt first: what an
+earlier use left in it, behind what was written since, opens under no key that is still known, so ``scan`` ends where this use ended.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
@@ -19,17 +20,18 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from medshard.sealing import hkdf
 from medshard_protocol import canonical
-from medshard_protocol.errors import Damaged, Malformed
+from medshard_protocol.errors import Absent, Damaged, Malformed
 
-magic: Final = b"medshard/spool/v1\n"
+magic: Final = b"medshard/spool/v2\n"
 salt_size: Final = 32
 chunk_plain: Final = 256 * 1024  # sealed and on its way to the disk while the rest of a slice still comes
 chunk_head: Final = 5  # length and kind
 tag_size: Final = 16
 chunk_whole: Final = chunk_head + chunk_plain + tag_size
+salt_whole: Final = chunk_head + salt_size  # of the chunk that an instance begins with
 end_bytes_max: Final = 256 * 1024
 ahead_bytes: Final = 16 * 1024 * 1024  # allocated beforehand where the file has no blocks yet: a full disk is noticed early
-DATA, END, DROP = 1, 2, 3
+SALT, DATA, END = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,20 @@ class Entry:
     """One instance in the spool."""
 
     segment: int
-    offset: int  # of its first chunk in the segment's file
-    counter: int  # of its first chunk
+    offset: int  # of its salt's chunk in the segment's file
     size: int
     sha256: bytes
     received: int  # Unix milliseconds
     attributes: Mapping[str, str] = field(compare=False, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is in a segment of an earlier process."""
+
+    entries: list[Entry]  # that were finished, and have not ended
+    partial: list[int]  # where others begin: one that came in part, one that the disk has not all of
+    cut_off: bool  # whether there is one of the latter kind
 
 
 class Segment:
@@ -52,9 +62,11 @@ class Segment:
         self.path = path
         self.number = number
         self.descriptor = descriptor
-        self._cipher = AESGCM(segment_key(key, salt))
+        self._key = segment_key(key, salt)
+        self._cipher = AESGCM(self._key)  # until the first ``begin``; nothing is sealed with it
+        self._unwritten = b""  # the salt of an instance of which nothing is on the disk yet
+        self._chunks = 0  # of the instance that is written now
         self.position = len(magic) + salt_size
-        self.counter = 0
         self.live = 0
         self.allocated = allocated
         self.writing = False
@@ -62,11 +74,19 @@ class Segment:
         self.readers = 0
         self.deleted = False
 
+    def begin(self) -> int:
+        """What is appended from now on is another instance; where it begins."""
+        salt = os.urandom(salt_size)
+        self._cipher, self._chunks = AESGCM(instance_key(self._key, salt)), 0
+        self._unwritten = salt_size.to_bytes(4) + bytes([SALT]) + salt
+        return self.position
+
     def append(self, kind: int, plain: bytes | bytearray | memoryview) -> None:
         """Write one chunk. Raises OSError."""
-        sealed = self._cipher.encrypt(self.counter.to_bytes(12), plain, bytes([kind]))
-        self.counter += 1  # before the write: a counter whose chunk may be on the disk is never used again
-        head, began = len(sealed).to_bytes(4) + bytes([kind]), self.position
+        sealed = self._cipher.encrypt(self._chunks.to_bytes(12), plain, bytes([kind]))
+        self._chunks += 1  # before the write: a number whose chunk may be on the disk is never used again
+        head, began = self._unwritten + len(sealed).to_bytes(4) + bytes([kind]), self.position
+        self._unwritten = b""
         while self.allocated < began + len(head) + len(sealed) and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.descriptor, self.allocated, ahead_bytes)
             self.allocated += ahead_bytes
@@ -75,31 +95,54 @@ class Segment:
             self.position += os.pwrite(self.descriptor, (head + sealed)[-left:], self.position)
         _begin_writing(self.descriptor, began, self.position - began)
 
+    @property
+    def begun(self) -> bool:
+        """Whether something of the present instance may be on the disk."""
+        return not self._unwritten
+
+    def end(self, offsets: Iterable[int]) -> None:
+        """Overwrite the salts of instances that begin there: they open no more, the others do. Durable on return. Raises OSError."""
+        for offset in offsets:
+            os.pwrite(self.descriptor, bytes(salt_size), offset + chunk_head)
+        os.fdatasync(self.descriptor)
+
     def sync(self) -> None:
         """Return when the disk has what was appended. Raises OSError."""
         os.fdatasync(self.descriptor)
 
-    def chunk(self, offset: int, counter: int, size: int, kind: int = DATA) -> bytes:
+    def cipher(self, offset: int) -> AESGCM | None:
+        """What opens the chunks of the instance that begins there; None once it has ended."""
+        salt = os.pread(self.descriptor, salt_size, offset + chunk_head)
+        return AESGCM(instance_key(self._key, salt)) if any(salt) else None
+
+    def chunk(self, cipher: AESGCM, offset: int, number: int, size: int, kind: int = DATA) -> bytes:
         """The plaintext of a chunk of ``size`` plain bytes. Raises Damaged."""
         sealed = os.pread(self.descriptor, size + tag_size, offset + chunk_head)
         try:
-            return self._cipher.decrypt(counter.to_bytes(12), sealed, bytes([kind]))
+            return cipher.decrypt(number.to_bytes(12), sealed, bytes([kind]))
         except (InvalidTag, ValueError):
             raise Damaged(
                 f"{self.path}: bytes at {offset} were altered on this disk", hint="ask the sender to send the study again"
             ) from None
 
-    def read(self, offset: int, counter: int, size: int, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes ``start`` to ``stop`` of an instance of ``size`` bytes that begins there. Raises Damaged."""
+    def read(self, offset: int, size: int, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes ``start`` to ``stop`` of an instance of ``size`` bytes that begins there. Raises Damaged; Absent once it has ended."""
+        if (cipher := self.cipher(offset)) is None:
+            raise Absent("it has left the spool for the store")
         for number in range(start // chunk_plain, -(-stop // chunk_plain)):
             base = number * chunk_plain
-            plain = self.chunk(offset + number * chunk_whole, counter + number, min(chunk_plain, size - base))
+            plain = self.chunk(cipher, offset + salt_whole + number * chunk_whole, number, min(chunk_plain, size - base))
             yield plain[max(0, start - base) : stop - base]
 
 
 def segment_key(key: bytes, salt: bytes) -> bytes:
     """The key of one segment."""
-    return hkdf(key, salt, b"medshard/spool/v1/segment")
+    return hkdf(key, salt, b"medshard/spool/v2/segment")
+
+
+def instance_key(key: bytes, salt: bytes) -> bytes:
+    """The key of one instance in the segment of this key."""
+    return hkdf(key, salt, b"medshard/spool/v2/instance")
 
 
 def made(path: Path, number: int, key: bytes) -> Segment:
@@ -140,51 +183,71 @@ def reopened(path: Path, key: bytes) -> Segment | None:
     return Segment(path, int(path.stem, 16), descriptor, head[len(magic) :], key, os.fstat(descriptor).st_size)
 
 
-def scan(segment: Segment) -> tuple[list[Entry], bool]:
-    """The instances that were finished, and whether a last one was left out that has its end and not all of its data.
+def scan(segment: Segment) -> Found:
+    """Look through a segment.
 
     Nothing tells in which order a disk writes what it was not yet told to sync, so the last one is looked at; the others were synced before
     it began. Whoever reads them checks them.
     """
-    found = list(_ends(segment))
+    found: list[Entry] = []
+    unfinished = 0
+    for offset, after, end in _records(segment):
+        unfinished = 0 if after else offset
+        if end is not None:
+            found.append(_entry(segment.number, offset, end))
+            segment.position = after
+    partial = [unfinished] if unfinished else []
     cut_off = bool(found) and not _is_whole(segment, found[-1])
-    return found[:-1] if cut_off else found, cut_off
+    if cut_off:
+        segment.position = found[-1].offset
+        partial.append(found.pop().offset)
+    return Found(found, partial, cut_off)
 
 
-def _ends(segment: Segment) -> Iterator[Entry]:
+def _records(segment: Segment) -> Iterator[tuple[int, int, bytes | None]]:
+    """Where each instance begins and ends, and its last chunk. The end is 0 if it has none, the chunk None if it does not open.
+
+    That is so of one that has ended, of one whose salt was half overwritten when the power went, and of all of an earlier use.
+    """
     size = os.fstat(segment.descriptor).st_size
-    position, counter = segment.position, 0
-    offset, first = position, 0
+    position, offset, number = segment.position, 0, 0
     while position + chunk_head <= size:
         head = os.pread(segment.descriptor, chunk_head, position)
         length, kind = int.from_bytes(head[:4]), head[4]
-        if length < tag_size or length > max(chunk_plain, end_bytes_max) + tag_size or position + chunk_head + length > size:
-            break
         after = position + chunk_head + length
-        if kind in (END, DROP):
-            try:
-                plain = segment.chunk(position, counter, length - tag_size, kind)
-            except Damaged:
-                break  # torn, or of an earlier use of the file
-            if kind == END:
-                yield _entry(segment.number, offset, first, plain)
-            offset, first = after, counter + 1
-        elif kind != DATA:
+        if length < tag_size or length > max(chunk_plain, end_bytes_max) + tag_size or after > size:
             break
-        position, counter = after, counter + 1
-    segment.position = offset
+        if kind == SALT and length == salt_size:
+            offset, number = position, 0
+        elif kind == DATA and offset:
+            number += 1
+        elif kind == END and offset:
+            yield offset, after, _opened(segment, offset, position, number, length - tag_size)
+            offset = 0
+        else:
+            break
+        position = after
+    if offset:
+        yield offset, 0, None
+
+
+def _opened(segment: Segment, offset: int, position: int, number: int, size: int) -> bytes | None:
+    if (cipher := segment.cipher(offset)) is not None:
+        with contextlib.suppress(Damaged):
+            return segment.chunk(cipher, position, number, size, END)
+    return None
 
 
 def _is_whole(segment: Segment, entry: Entry) -> bool:
     try:
-        for _ in segment.read(entry.offset, entry.counter, entry.size, 0, entry.size):
+        for _ in segment.read(entry.offset, entry.size, 0, entry.size):
             pass
     except Damaged:
         return False
     return True
 
 
-def _entry(segment: int, offset: int, counter: int, plain: bytes) -> Entry:
+def _entry(segment: int, offset: int, plain: bytes) -> Entry:
     f = canonical.Fields(canonical.decode(plain, bytes_max=end_bytes_max, what="spool entry"), count=4, what="spool entry")
     size, digest, received = f.uint(), f.bytes(exactly=32), f.uint()
     attributes: dict[str, str] = {}
@@ -192,7 +255,7 @@ def _entry(segment: int, offset: int, counter: int, plain: bytes) -> Entry:
         of_pair = canonical.Fields(pair, count=2, what="spool attribute")
         key, value = of_pair.text(most=128), of_pair.text(most=end_bytes_max)
         attributes[key] = value
-    return Entry(segment, offset, counter, size, digest, received, attributes)
+    return Entry(segment, offset, size, digest, received, attributes)
 
 
 def _begin_writing(descriptor: int, offset: int, size: int) -> None:

@@ -88,7 +88,7 @@ async def sending(sender: Sender, settings: Settings) -> AsyncIterator[Intake]:
     """The intake of what only sends, started. Raises Conflict where another gateway has the spool."""
     settings.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = sender.keys.derived("spool")
-    with contextlib.closing(Spool(settings.folder / "spool", key, bytes_max=settings.spool_bytes_max, brief=True)) as spool:
+    with contextlib.closing(Spool(settings.folder / "spool", key, bytes_max=settings.spool_bytes_max)) as spool:
         async with sendonly.intake_of(sender, spool, settings.rules) as intake:
             yield intake
 

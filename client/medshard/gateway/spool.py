@@ -1,8 +1,9 @@
 """What has been promised and is not yet in the store: instances on the gateway's own disk, encrypted, fsynced before anybody hears yes.
 
-Law: an instance that ``finish`` returned is there after a crash at any later moment, until ``done`` is called for it; one that it did not
-return is not there. Nothing is ever appended to a segment that an earlier process wrote, so no nonce is used twice. Nobody but
-this class and its spares touches the folder. The bytes are in docs/formats/spool.md.
+Law: an instance that ``finish`` returned is there after a crash at any later moment, until ``done`` is called for it; after that, and
+whatever else happens to it, nobody opens it, whoever its neighbours are. One that it did not return is not there either. Nothing is ever
+appended to a segment that an earlier process wrote. Nobody but this class and its spares touches the folder. The bytes are in
+docs/formats/spool.md.
 
 Blocking, and safe to call from many threads: each arrival has a segment of its own while it lasts.
 """
@@ -15,6 +16,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Final
 
 from medshard.durable import fsync_folder
 from medshard.gateway import segments
-from medshard.gateway.segments import DATA, DROP, END, Entry, Segment, chunk_plain
+from medshard.gateway.segments import DATA, END, Entry, Segment, chunk_plain
 from medshard.gateway.spares import Spares
 from medshard_protocol import canonical
 from medshard_protocol.errors import Absent, Conflict, Full
@@ -35,11 +37,9 @@ sync_bytes: Final = 32 * 1024 * 1024  # of one instance, so that its last sync i
 class Spool:
     """The folder of segments. Raises Conflict where another process has it open."""
 
-    def __init__(self, folder: Path, key: bytes, *, bytes_max: int, brief: bool = False) -> None:
-        """``brief``: a segment of which something is safe elsewhere takes nothing more, so that it is soon gone as a whole."""
+    def __init__(self, folder: Path, key: bytes, *, bytes_max: int) -> None:
         self.folder = folder
         self.bytes_max = bytes_max
-        self._brief = brief
         self.cut_off = 0  # instances that ``recover`` found with an end and without all of their data
         self._key = key
         self._lock = threading.Lock()
@@ -74,12 +74,13 @@ class Spool:
             if segment is None:  # its process died before it had said anything
                 path.unlink()
                 continue
-            found, cut_off = segments.scan(segment)
-            self.cut_off += cut_off
-            if found:
-                segment.live, segment.closed = len(found), True
+            found = segments.scan(segment)
+            self.cut_off += found.cut_off
+            if found.entries:
+                self._end(segment, found.partial)
+                segment.live, segment.closed = len(found.entries), True
                 self._segments[segment.number] = segment
-                entries += found
+                entries += found.entries
             else:
                 self._spares.renew(segment)
         return entries
@@ -104,33 +105,35 @@ class Spool:
         return Arrival(self, segment)
 
     def read(self, entry: Entry, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` of an instance. Raises Damaged; Absent once its segment is deleted."""
+        """Bytes ``start`` to ``stop`` of an instance. Raises Damaged; Absent once it is done."""
         with self._lock:
             segment = self._segments.get(entry.segment)
             if segment is None:
                 raise Absent("it has left the spool for the store")
             segment.readers += 1
         try:
-            return b"".join(segment.read(entry.offset, entry.counter, entry.size, start, min(stop, entry.size)))
+            return b"".join(segment.read(entry.offset, entry.size, start, min(stop, entry.size)))
         finally:
-            with self._lock:
-                segment.readers -= 1
-                if segment.deleted and not segment.readers:
-                    os.close(segment.descriptor)
+            self._let_go(segment)
 
     def done(self, entries: Iterable[Entry]) -> None:
-        """These are safe elsewhere."""
+        """These are safe elsewhere: nobody opens them on this disk any more, from the return on."""
         empty: list[Segment] = []
+        shared: defaultdict[Segment, list[int]] = defaultdict(list)  # with others that stay
         with self._lock:
             for entry in entries:
                 segment = self._segments[entry.segment]
                 segment.live -= 1
+                shared[segment].append(entry.offset)
+            for segment in list(shared):
                 if not segment.live and not segment.writing:
                     empty.append(self._take_out(segment))
-                elif self._brief:
-                    segment.closed = True
-                    if segment in self._idle:
-                        self._idle.remove(segment)
+                    del shared[segment]
+                else:
+                    segment.readers += 1
+        for segment, offsets in shared.items():
+            self._end(segment, offsets)
+            self._let_go(segment)
         for segment in empty:
             self._put_away(segment)
 
@@ -157,7 +160,21 @@ class Spool:
             self._take_out(segment)
         self._put_away(segment)
 
+    def broken_off(self, segment: Segment, offset: int) -> None:
+        """What came of an instance that begins there means nothing."""
+        self._end(segment, [offset])
+
     # -- segments
+
+    def _end(self, segment: Segment, offsets: Iterable[int]) -> None:
+        with contextlib.suppress(OSError):  # the disk fails, and nothing can be done to it
+            segment.end(offsets)
+
+    def _let_go(self, segment: Segment) -> None:
+        with self._lock:
+            segment.readers -= 1
+            if segment.deleted and not segment.readers:
+                os.close(segment.descriptor)
 
     def _name(self) -> tuple[int, Path]:
         with self._lock:
@@ -203,7 +220,7 @@ class Arrival:
         self.size = 0
         self._spool = spool
         self._segment = segment
-        self._offset, self._counter = segment.position, segment.counter
+        self._offset = segment.begin()
         self._hash = sha256()
         self._buffer = bytearray()
         self._head = b""  # the first chunk in clear: what an instance says of itself stands in it
@@ -240,7 +257,7 @@ class Arrival:
             return self._head[start:stop]
         parts: list[bytes] = []
         if start < flushed:
-            parts += self._segment.read(self._offset, self._counter, flushed, start, min(stop, flushed))
+            parts += self._segment.read(self._offset, flushed, start, min(stop, flushed))
         if stop > flushed:
             parts.append(bytes(memoryview(self._buffer)[max(0, start - flushed) : stop - flushed]))
         return b"".join(parts)
@@ -267,7 +284,7 @@ class Arrival:
         except Full:
             self.drop()
             raise
-        entry = Entry(self._segment.number, self._offset, self._counter, self.size, self.digest(), received, dict(attributes))
+        entry = Entry(self._segment.number, self._offset, self.size, self.digest(), received, dict(attributes))
         self._end(kept=True)
         return entry
 
@@ -275,11 +292,8 @@ class Arrival:
         """Forget it. Idempotent, and nothing after ``finish``."""
         if self._ended:
             return
-        if not self._broken and self._segment.counter > self._counter:
-            try:
-                self._segment.append(DROP, b"")
-            except OSError:
-                self._broken = True
+        if self._segment.begun:
+            self._spool.broken_off(self._segment, self._offset)
         self._end(kept=False)
 
     def _end(self, *, kept: bool) -> None:
