@@ -86,6 +86,23 @@ def test_a_change_that_was_cut_off_leaves_a_vault_that_opens(kept: Kept, tmp_pat
     assert passphrase.known(tmp_path) == before
 
 
+def write_names(home: Path) -> None:
+    (home / "keyring").write_text("0" * keyring.name_chars)
+
+
+def test_a_trials_passphrase_stays_where_the_trial_finds_it(
+    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_key_file(tmp_path / "vault.key", "words", fast=True)
+    (tmp_path / "passphrase").write_text("words")
+    monkeypatch.setenv("MEDSHARD_NEW_PASSPHRASE", "other words")
+    for more in ([], ["--keyring"]):
+        assert main(["--home", str(tmp_path), "keys", "passphrase", *more]) == Exit.REFUSED
+        assert "medshard join" in capsys.readouterr().err
+    open_key_file(tmp_path / "vault.key", passphrase.known(tmp_path))
+    assert kept.secrets == {}
+
+
 def test_without_a_keyring_that_keeps_it_is_said_what_to_do(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept.forgets = True
     with pytest.raises(Unavailable, match="does not give back"):
@@ -97,8 +114,9 @@ def test_without_a_keyring_that_keeps_it_is_said_what_to_do(kept: Kept, tmp_path
     kept.forgets = kept.is_locked = False
     keyring.draw(tmp_path)
     kept.is_locked = True
-    with pytest.raises(Unavailable, match="does not answer"):
+    with pytest.raises(Unavailable, match="does not answer") as caught:
         passphrase.known(tmp_path)
+    assert "Unlock it" in caught.value.hint
     kept.is_locked = False
     kept.secrets.clear()
     with pytest.raises(Absent, match="has no passphrase"):
@@ -112,6 +130,11 @@ def test_without_a_keyring_that_keeps_it_is_said_what_to_do(kept: Kept, tmp_path
     with pytest.raises(Unavailable, match="no keyring runs") as caught:
         keyring.draw(tmp_path / "other")
     assert "Without --keyring" in caught.value.hint
+    write_names(tmp_path)
+    with pytest.raises(Unavailable, match="no keyring runs") as caught:
+        passphrase.known(tmp_path)  # its passphrase is in one: to be told of another way to keep it is no help
+    assert "medshard recover" in caught.value.hint
+    assert "Without --keyring" not in caught.value.hint
     monkeypatch.setitem(sys.modules, "keyring", None)
     with pytest.raises(Refused, match="not installed"):
         keyring.draw(tmp_path / "other")

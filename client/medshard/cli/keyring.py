@@ -20,6 +20,10 @@ service: Final = "medshard"
 marker: Final = "keyring"
 name_chars: Final = 32
 _instead: Final = "Without --keyring the key file is opened with a passphrase that you know, and needs no keyring."
+_locked: Final = (
+    "Unlock it, or run the command in the session in which the passphrase was put there (a service needs that session's bus). "
+    "Where it is lost, bring the vault back from its kit: medshard recover."
+)
 
 
 def is_used(home: Path) -> bool:
@@ -45,13 +49,11 @@ def draw(home: Path) -> str:
 
 def known(home: Path) -> str:
     """The passphrase of the vault at ``home``. Raises Unavailable where the keyring does not answer, Absent where it has none."""
-    backend, names = _backend(), _names(home)
+    backend, names = _backend(_locked), _names(home)
     try:
         found = [secret for name in names if (secret := backend.get_password(service, name)) is not None]
     except Exception as error:  # as above
-        raise Unavailable(
-            f"the keyring of this machine does not answer ({_said(error)})", hint="Is it locked? Log in and try again."
-        ) from None
+        raise Unavailable(f"the keyring of this machine does not answer ({_said(error)})", hint=_locked) from None
     if not found:
         hint = "It belongs to another user or machine, or was cleared. Bring the vault back from its kit: medshard recover."
         raise Absent(f"the keyring of this machine has no passphrase for {home}", hint=hint)
@@ -93,20 +95,20 @@ def _opens(home: Path, secret: str) -> bool:
     return True
 
 
-def _backend() -> Any:
+def _backend(instead: str = _instead) -> Any:
     try:
         import keyring
         from keyring.backends import fail, null
     except ImportError:
-        raise Refused("the keyring needs a library that is not installed", hint="pip install 'medshard[keyring]'. " + _instead) from None
+        raise Refused("the keyring needs a library that is not installed", hint="pip install 'medshard[keyring]'. " + instead) from None
     try:
         backend = keyring.get_keyring()
     except Exception as error:  # a backend named in the user's configuration that does not load
-        raise Unavailable(f"the keyring of this machine does not open ({_said(error)})", hint=_instead) from None
+        raise Unavailable(f"the keyring of this machine does not open ({_said(error)})", hint=instead) from None
     if isinstance(backend, fail.Keyring | null.Keyring) or type(backend).__module__.startswith("keyrings.alt"):
-        raise Unavailable("no keyring runs on this machine that keeps a secret", hint=_instead)
+        raise Unavailable("no keyring runs on this machine that keeps a secret", hint=instead)
     return backend
 
 
 def _said(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    return str(error).partition("\n")[0].rstrip(".!") or type(error).__name__

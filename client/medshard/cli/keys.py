@@ -48,6 +48,11 @@ def passphrase(session: Session, in_keyring: bool) -> int:
     from medshard.home import Home
     from medshard.recovery import change_passphrase
 
+    if asking.lies_beside(session.home):
+        raise Refused(
+            "this vault is a trial's: its passphrase lies beside the key, where `medshard up` finds it",
+            hint="A trial holds nothing of worth. What does belongs into a vault that was joined: medshard join CODE.",
+        )
     old = asking.known(session.home)
     if Home(session.home).next_key.exists():
         raise Refused("a rotation of this vault's keys was cut off", hint="Finish it first: medshard keys rotate CODE.")
@@ -59,6 +64,10 @@ def passphrase(session: Session, in_keyring: bool) -> int:
         output.document({"key": changed.public.hex()})
     elif not session.quiet:
         output.line("the passphrase was changed; replace the copies of vault.key that you keep elsewhere")
+        if in_keyring:
+            output.line("It is in the keyring of this machine, and nowhere else: make a kit now (medshard keys kit).")
+            if given := asking.named():
+                output.line(f"Unset {given}: what it says opens this vault no more.")
     return Exit.OK
 
 

@@ -12,6 +12,7 @@ from medshard.cli import keyring
 from medshard_protocol.errors import Refused
 
 file_bytes_max = 4_096
+beside = "passphrase"  # written by `medshard up` alone, for vaults that hold nothing of worth
 _hint = "Set MEDSHARD_PASSPHRASE or MEDSHARD_PASSPHRASE_FILE, or run the command on a terminal."
 
 
@@ -65,14 +66,23 @@ def of_auditors(file: Path, *, new: bool = False) -> str:
     return first
 
 
+def lies_beside(home: Path) -> bool:
+    """Whether the vault is a trial's, whose passphrase lies beside its key."""
+    return (home / beside).is_file()
+
+
+def named() -> str:
+    """The variable that says the passphrase; empty where none does."""
+    return next((name for name in ("MEDSHARD_PASSPHRASE", "MEDSHARD_PASSPHRASE_FILE") if name in os.environ), "")
+
+
 def _given(home: Path) -> str | None:
     if (text := os.environ.get("MEDSHARD_PASSPHRASE")) is not None:
         return text
     if (named := os.environ.get("MEDSHARD_PASSPHRASE_FILE")) is not None:
         return read(Path(named))
-    trial = home / "passphrase"  # written by `medshard up` alone, for vaults that hold nothing of worth
-    if trial.is_file():
-        return read(trial)
+    if lies_beside(home):
+        return read(home / beside)
     return keyring.known(home) if keyring.is_used(home) else None
 
 
