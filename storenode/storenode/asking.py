@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from medshard_protocol.errors import Conflict, Malformed, MedshardError, Unavailable
+from medshard_protocol.errors import Absent, Conflict, Malformed, MedshardError, Unavailable
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.messages import unpack_error
@@ -88,11 +88,15 @@ def exchange(
         connection.close()
 
 
-def ask_any(roster: Roster, keys: NodeKeys, method: str, path: str, body: bytes = b"", *, timeout_s: float = wait_s) -> tuple[Node, bytes]:
+def ask_any(
+    roster: Roster, keys: NodeKeys, method: str, path: str, body: bytes = b"", *, timeout_s: float = wait_s, spreading: bool = False
+) -> tuple[Node, bytes]:
     """Ask this home's own node, then one after another of the roster until one answers well; who did, and what.
 
+    What is ``spreading`` reaches some nodes a moment later: then another is asked where one does not have it.
     Raises what the first that answered at all had to say, or Unavailable where none did.
     """
+    elsewhere = (Unavailable, Conflict, Absent) if spreading else (Unavailable, Conflict)
     refusal: MedshardError | None = None
     silent: list[str] = []
     for node in sorted(roster.nodes, key=lambda each: (each.id != keys.node_id, each.id != roster.sequencer)):
@@ -104,7 +108,7 @@ def ask_any(roster: Roster, keys: NodeKeys, method: str, path: str, body: bytes 
         if status in (200, 201, 204):
             return node, answer
         refusal = refusal or unpack_error(status, answer, node.name)
-        if not isinstance(refusal, Unavailable | Conflict):
+        if not isinstance(refusal, elsewhere):
             break  # another node would say the same
     raise refusal or Unavailable(f"no node of the roster answers: {'; '.join(silent[:4])}", hint="is this machine online?")
 

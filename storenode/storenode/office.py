@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from medshard_protocol.proofs import pack_append, unpack_appended
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link, follow, unpack_links
 from storenode.approving import Seal
-from storenode.asking import append_wait_s, ask_any
+from storenode.asking import append_wait_s, ask_any, exchange
 from storenode.config import Config
 from storenode.genesis import load_genesis, read_genesis
 from storenode.identity import NodeKeys
@@ -74,7 +75,8 @@ class Office:
         if not 8 <= len(text) <= 64 or text.strip("0123456789abcdef"):
             raise Malformed(f"{text!r} is neither a file nor a SHA-256", hint="see the open proposals: storenode roster show")
         if len(text) < 64:
-            found = [each["sha256"] for each in self.votes()["proposals"] if each["sha256"].startswith(text)]
+            told = ([each["sha256"] for each in votes["proposals"] if each["sha256"].startswith(text)] for votes in self.all_votes())
+            found = next(filter(None, told), [])  # a new one reaches other nodes than the proposer's a moment later
             if len(found) != 1:
                 decided = [each for each in self.rosters if each.sha256.hex().startswith(text.lower())]
                 if not found and len(decided) == 1:
@@ -82,17 +84,22 @@ class Office:
                 raise Absent(f"{len(found)} open proposals begin with {text}", hint="see them: storenode roster show")
             text = found[0]
         sha256 = sha256_from_hex(text)
-        document = Roster.from_bytes(ask_any(self.roster, self.keys, "GET", f"/v1/rosters/{sha256.hex()}")[1])
+        document = Roster.from_bytes(ask_any(self.roster, self.keys, "GET", f"/v1/rosters/{sha256.hex()}", spreading=True)[1])
         if document.sha256 != sha256:
             raise Damaged("a node gave another document than it was asked for")
         return document
 
     def votes(self) -> dict[str, Any]:
         """What is open, and who has signed for what, as one node sees it."""
-        answer = json.loads(ask_any(self.roster, self.keys, "GET", "/v1/rosters/votes")[1])
-        if not isinstance(answer, dict) or not isinstance(answer.get("proposals"), list):
-            raise Malformed("a node's answer about open proposals cannot be read")
-        return answer
+        return _votes(ask_any(self.roster, self.keys, "GET", "/v1/rosters/votes")[1])
+
+    def all_votes(self) -> Iterator[dict[str, Any]]:
+        """The same as each node sees it that answers, this home's own first."""
+        for node in sorted(self.roster.nodes, key=lambda each: each.id != self.keys.node_id):
+            with contextlib.suppress(Unavailable):
+                status, answer = exchange(node, self.roster, self.keys, "GET", "/v1/rosters/votes")
+                if status == 200:
+                    yield _votes(answer)
 
     def append(self, entry: Entry) -> int:
         """Put an entry on the ledger and wait until it is published; its index. Raises what the ledger has against it."""
@@ -124,3 +131,10 @@ class Office:
                 except MedshardError as error:
                     raise Damaged(f"a node tells of a change that does not hold: {error}") from None
                 self.links.append(link)
+
+
+def _votes(data: bytes) -> dict[str, Any]:
+    answer = json.loads(data)
+    if not isinstance(answer, dict) or not isinstance(answer.get("proposals"), list):
+        raise Malformed("a node's answer about open proposals cannot be read")
+    return answer

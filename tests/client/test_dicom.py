@@ -159,9 +159,9 @@ def test_a_deflated_file_is_inflated_only_as_far_as_needed() -> None:
     deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     bomb = deflate.compress(elements + struct.pack("<HH2sHL", 0x7FE0, 0x10, b"OB", 0, 200 * 2**20))
     bomb += b"".join(deflate.compress(bytes(2**20)) for _ in range(200)) + deflate.flush()
-    start = time.perf_counter()
+    start = time.thread_time()
     assert told(data[:meta_end] + bomb).description.attributes["patient-name"] == "Doe^Jane"
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 class Counting(io.BytesIO):
@@ -221,7 +221,7 @@ def test_a_slice_takes_little_time() -> None:
     told(data)
     times = []
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         told(data)
-        times.append(time.perf_counter() - start)
-    assert sorted(times)[25] < 0.005  # 0.9 ms here; this machine is shared
+        times.append(time.thread_time() - start)
+    assert sorted(times)[25] < 0.005  # 0.9 ms here

@@ -14,7 +14,7 @@ import pytest
 from tests.client.servers import Four, Talk, cell, endless_head, hang_up, http, nonsense, stand_still
 
 from medshard import download
-from medshard.download import Arrived, Download
+from medshard.download import Arrived, Download, patience_s
 from medshard.transport import Net
 from medshard_protocol.errors import Absent, MedshardError, Unavailable
 from medshard_protocol.messages import SpanHead, pack_error
@@ -95,7 +95,7 @@ async def test_a_node_that_does_not_answer_as_it_should_is_replaced(four: Four, 
     four.servers[0].talk = talk
     began = time.monotonic()
     assert await four.get() == four.plain
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < patience_s / 3
     assert not four.bad
     four.servers[0].talk = lambda connection, answer: connection.sendall(answer)
     assert await four.get() == four.plain  # and what is left on its line does no harm
@@ -135,7 +135,7 @@ async def test_digests_of_another_shard_are_damage(four: Four) -> None:
     assert four.bad == [("node1", 1, 0)]
 
 
-async def test_a_node_that_stands_still_is_replaced_within_a_second(four: Four) -> None:
+async def test_a_node_that_stands_still_is_replaced_long_before_patience_ends(four: Four) -> None:
     for talk in (
         half_then(lambda connection, answer: four.servers[0].closed.wait() and None),
         lambda *_: four.servers[0].closed.wait() and None,
@@ -145,7 +145,7 @@ async def test_a_node_that_stands_still_is_replaced_within_a_second(four: Four) 
         four.net.health.kept_up(four.net.roster.nodes[0].id)
         began = time.monotonic()
         assert await four.get() == four.plain
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < patience_s / 3
         assert four.net.health.is_suspect(four.net.roster.nodes[0].id)
 
 
@@ -159,7 +159,7 @@ async def test_a_node_that_drips_is_replaced(four: Four) -> None:
     four.servers[0].talk = drip
     began = time.monotonic()
     assert await four.get() == four.plain
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < patience_s / 3
     assert four.net.health.is_slow(four.net.roster.nodes[0].id)
     assert not four.net.health.is_suspect(four.net.roster.nodes[0].id)
 
@@ -189,7 +189,7 @@ async def test_a_node_that_does_not_even_shake_hands_is_replaced(four: Four) -> 
     four.net.adopt(replace(four.net.roster, nodes=(moved, *four.net.roster.nodes[1:])), four.net._contexts)
     began = time.monotonic()
     assert await four.get() == four.plain
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < patience_s / 3
     mute.close()
 
 
@@ -211,7 +211,7 @@ async def test_a_download_that_is_cancelled_leaves_no_thread_and_no_line(four: F
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < patience_s / 3
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("medshard-get")]
     assert not any(four.net.lines._idle.values())
 
@@ -223,7 +223,7 @@ async def test_what_the_taker_raises_ends_the_download(four: Four) -> None:
     began = time.monotonic()
     with pytest.raises(OSError, match="No space left"):
         await Download(four.net, four.manifest).run(range(21), take)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < patience_s / 3
 
 
 async def test_a_slow_taker_holds_everything_back_and_nobody_is_blamed(four: Four, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_a_bomb_costs_the_reader_not_us() -> None:
     start = time.perf_counter()
     described = told(data)
     assert described.description.media_type == "application/pdf"
-    assert time.perf_counter() - start < attributes.wait_s + 2
+    assert time.perf_counter() - start < attributes.wait_s + 10
     assert told(policy()).problem is None
 
 
@@ -131,7 +131,7 @@ def test_a_reader_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
     described = told(policy())
     assert described.problem is not None
     assert "too long" in described.problem
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 10
     monkeypatch.undo()
     assert told(policy()).problem is None
 

@@ -72,7 +72,7 @@ async def watching(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.005)
 

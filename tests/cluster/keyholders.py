@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable
 
 import pytest
+from tests.cluster.hearing import heard_everywhere
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
@@ -27,9 +28,9 @@ async def refused(work: Awaitable[object]) -> str:
     return str(caught.value)
 
 
-async def heard_everywhere(trial: LocalConsortium, size: int) -> None:
+async def folded_everywhere(trial: LocalConsortium, size: int) -> None:
     """Wait until every node has folded the log up to this size."""
-    async with asyncio.timeout(30), Vault.open(trial.vault_home, trial.passphrase) as vault:
+    async with asyncio.timeout(60), Vault.open(trial.vault_home, trial.passphrase) as vault:
         for node in vault.roster.nodes:
             while open_published(await vault._net.call(node, "GET", "/log/checkpoint", timeout_s=5.0), vault.roster).size < size:
                 await asyncio.sleep(0.1)
@@ -38,6 +39,7 @@ async def heard_everywhere(trial: LocalConsortium, size: int) -> None:
 async def refused_everywhere(vault: Vault, file: Opened) -> None:
     """Announce a read in a vault's name and ask each holder of a file for its shard; all of them refuse."""
     (shown,) = await vault._reader.tickets.announce([file.manifest.file_id], 0)
+    await heard_everywhere(vault)
     for number, ref in enumerate(file.manifest.shards):
         path = f"/v1/shards/{file.manifest.file_id.hex()}/{number}"
         async with vault._net._open(vault.roster.node(ref.node), "GET", path, None, shown.headers(), 5.0) as response:
@@ -58,4 +60,4 @@ async def handed_in(trial: LocalConsortium, entry: bytes) -> None:
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
         await vault._ledger._submit_all([entry])
         size = vault._ledger.reached
-    await heard_everywhere(trial, size)
+    await folded_everywhere(trial, size)

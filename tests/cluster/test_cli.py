@@ -375,7 +375,7 @@ def test_with_fewer_than_w_institutions_nothing_is_acknowledged(here: Path, caps
     digest = fresh(here / "file")
     started = time.monotonic()
     assert main(["put", "file"]) == Exit.UNAVAILABLE
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     told = capsys.readouterr()
     assert told.out == ""
     assert "hint: " in told.err
@@ -410,7 +410,7 @@ def interrupt(child: subprocess.Popen[bytes], after_s: float) -> bytes:
     time.sleep(after_s)
     assert child.poll() is None, "it ended before it could be interrupted"
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
+    _, err = child.communicate(timeout=60)
     return err
 
 
@@ -485,11 +485,12 @@ def test_up_runs_a_consortium_until_it_is_stopped_and_uses_it_again(here: Path, 
             assert main(["get", printed, "-o", "back"]) == Exit.OK
             name, pid = sorted(pids.items())[-1]
             os.kill(pid, signal.SIGKILL)
-            time.sleep(0.5)
+            assert child.stderr is not None
+            told = f"node {name} ended (signal SIGKILL)".encode()
+            assert any(told in line for line in child.stderr)  # read until it says so
             child.send_signal(number)
-            _, err = child.communicate(timeout=30)
+            child.communicate(timeout=60)
         assert child.returncode == 0
-        assert f"node {name} ended (signal SIGKILL)".encode() in err
         assert not any(alive(pid) for pid in pids.values())
         assert not list((here / "trial" / "nodes").glob("*/pid"))
 
@@ -500,7 +501,7 @@ def test_nodes_do_not_outlive_an_up_that_is_killed(here: Path) -> None:
         (pid,) = [int(path.read_text()) for path in (here / "trial" / "nodes").glob("*/pid")]
         child.kill()
         child.communicate()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(pid)

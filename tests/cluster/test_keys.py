@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.keyholders import handed_in, heard_everywhere, refused, refused_everywhere, sign_withdrawal
+from tests.cluster.keyholders import folded_everywhere, handed_in, refused, refused_everywhere, sign_withdrawal
 
 from medshard import Vault, enrolment, escrow, nursery, rotation, sender
 from medshard.cli.exits import Exit
@@ -209,7 +209,7 @@ async def test_a_vault_with_new_keys_has_everything_and_the_old_key_nothing(tria
         await vault.put([tmp_path / "new"])
         assert (await vault.put([tmp_path / "mine"])).stored[0].already
         size = vault._ledger.reached
-    await heard_everywhere(trial, size)
+    await folded_everywhere(trial, size)
     async with Vault.open(old_home, passphrase) as thief:
         assert "withdrawn" in await refused(thief.get(sha256(mine).digest(), tmp_path / "stolen"))
         assert "withdrawn" in await refused(thief.shares.share([sha256(mine).digest()], await key_of(trial, "cem")))
@@ -326,7 +326,7 @@ async def test_what_only_sends_stores_for_its_vault_and_reads_nothing_back(trial
         size = max(each.ledger_index for each in report.stored) + 2  # the grant comes after them
     assert {path.name for path in home.folder.iterdir()} == {"sender.key", "certificate.der", "genesis.medshard", "rosters"}
     assert "only sends" in await refused(Vault.open(home.folder, passphrase).__aenter__())
-    await heard_everywhere(trial, size)
+    await folded_everywhere(trial, size)
     async with Vault.open(owner, passphrase) as vault:
         await vault.shares.sync()
         assert {row.sha256 for row in vault.ls()} == set(hashes)  # its own, not another's

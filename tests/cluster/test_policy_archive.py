@@ -105,7 +105,7 @@ async def test_a_claim_is_handed_over_whole_and_checked_without_its_owner(trial:
         lost = await vault.shares.revoke([alone.sha256], insurer.keys.public)  # by itself, and in the claim
         assert {each.sha256 for each in lost} == {row.sha256 for row in rows}
         assert {each.file_id for each in lost} == {alone.file_id, rows[0].file_id}
-    async with asyncio.timeout(20):  # mirrors beyond the quorum hear of a read a moment later
+    async with asyncio.timeout(60):  # mirrors beyond the quorum hear of a read a moment later
         while not (told := [each for each in await vault.shares.log(rows[1].sha256) if each.what == "read"]):
             await asyncio.sleep(0.1)
     assert told[-1].institution

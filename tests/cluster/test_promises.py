@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from tests.cluster.hearing import heard_everywhere
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
@@ -305,7 +306,7 @@ async def test_a_member_of_a_pack_is_read_by_only_the_stripes_it_lies_in(
     assert (tmp_path / "back").read_bytes() == files[6].read_bytes()
     first, last = (int(part) for part in asked[0].split("cells=")[1].split("&")[0].split("-"))
     assert 0 < last - first + 1 <= 900_000 // (3 * 128 * 1024) + 2
-    assert len(asked) == 3
+    assert {path.partition("cells=")[2] for path in asked} == {asked[0].partition("cells=")[2]}  # of one that is slow another is asked too
 
 
 async def test_a_range_is_read_by_only_the_stripes_it_lies_in(vault: Vault, tmp_path: Path) -> None:
@@ -357,6 +358,7 @@ async def test_a_read_while_the_quorum_is_away_is_kept_and_appended_later(trial:
     path = make(tmp_path, small)
     async with Vault.open(trial.vault_home, trial.passphrase) as vault:
         digest = await stored(vault, path)
+        await heard_everywhere(vault)
         for name in trial.names[:3]:
             trial.kill(name)
         assert not (await vault.get(digest, tmp_path / "back")).recorded
@@ -380,6 +382,7 @@ async def test_every_read_is_on_the_ledger_and_reads_of_one_file_within_ten_minu
 
     monkeypatch.setattr(LedgerClient, "append_signed", noting)
     first, second = [await stored(vault, make(tmp_path, small, name)) for name in ("one", "two")]
+    await heard_everywhere(vault)  # or a holder that had not heard of the file would have the read announced anew
     await vault.get(first, tmp_path / "back")
     await vault.read(first, 100, 10)
     await vault.read(second, 0, 10)

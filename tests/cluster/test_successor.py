@@ -215,7 +215,7 @@ async def test_a_consortium_goes_on_after_its_sequencers_institution_is_gone(
         await assert_reads(owner, digest, tmp_path)
     await reader._net.follow()  # what it knows of the shared file is proved by the quorum of the log that has ended
     await assert_reads(reader, shared, tmp_path)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await reads(owner, shared) < 3:  # the reader's before the end, and both after it
             await asyncio.sleep(0.2)
     with pytest.raises(Refused, match="on hold"):

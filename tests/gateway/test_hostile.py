@@ -157,7 +157,7 @@ async def test_an_instance_whose_sender_breaks_off_is_not_kept(archive: Archive)
             peer.close()
 
         await asyncio.to_thread(break_off)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while node.associations:
                 await asyncio.sleep(0.02)
         assert archive.waiting() == (0, 0)

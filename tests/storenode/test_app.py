@@ -332,7 +332,7 @@ async def test_room_that_a_slow_sender_has_announced_is_there_for_others(node: R
 
     path, size = f"/v1/shards/{os.urandom(32).hex()}/0", "1900000"
     slow = [asyncio.create_task(node.ask("PUT", path, stalling(), Medshard_Cell_Size=str(cell), Content_Length=size)) for _ in range(8)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not node.store._coming:
             await asyncio.sleep(0.01)
     node.store.used += 50_000_000 - 8 * (1 << 20) - 2_000_000  # room for one, beside what may come of the others without asking again
@@ -344,7 +344,7 @@ async def test_room_that_a_slow_sender_has_announced_is_there_for_others(node: R
 async def test_an_upload_that_finds_the_room_gone_is_507_and_leaves_nothing(node: Running, tmp_path: Path) -> None:
     async def sending() -> AsyncIterator[bytes]:
         yield bytes(900_000)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not any(each.received for each in node.store._coming):
                 await asyncio.sleep(0.01)
         node.store.used += 49_000_000

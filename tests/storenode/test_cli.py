@@ -88,7 +88,7 @@ def test_from_nothing_to_a_running_node_and_its_end(tmp_path: Path, started: Cal
         assert b"medshard_capacity_bytes 5e+09" in response.read()
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     assert not (home / "pid").exists()
     assert "not running" in storenode("--home", home, "status", code=Exit.UNAVAILABLE).stderr
     for line in (home / "log").read_text().splitlines():

@@ -254,7 +254,7 @@ def test_a_server_that_is_away_is_said_so_within_seconds(server: Server, monkeyp
         began = time.monotonic()
         with pytest.raises(Unavailable):
             act()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
     server.start()
     engine.extend(0, 0, [b"a"], [], head(1), [b""], own=True)
     engine.close()

@@ -106,8 +106,7 @@ async def test_both_kinds_state_the_same_time(net: Net) -> None:
 
 
 async def test_a_node_that_answers_with_a_wrong_second_cosignature_is_not_counted(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storenode.ledger.fullhead.again_after_s", 0.01)
-    await running(net, 0, 1, 2, 3)
+    await net.start(0, 1, 2, 3)
     liar = net.ledgers[3].full
     true_lines = liar.lines
 
@@ -115,11 +114,13 @@ async def test_a_node_that_answers_with_a_wrong_second_cosignature_is_not_counte
         lines = true_lines(text)
         return dataclasses.replace(lines, ml_dsa=dataclasses.replace(lines.ml_dsa, value=lines.ml_dsa.value[:-1] + b"\0"))
 
-    monkeypatch.setattr(liar, "lines", lie)
+    monkeypatch.setattr(liar, "lines", lie)  # before anybody asks it for one
+    await net.enrol()
     full = await net.ledgers[0].full.full()
     assert net.roster.nodes[3].id not in cosigners(Note.from_bytes(full.note), net.roster, pq=True)
     await net.stop(2)
     await net.ledgers[0].append([net.register()])
+    monkeypatch.setattr("storenode.ledger.fullhead.again_after_s", 0.01)
     with pytest.raises(Unavailable):
         await net.ledgers[0].full.full()
 

@@ -495,7 +495,7 @@ async def test_a_checkpoint_of_an_entry_on_its_way_is_kept_and_the_entry_asked_f
     mirror.written.append(mirror.c.entry("owner", access()).to_bytes())
     place, note = len(mirror.written) - 1, mirror.note()
     reading = asyncio.create_task(mirror.read("owner", place, **shown(note)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not mirror.hurried:
             await asyncio.sleep(0)
     await mirror.store(mirror.written.pop())
@@ -587,7 +587,7 @@ async def test_an_emergency_read_is_on_disk_before_it_is_served_and_appended_whe
     await asyncio.sleep(0.05)
     assert path.exists()
     mirror.reachable = True
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while path.exists():
             await asyncio.sleep(0.01)
     assert mirror.appended == [entry]
@@ -605,7 +605,7 @@ async def test_one_that_the_ledger_never_takes_is_put_aside(out_of_reach):
         raise Refused("withdrawn")
 
     running = asyncio.create_task(Emergencies(mirror.folder, never_taken, mirror.is_appended, retry_s=0.01).run())
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while not list(mirror.folder.glob("emergency/*.refused")):
             await asyncio.sleep(0.01)
     running.cancel()

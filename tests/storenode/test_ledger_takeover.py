@@ -221,7 +221,7 @@ async def test_an_entry_that_the_sequencer_leaves_out_is_evidence_and_another_no
     handed_in = asyncio.create_task(net.ledgers[1].append([unwanted]))
     await asyncio.sleep(0.05)
     await net.ledgers[0].append([net.register()])
-    (inclusion,) = await asyncio.wait_for(handed_in, 10)
+    (inclusion,) = await asyncio.wait_for(handed_in, 60)
     assert inclusion.verify(net.roster)[1] == unwanted
     assert net.ledgers[1].leads
     (kept,) = Evidence(net.folder / "node1" / "evidence").files("left-out")
@@ -244,7 +244,7 @@ async def test_a_sequencer_that_takes_nothing_and_keeps_the_logs_time_is_replace
         await asyncio.sleep(60)
 
     monkeypatch.setattr(net.ledgers[0]._sequencer, "append", idle)
-    (inclusion,) = await asyncio.wait_for(net.ledgers[1].append([unwanted]), 20)
+    (inclusion,) = await asyncio.wait_for(net.ledgers[1].append([unwanted]), 60)
     assert inclusion.verify(net.roster)[1] == unwanted
     assert net.ledgers[1].leads
     assert Evidence(net.folder / "node1" / "evidence").files("left-out")

@@ -65,10 +65,10 @@ def test_a_client_cannot_make_the_table_grow() -> None:
 
 def test_counting_costs_next_to_nothing() -> None:
     metrics = Metrics()
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(10_000):
         metrics.request("GET", "/v1/status", 200, 0.001, 0, 100)
-    assert (time.perf_counter() - started) / 10_000 < 20e-6  # 1.5 µs here; the bound leaves room for a busy machine
+    assert (time.thread_time() - started) / 10_000 < 20e-6  # 1.5 µs here; the bound leaves room for a slower machine
 
 
 def test_without_prometheus_client_counting_works_and_rendering_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ async def test_rounds_wait_until_the_last_body_has_come() -> None:
             pulse.start()
         await asyncio.sleep(0.05)
         assert not asked.is_set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await asked.wait()
     await pulse.close()
 
@@ -36,5 +36,5 @@ async def test_a_body_that_never_ends_holds_nothing_up(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "give_way_s", 0.01)
     always = Traffic()
     with always.body():
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await always.lull()

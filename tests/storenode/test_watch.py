@@ -229,7 +229,7 @@ async def test_every_flipped_bit_in_a_tile_or_bundle_that_is_read_is_found_and_s
         watched.evidence = Evidence(tmp_path / f"evidence {number}")
         watched.begin()
         watched.flip(1, path)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while ("damaged-tile", "node1") not in await watched.found():
                 assert watched.watch.last.findings == ()
         verdict = await watched.proof("damaged-tile")
@@ -245,7 +245,7 @@ async def test_forged_entries_behind_an_honest_right_edge_are_found(watched: Rou
     forger = Shown("forger", None, watched.consortium, [b"forged", *watched.mirrors[2].entries[1:]])
     forged = {path: forger._get(path) for path in ("tile/0/000", "tile/entries/000")}
     watched.mirrors[2].spoil = lambda path, data: forged.get(path, data)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while await watched.found() != [("damaged-tile", "node2")]:
             assert watched.watch.last.findings == ()
     verdict = await watched.proof("damaged-tile")

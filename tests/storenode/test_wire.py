@@ -90,7 +90,7 @@ class Site:
         return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.client, limit=1 << 24)
 
     async def heard(self, what: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while what not in self.said:
                 await asyncio.sleep(0.01)
 
@@ -122,7 +122,7 @@ def head(path: str, length: int, *headers: str, method: str = "PUT") -> bytes:
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
         length = next(int(line.split(":")[1]) for line in lines if line.startswith("content-length"))
         return int(lines[0].split()[1]), await reader.readexactly(length)
@@ -252,7 +252,7 @@ async def test_a_thread_that_waits_for_one_connection_lets_go_when_another_wants
     waiting = asyncio.create_task(threads.carry(silent, work, 3600.0))
     await asyncio.to_thread(work.begun.wait)
     carried = asyncio.create_task(threads.carry(ready, Listening(), 3600.0))
-    assert (await asyncio.wait([carried], timeout=20))[0]
+    assert (await asyncio.wait([carried], timeout=60))[0]
     assert not waiting.done()
     far.send(b"!")
     await waiting
@@ -280,7 +280,7 @@ async def test_who_does_not_read_an_answer_is_hung_up_in_time(site: Site) -> Non
 
 
 async def ended(reader: asyncio.StreamReader) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         try:
             while await reader.read(1 << 16):
                 pass
@@ -301,5 +301,5 @@ async def test_the_end_of_a_connection_is_said(site: Site) -> None:
     async with connected(site) as (reader, writer):
         writer.write(head("/plain", 5, "Connection: close") + b"hello")
         assert await answer(reader) == (200, b"5")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await reader.read() == b""  # an end without farewell would be an error here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 
 from medshard_protocol.errors import Absent, Refused, Unavailable
 from storenode.cli.options import Session, shared
-from storenode.cli.roster import ca_key_option, confirm, yes_option
+from storenode.cli.roster import ca_key_option, confirm, settle_s, yes_option
 
 if TYPE_CHECKING:
     from medshard_protocol.checkpoint import Checkpoint
@@ -177,20 +178,26 @@ def adopt(session: Session, file: Path, expected: str | None) -> None:
 
 
 def _end(office: Office) -> tuple[Checkpoint, bytes]:
-    """The last checkpoint of this home's log. Raises Refused while it goes on."""
+    """The last checkpoint of this home's log, waiting for its node where others know more. Raises Refused while the log goes on."""
     from medshard_protocol.checkpoint import open_published
     from storenode.asking import ask_any
 
-    frozen = office.votes()["frozen"]
+    until, frozen = time.monotonic() + settle_s, office.votes()["frozen"]
+    while frozen is None and time.monotonic() < until and any(votes["frozen"] for votes in office.all_votes()):
+        time.sleep(0.1)
+        frozen = office.votes()["frozen"]
     if frozen is None:
         raise Refused("this log has not ended", hint="a quorum signs for its end first: storenode freeze propose --no-successor")
     if frozen["successor"]:
         raise Refused(f"this log has ended for the genesis file {frozen['successor']}, which goes on from nothing")
-    note = ask_any(office.roster, office.keys, "GET", "/log/checkpoint")[1]
-    checkpoint = open_published(note, office.roster)
-    if checkpoint.size != frozen["index"] + 1:
-        raise Unavailable("the end of the log is not published yet", hint="try again in a moment")
-    return checkpoint, note
+    while True:
+        note = ask_any(office.roster, office.keys, "GET", "/log/checkpoint")[1]
+        checkpoint = open_published(note, office.roster)
+        if checkpoint.size == frozen["index"] + 1:
+            return checkpoint, note
+        if time.monotonic() > until:
+            raise Unavailable("the end of the log is not published yet", hint="try again in a moment")
+        time.sleep(0.1)
 
 
 def _signed(session: Session, office: Office, document: Successor, change: Change, ca_key: Path | None, *, yes: bool) -> Successor:

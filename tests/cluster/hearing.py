@@ -1,0 +1,36 @@
+"""Waiting until every node has heard what one was told: a quorum has an entry, and knows it to be published, before the others."""
+
+from __future__ import annotations
+
+import asyncio
+
+from medshard import Vault
+from medshard.consortium import LocalConsortium
+from medshard_protocol.checkpoint import open_published
+from medshard_protocol.errors import Unavailable
+from medshard_protocol.roster import Node
+
+
+async def heard_everywhere(vault: Vault) -> None:
+    """Wait until all nodes that answer know the same entries to be published."""
+
+    async def size(node: Node) -> int | None:
+        try:
+            note = await vault._net.call(node, "GET", "/log/checkpoint", timeout_s=20.0)
+        except Unavailable:
+            return None
+        return open_published(note, vault.roster).size
+
+    async with asyncio.timeout(60):
+        while len({await size(node) for node in vault.roster.nodes} - {None}) > 1:
+            await asyncio.sleep(0.05)
+
+
+def all_heard(trial: LocalConsortium) -> None:
+    """The same, for a test that runs commands."""
+
+    async def wait() -> None:
+        async with Vault.open(trial.vault_home, trial.passphrase) as vault:
+            await heard_everywhere(vault)
+
+    asyncio.run(wait())
