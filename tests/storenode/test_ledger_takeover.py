@@ -32,7 +32,7 @@ def leaders(net):
     return [number for number, ledger in net.ledgers.items() if ledger.leads]
 
 
-async def store_unpublished(net, number, entries):
+async def store_unpublished(net, number, entries, accepted=None):
     """Let a node's database have entries that no other node ever saw, as a kill between commit and push leaves them."""
     ledger = net.open(number)
     await ledger.journal.start()
@@ -40,7 +40,7 @@ async def store_unpublished(net, number, entries):
     frontier = ledger.journal.frontier()
     for leaf in leaves:
         frontier.append(leaf)
-    head = Head(frontier.size, frontier.root(), b"", ledger.journal.head.accepted)
+    head = Head(frontier.size, frontier.root(), b"", accepted or ledger.journal.head.accepted)
     await ledger.journal.extend(entries, leaves, head)
     await ledger.journal.close()
 
@@ -130,6 +130,25 @@ async def test_what_nothing_published_rules_out_is_never_dropped(net):
     await asyncio.sleep(1.0)
     assert [net.ledgers[number].journal.entries(2, 3) for number in range(4)] == [[one], [one], [two], [two]]
     assert max(net.published(number) for number in range(4)) <= 2
+
+
+@pytest.mark.parametrize("standby", [1, 2])
+async def test_nobody_leads_with_entries_that_no_quorum_can_cosign(net, standby):
+    """One of four has an end of its own and two have another: what the fourth takes decides whether there ever is a quorum."""
+    net.standbys = {standby}
+    await net.start(0, 1, 2, 3)
+    await net.enrol()
+    await net.until(lambda: all(net.ledgers[number].journal.head.size == 2 for number in range(4)))
+    await net.stop(0, 1, 2, 3)
+    one, two = net.register().to_bytes(), net.register().to_bytes()
+    await store_unpublished(net, 0, [one], accepted=5)
+    for number in (1, 3):
+        await store_unpublished(net, number, [two])
+    await net.start(0, 1, 3)  # a quorum that promises, and none for either end
+    await net.until(lambda: net.ledgers[0].mirror.epoch >= 2)
+    await net.start(2)
+    await net.until(lambda: all(net.published(number) == 3 for number in range(4)))
+    assert [net.ledgers[number].journal.entries(2, 3) for number in range(4)] == [[two]] * 4
 
 
 async def test_entries_that_one_mirror_alone_has_are_taken_over_with_it(net):

@@ -2,8 +2,9 @@
 
 Law: first the promises, so that nobody takes anything more of an earlier epoch; then the refill, so that what was published, which lies
 on a quorum of institutions, is here; only then does this node sign. Of several histories the one counts that extends what a quorum
-published, then that of the latest epoch, then the longest. Entries of others are believed as far as a log key has signed them and the
-root follows from them. Docs: docs/decisions/0021-failover.md.
+published, then that of the latest epoch, then the longest; but of an end that, as things are told, no quorum can cosign nothing is taken,
+and nobody leads with one. Entries of others are believed as far as a log key has signed them and the root follows from them.
+Docs: docs/decisions/0021-failover.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -33,6 +34,7 @@ from storenode.ledger.wire import Report
 promise_wait_s = 1.0
 linger_s = 0.15  # for those beyond the quorum: one of them may have what nobody else has
 fetch_wait_s = 10.0
+tail_wait_s = 2.0  # for the few entries that are not published yet
 doubts_max = 3  # attempts that give way to a history which this node cannot take
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,18 @@ class _Offer:
     signed: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Tails:
+    """The entries that nodes have from ``start`` on; None where they could not be had."""
+
+    start: int
+    entries: dict[NodeId, list[bytes] | None]
+
+    def of(self, node: NodeId) -> list[bytes] | None:
+        """Those of a node; none of one that has not said anything else."""
+        return self.entries.get(node, [])
+
+
 class Takeover:
     """One node's way to lead. ``attempt`` once for each try."""
 
@@ -60,6 +74,7 @@ class Takeover:
         self._call = call
         self._doubts: Counter[bytes] = Counter()  # by root: histories that could not be taken
         self._seen = 0  # the latest epoch that anybody told of
+        self._linger_s = linger_s
 
     def adopt(self, roster: Roster) -> None:
         """Go by this roster from now on."""
@@ -113,7 +128,7 @@ class Takeover:
         waiting, enough = set(tasks), False
         try:
             while waiting:
-                done, waiting = await asyncio.wait(waiting, timeout=linger_s if enough else None, return_when=asyncio.FIRST_COMPLETED)
+                done, waiting = await asyncio.wait(waiting, timeout=self._linger_s if enough else None, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if task.exception() is None:
                         reports[tasks[task]] = task.result()
@@ -146,12 +161,16 @@ class Takeover:
     # -- refilling
 
     async def _refill(self, reports: dict[NodeId, Report], published: Published | None) -> None:
-        """Take over the history that counts. Raises Unavailable where it cannot be had."""
+        """Take over the history that counts. Raises Unavailable where it cannot be had, or where no quorum could follow it."""
         offers = [offer for node, report in reports.items() if (offer := self._offer(node, report)) is not None]
-        own = self._journal.head
         offers.sort(key=lambda offer: (offer.accepted, offer.checkpoint.size), reverse=True)
-        for offer in offers:
-            if (offer.accepted, offer.checkpoint.size) <= (own.accepted, own.size) and not self._lacks(published):
+        if published is not None and self._lacks(published):
+            await self._catch_up(offers, published)
+        tails = await self._tails(offers, published)
+        may_lead = [offer for offer in offers if self._may_lead(offer, reports, tails)]
+        own = self._journal.head
+        for offer in may_lead:
+            if (offer.accepted, offer.checkpoint.size) <= (own.accepted, own.size):
                 break  # what is here counts as much
             try:
                 await self._take_from(offer, published)
@@ -162,14 +181,60 @@ class Takeover:
                     raise Unavailable("a node has another history of a later epoch: let one that has it take over") from None
                 continue  # nobody did: it may be made up
             break
+        await self._lengthen(may_lead)
+        self._linger_s = linger_s
+        if not self._finds_quorum(self._journal.entries(tails.start, self._journal.head.size), reports, tails):
+            self._linger_s = promise_wait_s  # the next time everybody is heard
+            raise Unavailable("others have other entries, and those that have not are no quorum: let one that has them take over")
+
+    async def _catch_up(self, offers: Sequence[_Offer], published: Published) -> None:
+        """Get what is published. Raises Unavailable."""
+        for offer in offers:
+            if offer.checkpoint.size >= published.checkpoint.size and self._lacks(published):
+                try:
+                    await self._take_from(replace(offer, checkpoint=published.checkpoint, signed=published.note), published)
+                except MedshardError as error:
+                    _log.warning("what is published is not had from %s: %s", self._roster.node(offer.node).name, error)
         if self._lacks(published):
             raise Unavailable("what is published could not be fetched from any node that promised")
-        await self._lengthen(offers)
 
-    def _lacks(self, published: Published | None) -> bool:
+    async def _tails(self, offers: Sequence[_Offer], published: Published | None) -> _Tails:
+        """What nodes have after what is published, where that is more than nothing and could be had."""
+        start, head, tails = published.checkpoint.size if published else 0, self._journal.head, dict[NodeId, list[bytes] | None]()
+
+        async def look(offer: _Offer) -> None:
+            size, root = offer.checkpoint.size, offer.checkpoint.root
+            try:
+                async with asyncio.timeout(tail_wait_s):
+                    more = await self._fetch(offer.node, head.size, size) if size > head.size else []
+                    if self._root_after(min(size, head.size), more) == root:
+                        tails[offer.node] = self._journal.entries(start, min(size, head.size)) + more
+                        return
+                    entries = await self._fetch(offer.node, start, size)
+            except (MedshardError, TimeoutError):
+                tails[offer.node] = None
+            else:  # one that goes on from other entries than were published is dropped as soon as those are shown
+                tails[offer.node] = entries if self._root_after(start, entries) == root else []
+
+        await asyncio.gather(*(look(offer) for offer in offers if offer.checkpoint.size > start))
+        return _Tails(start, tails)
+
+    def _may_lead(self, offer: _Offer, reports: Iterable[NodeId], tails: _Tails) -> bool:
+        """Whether a history is a part of the one here, or one that goes on from what is published and finds a quorum."""
+        size, tail = offer.checkpoint.size, tails.of(offer.node)
+        if size <= self._journal.head.size and self._journal.tree.root(size) == offer.checkpoint.root:
+            return True
+        return bool(tail) and self._finds_quorum(tail or [], reports, tails)
+
+    def _finds_quorum(self, end: list[bytes], reports: Iterable[NodeId], tails: _Tails) -> bool:
+        """Whether enough institutions have nothing that is not in this end of the log. Whoever led with another one would bring to it those
+        alone that have neither, and the log would stand still for good although nobody lies any more."""
+        own = self._journal.entries(tails.start, self._journal.head.size)
+        there = [(self._node, own), *((node, tails.of(node)) for node in reports)]
+        return self._roster.has_quorum([node for node, tail in there if tail is not None and end[: len(tail)] == tail])
+
+    def _lacks(self, published: Published) -> bool:
         """Whether this node has not got what is published."""
-        if published is None:
-            return False
         size = published.checkpoint.size
         return self._journal.head.size < size or self._journal.tree.root(size) != published.checkpoint.root
 
