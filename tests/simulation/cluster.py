@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from tests.conftest import consortium_of, key_named, pq_key_named
 from tests.simulation.disk import Disk
-from tests.simulation.wire import Network
+from tests.simulation.network import Network
 from tests.simulation.world import Machine, World
 
 import storenode.app
