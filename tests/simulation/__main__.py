@@ -132,10 +132,11 @@ def main() -> int:
 def _all(seeds: range, bench: Bench, *, verbose: bool) -> int:
     """Run all seeds; tell of those that break a promise, and the sum."""
     found: list[int] = []
-    seconds, standing, acknowledged, rosters, audited = 0.0, 0, 0, 0, Counter[str]()
+    seconds, standing, for_good, acknowledged, rosters, audited = 0.0, 0, 0, 0, 0, Counter[str]()
     for told in _each(seeds, "", bench):
         seconds += told["cpu"]
         standing += bool(told.get("stands_still"))
+        for_good += bool(told.get("for_good"))
         acknowledged += told.get("acknowledged", 0)
         rosters += told.get("rosters", 0)
         audited += Counter(told.get("audited", {}))
@@ -144,7 +145,7 @@ def _all(seeds: range, bench: Bench, *, verbose: bool) -> int:
         if told["broken"] or verbose:
             print(json.dumps(told), flush=True)
     total: dict[str, Any] = {"seeds": len(seeds), "broken": found, "acknowledged": acknowledged, "stood_still": standing}
-    total |= {"rosters": rosters, "audited": dict(audited)}
+    total |= {"for_good": for_good, "rosters": rosters, "audited": dict(audited)}
     print(json.dumps(total | {"processor_s": round(seconds, 1)}))
     return min(len(found), 1)
 

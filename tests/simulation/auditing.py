@@ -46,6 +46,13 @@ async def audit(harm: Harm, rng: Random, file_ids: list[FileId]) -> None:
         await _heard(rng.choice([host for host in harm.cluster.nodes if host.parts is not None]), harm, rng, file_id)
 
 
+async def again(harm: Harm, rng: Random | None, host: Host, file_id: FileId) -> None:
+    """In a seed with audits a node looks again at a file, as it does by itself a minute after it found something wrong in it: whoever lied
+    then may be honest by now."""
+    if rng is not None:
+        await _heard(host, harm, rng, file_id)
+
+
 async def _heard(host: Host, harm: Harm, rng: Random, file_id: FileId | None) -> None:
     for liar in sorted((harm.byzantine | harm.false) - harm.reformed, key=str):
         if liar.machine is not None and liar.parts is not None and harm.vouching.get(liar) is not liar.machine:

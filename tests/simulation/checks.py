@@ -126,23 +126,31 @@ class Witness:
             raise Broken(self.broken[0])
         honest = [host for host in self.cluster.nodes if host not in byzantine and host.parts is not None]
         longest = max(honest, key=lambda host: (published(host), host.number))
-        journal = longest.parts.node.ledger.journal
-        tree, size = journal.tree, journal.published.checkpoint.size
+        journal, size = longest.parts.node.ledger.journal, published(longest)
+        tree, ahead = journal.tree, []
         for (at, root), hosts in self.cosigned.items():
             if not journal.roster_of(at).has_quorum(host.node.id for host in hosts | byzantine):
                 continue
             if at > size:
-                continue  # a quorum has it, and nobody has counted it yet
-            if tree.root(at) != root:
+                ahead.append((at, root))  # a quorum has it, and nobody has counted it yet, or all have forgotten
+            elif tree.root(at) != root:
                 raise Broken(f"forked: a quorum cosigned another history of {at} entries than was published")
+        if ahead and not any(all(_has(host, *head) for head in ahead) for host in honest):
+            raise Broken(f"lost: no honest node has all that a quorum cosigned after {size} entries")
         for host in honest:
-            other = host.parts.node.ledger.journal
-            at = other.published.checkpoint.size
+            other, at = host.parts.node.ledger.journal, published(host)
+            if not at:
+                continue  # it has lost its power before it wrote down what is published, and nothing has been since
             if tree.root(at) != other.published.checkpoint.root:
                 raise Broken(f"forked: {host} and {longest} hold different logs of {at} entries to be published")
             leaves = [merkle.leaf_hash(entry, sha256) for entry in other.store.entries(0, at)]
-            if at and merkle.root(leaves, sha256) != other.published.checkpoint.root:
+            if merkle.root(leaves, sha256) != other.published.checkpoint.root:
                 raise Broken(f"{host} has other entries than it says are published")
+
+
+def _has(host: Host, at: int, root: bytes) -> bool:
+    journal = host.parts.node.ledger.journal
+    return bool(journal.head.size >= at and journal.tree.root(at) == root)
 
 
 def standing(cluster: Cluster) -> str:
@@ -177,10 +185,11 @@ def entries(host: Host) -> list[Entry]:
     return found
 
 
-def is_split(hosts: list[Host]) -> bool:
-    """Whether two of these hold different entries at one place."""
-    logs = [host.parts.node.ledger.journal.store.entries(0, host.parts.node.ledger.journal.head.size) for host in hosts if host.parts]
-    return any(one != other for a in logs for b in logs for one, other in zip(a, b, strict=False))
+def can_go_on(hosts: list[Host], quorum: int) -> bool:
+    """Whether a quorum of these could follow one of their logs, none of them dropping anything."""
+    journals = [host.parts.node.ledger.journal for host in hosts]
+    logs = [journal.store.entries(0, journal.head.size) for journal in journals]
+    return any(sum(log[: len(other)] == other for other in logs) >= quorum for log in logs)
 
 
 def check_traces(host: Host, reads: list[tuple[bytes, list[FileId]]], known: Set[FileId]) -> None:
@@ -193,6 +202,13 @@ def check_traces(host: Host, reads: list[tuple[bytes, list[FileId]]], known: Set
     for reader, file_ids in reads:
         if reader not in uncounted and not any((reader, file_id) in announced for file_id in file_ids):
             raise Broken(f"file {file_ids[0].hex()[:8]} was read without an entry")
+
+
+def check_k_are_left(cluster: Cluster, file_ids: list[FileId]) -> None:
+    """Of each of these files as many shards are whole as it takes."""
+    k, n, _ = cluster.roster.code
+    if any(len(missing_shards(cluster, file_id)) > n - k for file_id in file_ids):
+        raise Broken("lost: fewer than k shards of an acknowledged file are left")
 
 
 def missing_shards(cluster: Cluster, file_id: FileId) -> list[tuple[int, Host]]:

@@ -58,6 +58,12 @@ class Harm:
         free = [host for host in self.cluster.nodes if host not in known] if is_room else sorted(known, key=str)
         return self.rng.choice(free) if free else None
 
+    def mirrors_that_lie(self) -> tuple[set[Host], set[Host]]:
+        """Those that may keep back their voice, or have ends of their own; and those that sign all that they are shown."""
+        lying_now = self.byzantine - self.reformed
+        mute = {host for host in lying_now if host not in self.lies or lying.withholds in self.lies[host]}
+        return mute, {host for host in lying_now - mute if lying.cosigns_anything in self.lies[host]}
+
 
 # -- the network
 

@@ -35,7 +35,7 @@ repair_rounds = 12
 by_itself_s = 15.0
 look_every_s = 0.05
 streamed_from = 2500  # bytes; more than an empty file is padded to, of which a stream would ask for nothing
-still_after_s = 12.0  # so long two honest mirrors hold different last entries
+still_after_s = 12.0  # so long no quorum of honest mirrors could follow one log
 last_session = 9  # in which only what was begun is put again
 
 
@@ -51,7 +51,8 @@ class Result:
     acknowledged: int = 0
     failed: int = 0
     faults: tuple[str, ...] = ()
-    stands_still: bool = False  # the log: a sequencer forked it before any of its branches had a quorum
+    stands_still: bool = False  # the log: liars left honest mirrors with different ends, none of which got a quorum
+    for_good: bool = False  # also when they were honest again
     told_to_repair: int = 0  # shards that nobody found missing by itself in time
     rosters: int = 0  # that took effect after the first
     audited: dict[str, int] = field(default_factory=dict)  # shards, by verdict
@@ -83,6 +84,7 @@ class Run:
         self.reads: list[tuple[bytes, bytes]] = []
         self.unfinished: list[Path] = []
         self.split_since = 0.0
+        self.still = False  # the log stands still, and is right to
         self.reader: Host | None = None
         self.sources = Path("sources")
         self.sources.mkdir()
@@ -149,7 +151,8 @@ class Run:
         if self.calm:
             names = []
         self.result.faults = tuple(names)
-        self.joining = self.world.loop.create_task(changes.joins(self.cluster, self.changing)) if self._changes() else None
+        if self.result.seed % changes.share == changes.rest and not self.calm:
+            self.joining = self.world.loop.create_task(changes.joins(self.cluster, self.changing))
         harming = [self.world.loop.create_task(faults.kinds[name](self.harm)) for name in names]
         if self.auditing is not None and not self.calm:
             names.append(auditing.audits.__name__)
@@ -172,9 +175,6 @@ class Run:
             if isinstance(answer, Exception) and not isinstance(answer, MedshardError):
                 raise answer
         self.result.told += self.harm.done
-
-    def _changes(self) -> bool:
-        return self.result.seed % changes.share == changes.rest and not self.calm
 
     async def _session(self, number: int, until: float) -> None:
         """The owner's program runs once, perhaps not to its end."""
@@ -306,7 +306,7 @@ class Run:
         def hosts() -> list[Host]:
             return [host for host in self.cluster.nodes if host not in left_out]
 
-        self.split_since = self.world.loop.time()
+        self.split_since, self.still = self.world.loop.time(), False
         handing_in = self.world.loop.create_task(self._hand_in_now_and_then(hosts())) if self.harm.forked else None
         await self._until(lambda: self._all_agree(hosts()) or self._stands_still(), "all nodes hold one published log")
         if handing_in is not None:
@@ -325,14 +325,16 @@ class Run:
                 )
 
     def _stands_still(self) -> bool:
-        """A sequencer that forks may leave honest mirrors with different last entries, of which none can get a quorum: the log waits for a
-        successor then (docs/decisions/0033-simulation.md). Nothing is lost or forked by it, and nobody else can bring it about."""
-        if not self.harm.forked or not all(host.parts for host in self.cluster.nodes):
+        """Whether liars have left honest mirrors with different ends, of which none can get a quorum (docs/decisions/0033-simulation.md).
+        Nothing is lost or forked by it; without liars nothing brings it about, and after them only a fork lets it last."""
+        mute, sign_all = self.harm.mirrors_that_lie()
+        if not (mute or self.harm.forked) or not all(host.parts for host in self.cluster.nodes):
             return False
-        if not checks.is_split([host for host in self.cluster.nodes if host not in self.harm.byzantine]):
+        honest = [host for host in self.cluster.nodes if host not in mute | sign_all]
+        if checks.can_go_on(honest, self.cluster.roster.quorum.q - len(sign_all)):
             self.split_since = self.world.loop.time()
-        self.result.stands_still = self.world.loop.time() - self.split_since > still_after_s
-        return self.result.stands_still
+        self.still = self.world.loop.time() - self.split_since > still_after_s
+        return self.still
 
     def _all_agree(self, hosts: list[Host]) -> bool:
         self._look_for_errors()
@@ -360,7 +362,8 @@ class Run:
         byzantine = set(self.harm.byzantine)
         self.witness.check(byzantine)
         await self._audit_all()  # while liars lie
-        if not self.result.stands_still:
+        self.result.stands_still = stood = self.still
+        if not stood:
             await self._on(self.owner, self._all_come_back)
             if self.rng.random() < 0.6:
                 await self._on(
@@ -369,16 +372,18 @@ class Run:
         await self._reform()
         self.witness.check_stores(self.harm.spoiled | byzantine)
         self.witness.check(byzantine)
-        if self.result.stands_still:
-            for file_id in self._file_ids():
-                if len(checks.missing_shards(self.cluster, file_id)) > self.size - self.cluster.roster.code[0]:
-                    raise Broken("lost: fewer than k shards of an acknowledged file are left")
+        if self.still:
+            self.result.for_good = True
+            checks.check_k_are_left(self.cluster, self._file_ids())
             return
+        if stood:
+            await self._on(self.owner, self._all_come_back)
         await self._audit_all()
         await self._repair_all()
         await self._repair_beside_a_liar()
         if self.rng.random() < 0.6:
-            await self._on_node(lambda host: trespassing.node_grabs(self.cluster, host, self._file_ids()[:1]))
+            host = self.rng.choice(self.cluster.nodes)
+            await self._on(host, lambda: trespassing.node_grabs(self.cluster, host, self._file_ids()[:1]))
         await self._leave()
         honest = [host for host in self.cluster.nodes if host not in byzantine]
         reads = [(reader, self.files[sha256]) for reader, sha256 in self.reads]
@@ -448,6 +453,7 @@ class Run:
                     await host.run(self._one_repair(host, file_id))
                 except MedshardError as error:
                     why = f"{host}: {error}"
+                    await auditing.again(self.harm, self.auditing, host, file_id)
             await asyncio.sleep(0.5)
         raise Broken(f"not repaired: {len(left)} shards are still missing ({why})")
 
@@ -478,10 +484,6 @@ class Run:
 
     async def _on(self, host: Host, work: Callable[[], Any]) -> None:
         await host.run(work())
-
-    async def _on_node(self, work: Callable[[Host], Any]) -> None:
-        host = self.rng.choice(self.cluster.nodes)
-        await host.run(work(host))
 
     async def _until(self, true: Callable[[], object], what: str) -> None:
         deadline = self.world.loop.time() + patience_s
