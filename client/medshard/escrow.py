@@ -119,7 +119,8 @@ def split(keys: VaultKeys, threshold: int, count: int) -> list[Share]:
 def combine(shares: Sequence[Share], vault: Key) -> tuple[bytes | None, list[Share]]:
     """(the root key of that vault, the shares that are right), from shares of which some may be wrong.
 
-    The key is None while no set of them gives it; then the shares that a majority of commitments calls right are given.
+    The key is None while no set of them gives it; then those are given that fit the commitments which most of them carry. Where as many
+    carry others, nobody can tell yet, and all are given that fit their own.
     """
     by_escrow = Counter((share.id, share.threshold, share.commitments) for share in shares if share.vault == vault)
     for (id_, threshold, commitments), _ in by_escrow.most_common():
@@ -127,11 +128,22 @@ def combine(shares: Sequence[Share], vault: Key) -> tuple[bytes | None, list[Sha
         right = list({share.number: share for share in listed}.values())
         if len(right) >= threshold and (root := _root(right[:threshold], vault)) is not None:
             return root, right
-    return _search(shares, vault), []
+    if (found := _search(shares, vault)) is not None:
+        root, chosen = found
+        return root, [share for share in shares if _fits(share, chosen, vault)]
+    most = max(by_escrow.values(), default=0)
+    likely = [share for share in shares if by_escrow[share.id, share.threshold, share.commitments] == most]
+    return None, [share for share in likely if share.commitment in share.commitments]
 
 
-def _search(shares: Sequence[Share], vault: Key) -> bytes | None:
-    """The root key from any set that gives it: for shares whose commitments were changed as well."""
+def _fits(share: Share, chosen: Sequence[Share], vault: Key) -> bool:
+    """Whether a share lies on the polynomials that go through these, which give the key."""
+    others = [each for each in chosen if each.number != share.number]
+    return share in chosen or (share.id == chosen[0].id and len(others) == len(chosen) and _root([*others[1:], share], vault) is not None)
+
+
+def _search(shares: Sequence[Share], vault: Key) -> tuple[bytes, Sequence[Share]] | None:
+    """The root key, and any set that gives it: for shares whose commitments were changed as well."""
     tried = 0
     for id_ in {share.id for share in shares}:
         mine = [share for share in shares if share.id == id_ and share.vault == vault]
@@ -141,7 +153,7 @@ def _search(shares: Sequence[Share], vault: Key) -> bytes | None:
                 if tried > combinations_max:
                     return None
                 if len({share.number for share in chosen}) == threshold and (root := _root(chosen, vault)) is not None:
-                    return root
+                    return root, chosen
     return None
 
 
@@ -227,9 +239,9 @@ class Escrow:
                 wrong.append(sender)
         root, right = combine([share for _, share in shares], asked.lost)
         threshold = Counter(share.threshold for _, share in shares).most_common(1)[0][0] if shares else 0
-        good = [sender for sender, share in shares if share in right or (not right and root is None)]
-        wrong += [sender for sender, _ in shares if sender not in good]
-        return Collected(root, tuple(dict.fromkeys(good)), tuple(dict.fromkeys(wrong)), threshold, asked.at)
+        good = dict.fromkeys(sender for sender, share in shares if share in right)  # once is enough, whatever else they sent
+        wrong += [sender for sender, _ in shares]
+        return Collected(root, tuple(good), tuple(each for each in dict.fromkeys(wrong) if each not in good), threshold, asked.at)
 
     # -- a custodian
 

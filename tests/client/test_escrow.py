@@ -55,7 +55,7 @@ def inverted(a: int) -> int:
 def test_fewer_than_the_threshold_fit_every_key_equally_well() -> None:
     """With two shares of three needed, each other key has a third share that completes them to it: they rule nothing out."""
     shares = split(keys, 3, 5)
-    assert combine(shares[:2], keys.public) == (None, [])
+    assert combine(shares[:2], keys.public) == (None, shares[:2])
     for other in (bytes(16), os.urandom(16), keys.root[16:]):
         points = [(share.number, int.from_bytes(share.data[:16], "big")) for share in shares[:2]]
         points.append((0, int.from_bytes(other, "big")))
@@ -77,13 +77,17 @@ def test_a_wrong_share_is_found_and_the_rest_still_give_the_key() -> None:
     root, right = combine([shares[0], wrong, shares[2], shares[4]], keys.public)
     assert root == keys.root
     assert wrong not in right
-    root, _ = combine([shares[0], wrong, shares[2]], keys.public)
-    assert root is None
+    assert combine([shares[0], wrong, shares[2]], keys.public) == (None, [shares[0], shares[2]])
+    assert combine([wrong], keys.public) == (None, [])
     forged = split(VaultKeys.from_root(os.urandom(32)), 2, 5)
     liars = [replace(each, vault=keys.public) for each in forged[:2]]
-    assert combine([*liars, *shares[:3]], keys.public)[0] == keys.root
+    assert combine([*liars, *shares[:3]], keys.public) == (keys.root, shares[:3])
+    assert combine([liars[0], *shares[:2]], keys.public) == (None, shares[:2])
     changed = replace(shares[0], commitments=tuple(os.urandom(32) for _ in range(5)))
-    assert combine([changed, shares[1], shares[2]], keys.public)[0] == keys.root
+    assert combine([changed, shares[1], shares[2]], keys.public) == (keys.root, [changed, shares[1], shares[2]])
+    other = replace(changed, number=5)  # with commitments of its own, and yet on no polynomial of theirs
+    twice = replace(changed, data=os.urandom(32))
+    assert combine([other, changed, twice, shares[1], shares[2]], keys.public) == (keys.root, [changed, shares[1], shares[2]])
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(1, 5), (0, 0), (6, 5), (3, 33)])
@@ -142,9 +146,10 @@ def test_too_few_shares_and_wrong_ones_end_in_an_error_that_names_who_sent_them(
     from medshard.cli.keys import _whole
     from medshard.escrow import Collected
 
-    good, wrong = Key(b"g" * 32), Key(b"w" * 32)
-    with pytest.raises(Unavailable) as caught:
-        _whole(Collected(None, (good,), (wrong,), 3, 0))
-    assert "1 of 3 shares are here" in str(caught.value)
-    assert f"wrong ones came from {short(wrong)}" in str(caught.value)
-    assert _whole(Collected(bytes(32), (good,), (wrong,), 3, 0)) == bytes(32)
+    good, wrong, known = Key(b"g" * 32), Key(b"w" * 32), {Key(b"w" * 32): "Ben"}
+    for names, said in (({}, short(wrong)), (known, f"Ben ({short(wrong)})")):
+        with pytest.raises(Unavailable) as caught:
+            _whole(Collected(None, (good,), (wrong,), 3, 0), names)
+        assert str(caught.value) == f"1 of 3 shares are here; a wrong share came from {said}"
+        assert "approve once more" in caught.value.hint
+    assert _whole(Collected(bytes(32), (good,), (wrong,), 3, 0), known) == bytes(32)

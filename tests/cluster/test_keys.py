@@ -147,10 +147,17 @@ async def test_a_custodian_that_sends_a_wrong_share_is_named(trial: LocalConsort
                         true = escrow.Share.to_bytes
                         lying.setattr(escrow.Share, "to_bytes", lambda share, true=true: true(replace(share, data=os.urandom(32))))
                     await Escrow(custodian).approve(request)
+            if name == "ben":  # as many as it takes, and one of them wrong
+                found = await Escrow(fresh).collect(request)
+                assert (found.root, found.good, found.wrong) == (None, (custodians["ada"],), (custodians["ben"],))
         found = await Escrow(fresh).collect(request)
         assert found.root is not None
         assert set(found.good) == {custodians["ada"], custodians["cem"]}
         assert found.wrong == (custodians["ben"],)
+        async with opened(trial, "ben") as custodian:  # what is deposited there is right
+            await Escrow(custodian).approve(request)
+        found = await Escrow(fresh).collect(request)
+        assert (set(found.good), found.wrong) == (set(custodians.values()), ())
 
 
 async def test_a_withdrawn_key_gets_no_certificate_again(trial: LocalConsortium, tmp_path: Path) -> None:

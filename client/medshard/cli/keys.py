@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -222,13 +223,13 @@ def recover_keys(session: Session, lost: bytes, custodians: str, message: str, w
     from medshard.home import Home
     from medshard.recovery import restore_home
 
-    async def work() -> tuple[Collected, list[str], bytes]:
+    async def work() -> tuple[Collected, Mapping[Key, str], list[str], bytes]:
         async with session.vault() as vault:
             found = await _ask_and_collect(session, vault, Key(lost), custodians, message, wait)
-            return found, [node.url for node in vault.roster.nodes], vault.home.genesis.read_bytes()
+            return found, vault.contacts.names(), [node.url for node in vault.roster.nodes], vault.home.genesis.read_bytes()
 
-    found, urls, genesis = run(work())
-    root = _whole(found)
+    found, names, urls, genesis = run(work())
+    root = _whole(found, names)
     secret = asking.changed(target) if not Home(target).key_file.exists() else asking.known(target)
     run(restore_home(target, root, secret, urls, genesis))
     files = run(_reindexed(target, secret))
@@ -238,7 +239,7 @@ def recover_keys(session: Session, lost: bytes, custodians: str, message: str, w
         )
     else:
         output.line(f"{target}: the vault {short(lost)} with {output.files(files)}, {_spent(found)} after the request")
-        _tell_wrong(found)
+        _tell_wrong(found, names)
     return Exit.OK
 
 
@@ -251,17 +252,18 @@ def drill(session: Session, lost: bytes, custodians: str, message: str, wait: fl
     Run it from another vault than the one that is rehearsed for, as in earnest.
     """
 
-    async def work() -> Collected:
+    async def work() -> tuple[Collected, Mapping[Key, str]]:
         async with session.vault() as vault:
-            return await _ask_and_collect(session, vault, Key(lost), custodians, message or "a drill", wait)
+            return await _ask_and_collect(session, vault, Key(lost), custodians, message or "a drill", wait), vault.contacts.names()
 
-    found = run(work())
-    _whole(found)
+    found, names = run(work())
+    _whole(found, names)
     if session.json:
-        output.document({"holds": True, "seconds": int(time.time()) - found.asked_at, "approved": len(found.good)})
+        seconds = int(time.time()) - found.asked_at
+        output.document({"holds": True, "seconds": seconds, "approved": len(found.good), "wrong": output.plain(found.wrong)})
     else:
         output.line(f"the key of {short(lost)} can be brought back: {len(found.good)} custodians, {_spent(found)} after the request")
-        _tell_wrong(found)
+        _tell_wrong(found, names)
     return Exit.OK
 
 
@@ -279,35 +281,39 @@ async def _ask_and_collect(session: Session, vault: Vault, lost: Key, custodians
         if not session.quiet:
             output.note(f"medshard: asked. Custodians approve with: medshard keys approve {request.hex()}")
             output.note(f"medshard: they will want to hear the short form of your key: {short(vault.keys.public)}")
-    deadline, before = time.monotonic() + 60 * wait, -1
+    deadline, before = time.monotonic() + 60 * wait, ""
     while True:
         found = await escrow.collect(request)
         if found.root is not None or time.monotonic() >= deadline:
             return found
-        if len(found.good) != before and not session.quiet:
-            before = len(found.good)
-            output.note(f"medshard: {_count(found)}")
+        if (now := _count(found, vault.contacts.names())) != before and not session.quiet:
+            before = now
+            output.note(f"medshard: {now}")
         await asyncio.sleep(look_every_s)
 
 
-def _count(found: Collected) -> str:
-    """How many shares there are; each of them says how many are needed."""
-    return f"{len(found.good)} of {found.threshold} shares are here" if found.threshold else "no share is here yet"
+def _count(found: Collected, names: Mapping[Key, str]) -> str:
+    """How many shares there are, of how many that are needed, and who sent a wrong one."""
+    said = f"{len(found.good)} of {found.threshold} shares are here" if found.threshold else "no share is here yet"
+    return f"{said}; {_wrong(found, names)}" if found.wrong else said
 
 
-def _whole(found: Collected) -> bytes:
+def _wrong(found: Collected, names: Mapping[Key, str]) -> str:
+    who = [f"{names[key]} ({short(key)})" if key in names else short(key) for key in found.wrong]
+    return f"a wrong share came from {', '.join(who)}"
+
+
+def _whole(found: Collected, names: Mapping[Key, str]) -> bytes:
     if found.root is None:
-        wrong = f"; wrong ones came from {', '.join(map(short, found.wrong))}" if found.wrong else ""
-        raise Unavailable(
-            f"{_count(found)}{wrong}",
-            hint="Run the same command again when more custodians have approved; --wait MINUTES waits for them.",
-        )
+        more = "Run the same command again when more custodians have approved; --wait MINUTES waits for them."
+        again = "Any others can make up for it; who sent it can approve once more, as the share deposited there may be right. "
+        raise Unavailable(_count(found, names), hint=again + more if found.wrong else more)
     return found.root
 
 
-def _tell_wrong(found: Collected) -> None:
+def _tell_wrong(found: Collected, names: Mapping[Key, str]) -> None:
     if found.wrong:
-        output.note(f"medshard: wrong shares came from {', '.join(map(short, found.wrong))}")
+        output.note(f"medshard: {_wrong(found, names)}; it was left out")
 
 
 def _spent(found: Collected) -> str:
