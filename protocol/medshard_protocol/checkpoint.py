@@ -23,9 +23,8 @@ from typing import TypeAlias
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA44PublicKey
-from nacl.bindings import crypto_sign_open
-from nacl.exceptions import CryptoError
 
+from medshard_protocol import ed25519
 from medshard_protocol.errors import Absent, Malformed, Refused
 from medshard_protocol.ids import NodeId
 from medshard_protocol.merkle import hash_size
@@ -44,11 +43,11 @@ signature_bytes_max = 8192  # the largest standard post-quantum signature of tlo
 log_signature = 0x01
 cosignature_v1 = 0x04
 cosignature_pq = 0x06  # ML-DSA-44 over a subtree, which for a checkpoint begins at 0
-ed25519_size = 64
 key_sizes = {log_signature: 32, cosignature_v1: 32, cosignature_pq: 1312}
 
 _dash = "\u2014 "
 _name = re.compile(r"[^\s+]+\Z")
+_line = re.compile(_dash + r"([^\s+]+) ([^ \n]*)\n\Z")
 _control = re.compile(r"[\x00-\x09\x0b-\x1f]")
 _decimal = re.compile(r"(0|[1-9][0-9]*)\Z", re.ASCII)
 
@@ -63,18 +62,24 @@ class Signature:
 
     def line(self) -> str:
         """The line as it stands in a note, newline included."""
-        return f"{_dash}{self.name} {base64.b64encode(self.key_id + self.value).decode()}\n"
+        return f"{_dash}{self.name} {binascii.b2a_base64(self.key_id + self.value, newline=False).decode()}\n"
+
+    @property
+    def time(self) -> int:
+        """When a cosignature of either kind was made, as it says."""
+        return int.from_bytes(self.value[:8], "big")
 
     @classmethod
     def from_line(cls, line: str) -> Signature:
         """Parse a line, newline included. Raises Malformed."""
-        parts = line.removeprefix(_dash).removesuffix("\n").split(" ")
-        if not line.startswith(_dash) or not line.endswith("\n") or len(parts) != 2 or not _name.match(parts[0]):
+        found = _line.match(line)
+        if found is None:
             raise Malformed("note: not a signature line")
-        blob = _base64(parts[1])
+        name, encoded = found.groups()
+        blob = _base64(encoded)
         if not 4 < len(blob) <= 4 + signature_bytes_max:
             raise Malformed("note: a signature of a wrong length")
-        return cls(parts[0], blob[:4], blob[4:])
+        return cls(name, blob[:4], blob[4:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +217,7 @@ class Verifier:
     def _taken_apart(self, text: str, signature: Signature) -> tuple[int, bytes, bytes]:
         if self.type == log_signature:
             return 0, signature.value, text.encode()
-        time = int.from_bytes(signature.value[:8], "big")
-        return time, signature.value[8:], self._cosigned(text, time)
+        return signature.time, signature.value[8:], self._cosigned(text, signature.time)
 
     def made(self, signature: Signature) -> bool:
         """Say whether a line claims to be by this key."""
@@ -234,6 +238,11 @@ class Verifier:
 def log_verifiers(roster: Roster) -> tuple[Verifier, ...]:
     """The keys that may sign a log's checkpoints, one for each node that may be sequencer; all bear the origin's name."""
     return tuple(Verifier(roster.origin, log_signature, node.log_key) for node in roster.nodes if node.log_key)
+
+
+@lru_cache(maxsize=64)
+def _log_keys(roster: Roster) -> dict[tuple[str, bytes], Verifier]:
+    return {(verifier.name, verifier.key_id): verifier for verifier in log_verifiers(roster)}
 
 
 @lru_cache(maxsize=1024)
@@ -269,7 +278,7 @@ def open_signed(note: Note, roster: Roster) -> Checkpoint:
     checkpoint = Checkpoint.from_text(note.text)
     if checkpoint.origin != roster.origin:
         raise Refused(f"checkpoint: of the log {checkpoint.origin!r}, not of {roster.origin!r}")
-    known = {(verifier.name, verifier.key_id): verifier for verifier in log_verifiers(roster)}
+    known = _log_keys(roster)
     lines = [(verifier, line) for line in note.signatures if (verifier := known.get((line.name, line.key_id))) is not None]
     if not lines:
         raise Refused("checkpoint: not signed by the log")
@@ -299,7 +308,7 @@ def cosigner_lines(note: Note, roster: Roster) -> list[tuple[NodeId, Verifier, S
 
 def cosigned_times(note: Note, roster: Roster) -> dict[NodeId, int]:
     """When a roster's nodes cosigned a note that was checked before, as its Ed25519 lines say."""
-    return {node: int.from_bytes(line.value[:8], "big") for node, _, line in cosigner_lines(note, roster)}
+    return {node: line.time for node, _, line in cosigner_lines(note, roster)}
 
 
 def open_published(data: bytes, roster: Roster, *, pq: bool = False) -> Checkpoint:
@@ -327,21 +336,13 @@ _own: dict[tuple[bytes, bytes], bytes] = {}  # what this process signed lately: 
 
 @lru_cache(maxsize=256)
 def _verify(kind: int, key: bytes, signature: bytes, message: bytes) -> None:
-    """Raise InvalidSignature unless this key signed this. What held is remembered for a while: one head goes through many hands here.
-
-    Ed25519 by libsodium, in half the time that OpenSSL takes; a read waits for a dozen of these in each holder (docs/decisions/0036).
-    """
+    """Raise InvalidSignature unless this key signed this. What held is remembered for a while: one head goes through many hands here."""
     if _own.get((key, signature)) == message:
         return
     if kind == cosignature_pq:
         _pq_public(key).verify(signature, message)
         return
-    if len(signature) != ed25519_size or len(key) != key_sizes[kind]:
-        raise InvalidSignature
-    try:
-        crypto_sign_open(signature + message, key)
-    except CryptoError:
-        raise InvalidSignature from None
+    ed25519.verify(key, signature, message)
 
 
 @lru_cache(maxsize=1024)
@@ -356,9 +357,9 @@ def _pq_public(key: bytes) -> MLDSA44PublicKey:
 
 def _base64(text: str) -> bytes:
     try:
-        data = base64.b64decode(text, validate=True)
+        data = binascii.a2b_base64(text, strict_mode=True)
     except (binascii.Error, ValueError):
         raise Malformed("note: not base64") from None
-    if base64.b64encode(data).decode() != text:
+    if binascii.b2a_base64(data, newline=False).decode("ascii") != text:
         raise Malformed("note: not canonical base64")
     return data

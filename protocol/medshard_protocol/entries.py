@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from medshard_protocol import ed25519
 from medshard_protocol.bodies import (
     Access,
     Approve,
@@ -118,11 +118,7 @@ class Entry:
     @classmethod
     def from_bytes(cls, data: bytes) -> Entry:
         """Parse an entry. Raises Malformed, also for types that this version does not know."""
-        fields = Fields(decode(data, bytes_max=entry_bytes_max, what="entry"), count=5, what="entry")
-        fields.uint(least=entry_version, most=entry_version)
-        number = fields.uint(most=255)
-        body = parse_body(number, fields.list(most=6))
-        return cls(body, Key(fields.bytes(exactly=key_size)), fields.bytes(exactly=signature_size))
+        return _parsed(data)
 
     @property
     def id(self) -> Sha256:
@@ -136,16 +132,25 @@ class Entry:
             _verify(self.author, self.signature, signed_bytes(origin, body))
             if isinstance(body, Rotate):
                 signed = rotation_signed(origin, body.old, body.key)
-                Ed25519PublicKey.from_public_bytes(body.old).verify(body.old_signature, signed)
-                Ed25519PublicKey.from_public_bytes(body.key).verify(body.key_signature, signed)
-        except (InvalidSignature, ValueError):
+                ed25519.verify(body.old, body.old_signature, signed)
+                ed25519.verify(body.key, body.key_signature, signed)
+        except InvalidSignature:
             raise Refused("entry: the author's signature does not hold") from None
+
+
+@lru_cache(maxsize=64)  # a new entry is looked at by several parts of a node, one after the other
+def _parsed(data: bytes) -> Entry:
+    fields = Fields(decode(data, bytes_max=entry_bytes_max, what="entry"), count=5, what="entry")
+    fields.uint(least=entry_version, most=entry_version)
+    number = fields.uint(most=255)
+    body = parse_body(number, fields.list(most=6))
+    return Entry(body, Key(fields.bytes(exactly=key_size)), fields.bytes(exactly=signature_size))
 
 
 @lru_cache(maxsize=256)
 def _verify(author: Key, signature: bytes, message: bytes) -> None:
-    """Raise InvalidSignature or ValueError unless this author signed this. What held is remembered for a while, as for checkpoints."""
-    Ed25519PublicKey.from_public_bytes(author).verify(signature, message)
+    """Raise InvalidSignature unless this author signed this. What held is remembered for a while, as for checkpoints."""
+    ed25519.verify(author, signature, message)
 
 
 def signed_bytes(origin: str, body: Body) -> bytes:

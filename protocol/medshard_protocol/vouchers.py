@@ -53,32 +53,33 @@ class Voucher:
         """
         if len(roster.nodes) > nodes_max:
             return b""
-        return b"".join(self._mac(node.cosigner_key, self.public, node.cosigner_key, text, signature) for node in roster.nodes)
+        signed = signature.value + text.encode()
+        return b"".join([self._mac(node.cosigner_key, self.public, node.cosigner_key, signed) for node in roster.nodes])
 
-    def who(self, roster: Roster, note: Note, vouchers: Sequence[bytes]) -> set[NodeId]:
-        """Which of a roster's nodes vouch to this one for their lines in ``note``; one voucher is for each line, in order.
+    def who(self, roster: Roster, note: Note, vouchers: Sequence[bytes]) -> dict[NodeId, int]:
+        """Which of a roster's nodes vouch to this one for their lines in ``note``, and when they cosigned, as those say; one voucher is
+        for each line, in order.
 
         This node's own signature is checked as such.
         """
-        found = set[NodeId]()
+        found, text = dict[NodeId, int](), note.text.encode()
         for (node, verifier, line), voucher in zip(cosigner_lines(note, roster), vouchers, strict=False):
             if verifier.key == self.public:
                 with contextlib.suppress(Refused):
-                    verifier.verify(note.text, line)
-                    found.add(node)
+                    found[node] = verifier.verify(note.text, line)
                 continue
-            expected = self._mac(verifier.key, verifier.key, self.public, note.text, line)
+            expected = self._mac(verifier.key, verifier.key, self.public, line.value + text)
             if expected != nothing and hmac.compare_digest(expected, voucher):
-                found.add(node)
+                found[node] = line.time
         return found
 
-    def _mac(self, other: bytes, cosigner: bytes, reader: bytes, text: str, signature: Signature) -> bytes:
+    def _mac(self, other: bytes, cosigner: bytes, reader: bytes, signed: bytes) -> bytes:
         key = self._keys.get(other)
         if key is None:
             key = self._keys[other] = self._shared(other)
         if not key:
             return nothing
-        return blake3(b"".join((cosigner, reader, signature.value, text.encode())), key=key).digest(voucher_size)
+        return blake3(cosigner + reader + signed, key=key).digest(voucher_size)
 
     def _shared(self, other: bytes) -> bytes:
         """The key of this node and that one; empty for this node itself, and for a key that is no point of the curve's large group."""

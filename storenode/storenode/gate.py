@@ -289,20 +289,20 @@ class Gate:
         Raises Malformed.
         """
         try:
-            checkpoint = Checkpoint.from_text(Note.text_of(note))
+            opened = Note.from_bytes(note)
+            checkpoint = Checkpoint.from_text(opened.text)
             if checkpoint.size <= self._vouched:
                 return True
             if checkpoint.origin != self._ledger.roster.origin or checkpoint.size > self._journal.head.size:
                 return False
-            roster, opened = self._journal.roster_of(checkpoint.size), Note.from_bytes(note)
+            roster = self._journal.roster_of(checkpoint.size)
         except Refused:
             return False
-        who = self._ledger.mirror.voucher.who(roster, opened, vouchers)
-        if not roster.has_quorum(who) or self._journal.tree.root(checkpoint.size) != checkpoint.root:
+        times = self._ledger.mirror.voucher.who(roster, opened, vouchers)
+        if not roster.has_quorum(times) or self._journal.tree.root(checkpoint.size) != checkpoint.root:
             return False
-        times = [at for node, at in cosigned_times(opened, roster).items() if node in who]
         self._vouched = checkpoint.size
-        self._take_time(checkpoint.size, float(statistics.median(times)), time.monotonic())
+        self._take_time(checkpoint.size, float(statistics.median(times.values())), time.monotonic())
         return True
 
     def _check(self, inclusion: Inclusion) -> None:

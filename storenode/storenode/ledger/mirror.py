@@ -77,7 +77,8 @@ class Mirror:
         self._clock = clock
         self._evidence = evidence_in(journal.evidence)
         self._marker = marker  # lies beside the key from its first cosignature on
-        self.voucher = Voucher(key.private_bytes_raw(), key.public_key().public_bytes_raw())
+        self._public = key.public_key().public_bytes_raw()
+        self.voucher = Voucher(key.private_bytes_raw(), self._public)
         self._listed = any(member.id == node for member in roster.nodes)
         if self._listed:
             self._verifier = cosigner_verifier(roster, node)
@@ -88,7 +89,7 @@ class Mirror:
         self.heard_at = -1e9  # when the sequencer last pushed, on the monotonic clock
         self.withhold: Callable[[], str] = str  # says why no head is to be cosigned at present; nothing by default
         self.signed: Callable[[str, Signature], None] = lambda text, signature: None  # hears of each cosignature: ``fullhead``
-        if self._listed and key.public_key().public_bytes_raw() != self._verifier.key:
+        if self._listed and self._public != self._verifier.key:
             raise ValueError("the roster lists another cosigner key for this node")
 
     async def start(self) -> None:
@@ -205,7 +206,7 @@ class Mirror:
     @property
     def may_cosign(self) -> bool:
         """Whether the roster lists this node with this key, and no state was lost. A node that may not goes on mirroring."""
-        return self._listed and self._key.public_key().public_bytes_raw() == self._verifier.key and not self.lost
+        return self._listed and self._public == self._verifier.key and not self.lost
 
     @property
     def agreed(self) -> int:
