@@ -6,7 +6,6 @@ Every request passes the guard (guard.py) before it comes to a route.
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import logging
 import signal
@@ -40,9 +39,11 @@ from storenode.following import Following, roster_routes
 from storenode.gate import gate_key
 from storenode.genesis import check_membership, load_genesis
 from storenode.guard import Guard
-from storenode.identity import NodeKeys, client_contexts, server_ssl_context, trust
+from storenode.identity import NodeKeys, Peer, client_contexts, server_ssl_context, trust
 from storenode.join import join_routes
 from storenode.ledger import Ledger, marker_name
+from storenode.ledger import wire as ledger_wire
+from storenode.ledger.peering import node_of
 from storenode.ledger.standby import may_order, stands_by
 from storenode.membership import Membership, log_folder
 from storenode.metrics import Metrics, serve_metrics
@@ -224,7 +225,6 @@ async def serve(config: Config) -> bool:
         await stamping.close()
         await following.close()
         await app[repairs_key].close()
-        await ledger.hang_up()  # or the clean-up would wait for connections that never end by themselves
         if site is not None:
             site.quick = {}
         await draining.wait(shutdown_s)
@@ -239,8 +239,19 @@ async def serve(config: Config) -> bool:
 
 def quick_ways(parts: Parts, app: web.Application, draining: Draining, doorkeeper: Doorkeeper) -> Mapping[bytes, Answer]:
     """What is answered below aiohttp where it can be, by the first line of its request."""
-    shards = functools.partial(routes.small_shards, parts.node, app[gate_key])
-    return {b"POST /v1/read HTTP/1.1": parts.guard.quick("POST", "/v1/read", shards, draining, doorkeeper)}
+    node, gate = parts.node, app[gate_key]
+
+    async def read(who: Peer, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+        return 200, await routes.small_shards(node, gate, who, headers, body)
+
+    async def push(who: Peer, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+        return await node.ledger.take(body, node_of(who))
+
+    async def append(who: Peer, headers: Mapping[str, str], body: bytes) -> tuple[int, bytes]:
+        return await node.ledger.append_packed(body)
+
+    works = {"/v1/read": read, ledger_wire.path: push, "/v1/ledger/append": append}
+    return {f"POST {path} HTTP/1.1".encode(): parts.guard.quick("POST", path, work, draining, doorkeeper) for path, work in works.items()}
 
 
 def _look_for_less_garbage() -> None:

@@ -42,7 +42,7 @@ writes: Final = frozenset(
 )  # beside every PUT and DELETE; not for a node that has left
 failing: Final = frozenset({errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.ESTALE})  # of a disk
 
-Work = Callable[[Peer, Mapping[str, str], bytes], Awaitable[bytes]]  # who asks, headers, body; the answer's body
+Work = Callable[[Peer, Mapping[str, str], bytes], Awaitable[tuple[int, bytes]]]  # who asks, headers, body; status and body of the answer
 
 
 class Guard:
@@ -96,8 +96,8 @@ class Guard:
                 self._let_in(method, path, peer, request.headers.get(log_header))
                 doorkeeper.heard(request.protocol)
                 with draining.counted():
-                    body = await work(somebody(peer), request.headers, request.body)
-                status, sent = 200, len(body)
+                    status, body = await work(somebody(peer), request.headers, request.body)
+                sent = len(body)
             except (MedshardError, OSError, sqlite3.OperationalError) as error:
                 status, body = self._told(error)
             finally:

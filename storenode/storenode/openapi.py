@@ -134,7 +134,7 @@ operations: Final = (
     Operation("GET", "/log/tile/{name}", "A tile or entry bundle", "ledger", gives=bytes_type),
     Operation("GET", "/before/{number}/log/{path}", "A file of an earlier log, as it ended", "ledger", gives=bytes_type),
     # between the ledger's nodes
-    Operation("GET", "/v1/ledger/mirror", "The sequencer's channel (WebSocket)", "ledger", good=(101,)),
+    Operation("POST", "/v1/ledger/mirror", "A sequencer's push", "ledger", body_type),
     Operation("POST", "/v1/ledger/hurry", "Push to the node that asks what it lacks, at once", "ledger", gives="", good=(204,)),
     Operation("GET", "/v1/ledger/ask", "How this node stands to the log", "ledger"),
     Operation("POST", "/v1/ledger/promise", "Follow a sequencer from now on", "ledger", body_type),
@@ -177,7 +177,7 @@ def _described(operation: Operation) -> dict[str, Any]:
     if operation.takes:
         told["requestBody"] = {"required": True, "content": {operation.takes: bytes_}}
     for status in operation.good:
-        content = {"content": {operation.gives: bytes_}} if operation.gives and status not in (101, 204) else {}
+        content = {"content": {operation.gives: bytes_}} if operation.gives and status != 204 else {}
         told["responses"][str(status)] = {"description": "done", **content}
     for code, (status, _) in errors_by_code.items():
         told["responses"][str(status)] = {"description": code, "content": {body_type: bytes_}}

@@ -14,6 +14,7 @@ from medshard_protocol.identity import node_hostname
 from medshard_protocol.ids import NodeId
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import log_header
+from storenode.line import Line
 
 answer_bytes_max = 6 * 1024 * 1024  # nothing that nodes tell each other is larger; a hostile one must not fill our memory
 
@@ -80,25 +81,17 @@ class Peers:
         async with response:
             yield response
 
-    async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
-        """Open a WebSocket. Raises Unavailable where that does not work in time."""
+    async def connect(self, node: NodeId, timeout_s: float) -> Line:
+        """A connection of one's own, for many short requests. Raises Unavailable where that does not work in time."""
         target = self._roster.node(node)
+        tls, headers = self._contexts[target.institution], {log_header: self._roster.origin}
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._session.ws_connect(
-                    target.url + path,
-                    headers={log_header: self._roster.origin},
-                    ssl=self._contexts[target.institution],
-                    server_hostname=node_hostname(node),
-                    max_msg_size=message_bytes_max,
-                    compress=0,
-                )
+            return await Line.open(target.url, tls, node_hostname(node), headers, timeout_s)
         except TimeoutError:
             raise Unavailable(f"{target.name}: no answer within {timeout_s:g} s") from None
-        except AssertionError:  # so aiohttp says that the connection broke right after the other end had agreed to it
-            raise Unavailable(f"{target.name}: the connection was closed") from None
-        except (aiohttp.ClientError, OSError, ssl.SSLError) as error:
-            raise Unavailable(f"{target.name}: {_reason(error)}") from None
+        except (OSError, UnicodeError) as error:
+            said = error.strerror if isinstance(error, OSError) else ""
+            raise Unavailable(f"{target.name}: {said or error or type(error).__name__}") from None
 
     async def close(self) -> None:
         """Close all connections."""

@@ -121,7 +121,6 @@ class Run:
         self.changing = Random(f"changes {seed}")
         has_audits = seed % auditing.share == auditing.share - 1
         self.auditing = Random(f"audits {seed}") if has_audits else None  # its own: other seeds stay as they are
-        wire.become(seed)
         self.cluster.become(seed, self.rng.choice((1 << 16, 1 << 16, 200)))
         medshard.putting.object_bytes_max = medshard.getting.object_bytes_max = self.rng.choice((1 << 22, streamed_from))  # type: ignore[misc]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextvars
 import errno
-import random
 import select
 import socket
 import ssl
@@ -224,10 +223,10 @@ async def _start_connection(*, addr_infos: Sequence[Any], **keywords: Any) -> An
     return SimpleNamespace(address=addr_infos[0][4])
 
 
-async def _create_connection(self: worlds.Loop, factory: Any, *, sock: Any, **keywords: Any) -> Any:
+async def _create_connection(self: worlds.Loop, factory: Any, host: str = "", port: int = 0, *, sock: Any = None, **keywords: Any) -> Any:
     machine = here.get()
     assert machine is not None
-    end = await network().connect(machine, sock.address[1])
+    end = await network().connect(machine, port if sock is None else sock.address[1])
     protocol = factory()
     return Transport(end, protocol), protocol
 
@@ -237,16 +236,6 @@ async def _create_server(self: worlds.Loop, factory: Any, host: str, port: int, 
     assert machine is not None
     network().listeners[port] = (machine, factory)
     return _Server(network(), port)
-
-
-def become(seed: int) -> None:
-    """The masks that websockets draw are this seed's."""
-    import aiohttp.http_websocket
-
-    init = aiohttp.http_websocket.WebSocketWriter.__init__
-    for value in (*(init.__defaults__ or ()), *(init.__kwdefaults__ or {}).values()):
-        if isinstance(value, random.Random):
-            value.seed(f"masks {seed}")
 
 
 def install(made: worlds.World) -> Network:

@@ -24,6 +24,7 @@ from storenode.ledger import Ledger
 from storenode.ledger.channel import Channel
 from storenode.ledger.mirror import Mirror
 from storenode.ledger.wire import Push
+from storenode.line import Line
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,11 @@ class Caller:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(f"no answer ({error!r})") from None
 
-    async def connect(self, node: NodeId, path: str, timeout_s: float, message_bytes_max: int) -> aiohttp.ClientWebSocketResponse:
+    async def connect(self, node: NodeId, timeout_s: float) -> Line:
         try:
-            async with asyncio.timeout(timeout_s):
-                url, headers = self.net.url(self.net.number(node)) + path, self.net.headers(self.number)
-                return await self.net.session.ws_connect(url, headers=headers, max_msg_size=message_bytes_max)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            number = self.net.number(node)
+            return await Line.open(self.net.url(number), None, "", self.net.headers(self.number), timeout_s)
+        except (OSError, TimeoutError) as error:
             raise Unavailable(f"no connection ({error!r})") from None
 
 
@@ -96,7 +96,7 @@ class Net:
         try:
             return await channel.ask(body, 5.0)
         finally:
-            await channel.close()
+            channel.drop()
 
     def open(self, number: int, **keywords: object) -> Ledger:
         node, key = self.roster.nodes[number], self.consortium.key
@@ -123,7 +123,6 @@ class Net:
     async def stop(self, *numbers: int) -> None:
         for number in numbers:
             del self._ports[self.roster.nodes[number].id]
-            await self.ledgers[number].hang_up()
             await self._runners.pop(number).cleanup()
             await self.ledgers.pop(number).close()
 

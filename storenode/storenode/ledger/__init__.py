@@ -30,7 +30,7 @@ from medshard_protocol.proofs import Appended, Inclusion, pack_append, pack_appe
 from medshard_protocol.roster import Roster
 from medshard_protocol.state import State
 from storenode.ledger import wire
-from storenode.ledger.channel import Channels, PeerCaller
+from storenode.ledger.channel import PeerCaller
 from storenode.ledger.engine import open_engine
 from storenode.ledger.forwarding import Forwarding, Unreachable
 from storenode.ledger.fullhead import FullHeads
@@ -68,7 +68,6 @@ class Ledger:
         self.roster = roster
         self.journal = journal
         self.mirror = mirror
-        self.channels = Channels(self._take)
         self._node = node
         self._log_key = log_key
         self._call = call
@@ -184,10 +183,6 @@ class Ledger:
             deposed.cancel()
             self._takeover.heard_of(sequencer.heard_epoch)
             await sequencer.close()
-
-    async def hang_up(self) -> None:
-        """Close the connections on which the sequencer pushes, which never end by themselves. For a node that is about to stop."""
-        await self.channels.hang_up()
 
     def routes(self) -> list[web.RouteDef]:
         """The HTTP routes of the ledger."""
@@ -329,7 +324,8 @@ class Ledger:
     def _name(self, node: NodeId) -> str:
         return next((each.name for each in self.roster.nodes if each.id == node), node.hex())
 
-    async def _take(self, body: bytes, node: NodeId) -> tuple[int, bytes]:
+    async def take(self, body: bytes, node: NodeId) -> tuple[int, bytes]:
+        """Answer a sequencer's push with status and body. Raises what the mirror says against it."""
         try:
             push = Push.from_bytes(body)
             line = await self.mirror.take(push, node)

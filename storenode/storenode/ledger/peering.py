@@ -1,4 +1,4 @@
-"""What nodes ask each other about the log, by HTTP and on the mirror's channel. A route parses, awaits one call, returns.
+"""What nodes ask each other about the log. A route parses, awaits one call, returns.
 
 Who may: nodes of the roster and nobody else; what follows from it is decided in ``mirror`` and ``sequencer``.
 """
@@ -15,6 +15,7 @@ from medshard_protocol.messages import body_type
 from medshard_protocol.proofs import append_bytes_max
 from medshard_protocol.tiles import pack_bundle
 from storenode.callers import caller
+from storenode.identity import Peer
 from storenode.ledger import wire
 from storenode.ledger.fullhead import cosign_path, text_bytes_max
 from storenode.ledger.mirror import Fenced
@@ -33,7 +34,7 @@ class PeerRoutes:
     def table(self) -> list[web.RouteDef]:
         """All routes of this file."""
         return [
-            web.get(wire.path, self.mirror, allow_head=False),
+            web.post(wire.path, self.mirror),
             web.get(wire.ask_path, self.ask, allow_head=False),
             web.post(wire.promise_path, self.promise),
             web.post(wire.forward_path, self.forward),
@@ -42,9 +43,10 @@ class PeerRoutes:
             web.get(wire.entries_path, self.entries, allow_head=False),
         ]
 
-    async def mirror(self, request: web.Request) -> web.WebSocketResponse:
-        """Take a sequencer's pushes and answer each with this node's cosignature."""
-        return await self._ledger.channels.serve(request, _node(request))
+    async def mirror(self, request: web.Request) -> web.Response:
+        """Take a sequencer's push and answer with this node's cosignature."""
+        status, answer = await self._ledger.take(await read_body(request, wire.push_bytes_max), _node(request))
+        return web.Response(status=status, body=answer, content_type=body_type)
 
     async def ask(self, request: web.Request) -> web.Response:
         """Say how this node stands to the log."""
@@ -89,8 +91,12 @@ class PeerRoutes:
         return web.Response(body=pack_bundle(self._ledger.journal.entries(start, end)), content_type="application/octet-stream")
 
 
-def _node(request: web.Request) -> NodeId:
-    node = caller(request).node
-    if node is None:
+def node_of(peer: Peer) -> NodeId:
+    """Which node asks. Raises Refused for others."""
+    if peer.node is None:
         raise Refused("only nodes of the roster ask this")
-    return node
+    return peer.node
+
+
+def _node(request: web.Request) -> NodeId:
+    return node_of(caller(request))

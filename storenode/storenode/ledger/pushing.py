@@ -160,7 +160,8 @@ class Pushers:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        await asyncio.gather(*(peer.channel.close() for peer in self._peers))
+        for peer in self._peers:
+            peer.channel.drop()
 
     def push(self, round_: Round, spread: Spread) -> None:
         """Bring this checkpoint to the mirrors, in place of any earlier one."""

@@ -1,4 +1,4 @@
-"""What nodes say to each other about the log: pushes on the channel at /v1/ledger/mirror, and a few questions by HTTP.
+"""What nodes say to each other about the log: pushes to a mirror, and a few questions.
 
 Law: only nodes of the roster say these things, and each says them over TLS as itself. What is signed here is signed so that it can be
 shown to others: a promise that was asked for names the log, the epoch and the node, and means nothing elsewhere.
