@@ -26,13 +26,13 @@ from medshard.envelopes import seal_reason
 from medshard.ledger import LedgerClient
 from medshard.quorum import no_quorum, waiting_for_the_ledger
 from medshard.transport import Net, without_name
-from medshard_protocol.checkpoint import Note, cosigned_times
+from medshard_protocol.checkpoint import Note, cosigned_by
 from medshard_protocol.entries import Access, Entry, Purpose, access_files_max, entry_bytes_max, nonce_size
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
 from medshard_protocol.ids import FileId, Key, NodeId, file_id_size
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, not_yet, reason_in
-from medshard_protocol.roster import Node
+from medshard_protocol.roster import Node, Roster
 from medshard_protocol.sharing import (
     access_header,
     checkpoint_header,
@@ -149,6 +149,7 @@ class Pass:
         self._purpose = purpose
         self._held = list(tickets_held)
         self._packed: tuple[list[Ticket], bool, dict[str, str]] | None = None  # what was shown last, and for which tickets
+        self._cosigned: tuple[Ticket, Roster, list[NodeId]] | None = None  # who cosigned which, by which roster
         self._showing: dict[NodeId, asyncio.Task[bool]] = {}
         self._renewing: asyncio.Task[None] | None = None
 
@@ -166,16 +167,22 @@ class Pass:
         """What goes with a request to this node beside ``headers``, and saves it the checking of a quorum's signatures."""
         if not (self._is_fresh and self._held[-1].vouchers):
             return {}
-        newest = self._held[-1]
-        shown = pack_vouchers(for_reader(newest.vouchers, Note.from_bytes(newest.inclusion.checkpoint), self._net.roster, node))
+        shown = pack_vouchers(for_reader(self._held[-1].vouchers, self._cosigners(), self._net.roster, node))
         return {vouchers_header: shown} if shown else {}
 
     def is_known_to(self, node: NodeId) -> bool:
         """Whether this node has stored the newest entry: it cosigned it, or has had the time."""
         if not self._is_fresh:
             return True
-        note = Note.from_bytes(self._held[-1].inclusion.checkpoint)
-        return node in cosigned_times(note, self._net.roster)
+        return node in self._cosigners()
+
+    def _cosigners(self) -> list[NodeId]:
+        """Of the newest ticket's checkpoint, in the order of its lines."""
+        newest, roster, known = self._held[-1], self._net.roster, self._cosigned
+        if known is None or known[0] is not newest or known[1] is not roster:
+            note = Note.from_bytes(newest.inclusion.checkpoint)
+            known = self._cosigned = newest, roster, cosigned_by(note, roster)
+        return known[2]
 
     @property
     def _is_fresh(self) -> bool:

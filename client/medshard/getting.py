@@ -55,9 +55,10 @@ class Getter:
                     small.append(group)
                 else:
                     await self._restore_large(group, advance if progress else None)
-            for batch in _batches(small):
+            *batches, last = [*_batches(small)] or [[]]
+            for batch in batches:
                 await self._restore_small(batch, advance)
-            await asyncio.to_thread(publish, restores)
+            await self._restore_small(last, advance, restores)
         except BaseException:
             for restore in restores:
                 restore.abandon()
@@ -78,7 +79,10 @@ class Getter:
         for run in stripes_needed(manifest.layout, [restore.target for restore in group]):
             await Download(self._net, manifest, self.bad_cells.append).run(run, take)
 
-    async def _restore_small(self, groups: Sequence[Sequence[Restore]], advance: Callable[[int], None]) -> None:
+    async def _restore_small(
+        self, groups: Sequence[Sequence[Restore]], advance: Callable[[int], None], finished: Sequence[Restore] = ()
+    ) -> None:
+        """Fill these, and publish what is ``finished`` then: in one thread, as going there and back takes longer than a small file does."""
         manifests = [group[0].target.manifest for group in groups]
         shards = await SmallReads(self._net, manifests, self.bad_cells.append).fetch()
 
@@ -86,6 +90,7 @@ class Getter:
             for group in groups:
                 target = group[0].target
                 _pour_small(target, shards[target.manifest.file_id], sorted(group, key=lambda r: r.target.offset))
+            publish(finished)
 
         await asyncio.to_thread(pour_all)
         advance(sum(restore.target.size for group in groups for restore in group))

@@ -34,7 +34,8 @@ class Head:
 def request_head(method: str, host: str, path: str, headers: Mapping[str, str]) -> bytes:
     """What precedes a request's body. Raises ValueError for what would break the lines."""
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *(f"{name}: {value}" for name, value in headers.items())]
-    if any(not line.isprintable() or not line.isascii() for line in lines):
+    every = "".join(lines)
+    if not (every.isprintable() and every.isascii()):
         raise ValueError("a request's lines are printable ASCII")
     return "\r\n".join(lines).encode("ascii") + _end
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -49,8 +50,7 @@ class Place:
     @property
     def host(self) -> tuple[str, int]:
         """Host and port."""
-        url = urlsplit(self.node.url)
-        return url.hostname or "", url.port or 443
+        return _host(self.node.url)
 
 
 class Line:
@@ -124,6 +124,7 @@ class Line:
         """Read an answer's head."""
         data = bytearray()
         room = memoryview(bytearray(head_bytes_max))
+        yield from self.heard()
         while (found := split_head(data)) is None:
             # Each read is bounded, and split_head gives up on a head that has no end.
             if got := self._decrypt(room):
@@ -268,6 +269,12 @@ class Lines:
             self._idle.clear()
         for line in idle:
             line.close()
+
+
+@lru_cache(maxsize=1024)
+def _host(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or 443
 
 
 def _key(place: Place) -> tuple[bytes, str, int]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from medshard.envelopes import open_grant
@@ -149,13 +150,8 @@ class Lookup:
 
     def _kept(self, file_id: FileId) -> tuple[Manifest, Inclusion] | None:
         data = self._index.manifest(file_id)
-        if data is None:
-            return None
         try:
-            f = canonical.Fields(
-                canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest"
-            )
-            return Manifest.from_bytes(f.bytes(most=manifest_bytes_max)), Inclusion.from_value(f.list(most=8))
+            return None if data is None else _unpacked(data)
         except MedshardError:
             return None
 
@@ -295,3 +291,10 @@ class Lookup:
         if failures:
             hint = f"{len(failures)} of {nodes} nodes did not answer ({'; '.join(failures[:4])}); try again when they are back, or {hint}"
         return Absent(f"this vault holds no file with SHA-256 {wanted.hex()}", hint=hint)
+
+
+@lru_cache(maxsize=4)  # whoever reads a file often, or many ranges of it, has it at hand
+def _unpacked(data: bytes) -> tuple[Manifest, Inclusion]:
+    """What ``remember`` packed. Raises Malformed."""
+    f = canonical.Fields(canonical.decode(data, bytes_max=cached_bytes_max, what="cached manifest"), count=2, what="cached manifest")
+    return Manifest.from_bytes(f.bytes(most=manifest_bytes_max)), Inclusion.from_value(f.list(most=8))

@@ -40,6 +40,30 @@ def decode(data: bytes | bytearray | memoryview, *, bytes_max: int, what: str) -
     return value
 
 
+def decode_blobs(data: bytes, *, bytes_max: int, what: str) -> tuple[int, list[bytes | None]]:
+    """Decode ``[number, [bytes or nil, …]]`` with a number below 128, as ``decode`` would, without building it again. Raises Malformed."""
+    if len(data) > bytes_max:
+        raise Malformed(f"{what}: {len(data)} bytes, more than the {bytes_max} allowed")
+    try:
+        value = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException, msgpack.StackError) as error:
+        raise Malformed(f"{what}: not canonical msgpack ({error})") from None
+    match value:
+        case [int(number), list(blobs)] if type(number) is int and 0 <= number < 128:
+            pass
+        case _:
+            raise Malformed(f"{what}: expected a number and an array of bytes")
+    # Only these kinds are here, and each has one shortest form, which is the canonical one: all is in it if nothing is longer.
+    size = 3 if len(blobs) < 16 else 5 if len(blobs) < 1 << 16 else 7
+    for blob in blobs:
+        if blob is not None and type(blob) is not bytes:
+            raise Malformed(f"{what}: expected bytes")
+        size += 1 if blob is None else len(blob) + (2 if len(blob) < 1 << 8 else 3 if len(blob) < 1 << 16 else 5)
+    if size != len(data):
+        raise Malformed(f"{what}: not in canonical form")
+    return number, blobs
+
+
 def _check(value: object, depth: int) -> None:
     kind = type(value)
     if kind in _plain:

@@ -306,6 +306,11 @@ def cosigner_lines(note: Note, roster: Roster) -> list[tuple[NodeId, Verifier, S
     return [(*who, line) for who, line in found if who is not None]
 
 
+def cosigned_by(note: Note, roster: Roster) -> list[NodeId]:
+    """Whose these lines say to be."""
+    return [node for node, _, _ in cosigner_lines(note, roster)]
+
+
 def cosigned_times(note: Note, roster: Roster) -> dict[NodeId, int]:
     """When a roster's nodes cosigned a note that was checked before, as its Ed25519 lines say."""
     return {node: line.time for node, _, line in cosigner_lines(note, roster)}

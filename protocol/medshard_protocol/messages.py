@@ -145,8 +145,8 @@ def pack_shards(shards: Sequence[bytes | None]) -> bytes:
 
 def unpack_shards(data: bytes, count: int) -> list[bytes | None]:
     """Parse the answer to POST /v1/read."""
-    shards = _open(data, 2, "shards", bundle_bytes_max * 2).list(most=bundle_items_max)
-    if len(shards) != count or not all(shard is None or isinstance(shard, bytes) for shard in shards):
+    number, shards = canonical.decode_blobs(data, bytes_max=bundle_bytes_max * 2, what="shards")
+    if number != version or len(shards) != count:
         raise Malformed("shards: not what was asked for")
     return shards
 

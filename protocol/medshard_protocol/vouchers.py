@@ -92,14 +92,14 @@ class Voucher:
         return blake3(secret, derive_key_context=_context).digest()
 
 
-def for_reader(rows: Mapping[NodeId, bytes], note: Note, roster: Roster, reader: NodeId) -> list[bytes]:
-    """Of all that the cosigners of ``note`` gave, what is for one node: a voucher for each of their lines, in order; empty for none."""
+def for_reader(rows: Mapping[NodeId, bytes], cosigners: Sequence[NodeId], roster: Roster, reader: NodeId) -> list[bytes]:
+    """Of all that the ``cosigners`` of a note gave, in the order of its lines, what is for one node: a voucher for each; empty for none."""
     place = next((number for number, node in enumerate(roster.nodes) if node.id == reader), None)
     size = len(roster.nodes) * voucher_size
     if place is None or not any(len(row) == size for row in rows.values()):
         return []
     at = place * voucher_size
-    given = (rows.get(node, b"") for node, _, _ in cosigner_lines(note, roster))
+    given = [rows.get(node, b"") for node in cosigners]
     return [row[at : at + voucher_size] if len(row) == size else nothing for row in given]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medshard_protocol import canonical
-from medshard_protocol.canonical import Fields, nesting_max
+from medshard_protocol.canonical import Fields, decode_blobs, encode, nesting_max
 from medshard_protocol.errors import Malformed
 
 vectors = json.loads((Path(__file__).parents[1] / "vectors" / "encoding.json").read_text())
@@ -126,3 +126,36 @@ def test_a_field_of_another_kind_or_size_is_malformed(value: Any, take: Any) -> 
 def test_fields_come_in_order() -> None:
     f = Fields([7, b"abc", "text", [1]], count=4, what="thing")
     assert (f.uint(most=7, least=7), f.bytes(exactly=3, most=3), f.text(most=4), f.list(most=1)) == (7, b"abc", "text", [1])
+
+
+def _counted(count: int, forms: list[tuple[int, int, int]], draw: st.DataObject) -> bytes:
+    """A head of msgpack in any form that has room: first byte, bytes of the count, which it says itself if there are none."""
+    fitting = [form for form in forms if count < (1 << 8 * form[1] if form[1] else form[2])]
+    first, width, _ = draw.draw(st.sampled_from(fitting))
+    return bytes([first]) + count.to_bytes(width, "big") if width else bytes([first | count])
+
+
+@given(st.data())
+def test_blobs_are_taken_in_canonical_form_alone(draw: st.DataObject) -> None:
+    blobs = draw.draw(st.lists(st.none() | st.sampled_from([b"", b"x", bytes(255), bytes(256), bytes(65_535), bytes(65_536)]), max_size=17))
+    arrays, bins = [(0x90, 0, 16), (0xDC, 2, 0), (0xDD, 4, 0)], [(0xC4, 1, 0), (0xC5, 2, 0), (0xC6, 4, 0)]
+    number = draw.draw(st.sampled_from([b"\x01", b"\xcc\x01", b"\xd0\x01", b"\xc3", b"\xff"]))
+    data = _counted(2, arrays, draw) + number + _counted(len(blobs), arrays, draw)
+    data += b"".join(b"\xc0" if blob is None else _counted(len(blob), bins, draw) + blob for blob in blobs)
+    try:
+        expected = canonical.decode(data, bytes_max=2_000_000, what="blobs")
+    except Malformed:
+        expected = None
+    if expected is None or expected[0] is True or expected[0] < 0:
+        with pytest.raises(Malformed):
+            decode_blobs(data, bytes_max=2_000_000, what="blobs")
+    else:
+        assert decode_blobs(data, bytes_max=2_000_000, what="blobs") == (expected[0], expected[1])
+
+
+@pytest.mark.parametrize("value", [[1], [1, [b""], 2], [1, ["text"]], [1, [3]], [1, [[b""]]], [b"", []], 7, [128, []]])
+def test_what_is_no_list_of_blobs_is_malformed(value: Any) -> None:
+    with pytest.raises(Malformed):
+        decode_blobs(encode(value), bytes_max=1000, what="blobs")
+    with pytest.raises(Malformed, match="more than"):
+        decode_blobs(encode([1, []]), bytes_max=2, what="blobs")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medshard_protocol.checkpoint import Note, Signature, cosigner_lines
+from medshard_protocol.checkpoint import Note, Signature, cosigned_by, cosigner_lines
 from medshard_protocol.errors import Malformed
 from medshard_protocol.ids import NodeId
 from medshard_protocol.vouchers import Voucher, for_reader, header_chars_max, nodes_max, pack_vouchers, unpack_vouchers, voucher_size
@@ -34,7 +34,7 @@ class Four:
         return Voucher(key.private_bytes_raw(), key.public_key().public_bytes_raw())
 
     def shown_to(self, number: int) -> list[bytes]:
-        return for_reader(self.rows, self.note, self.roster, self.roster.nodes[number].id)
+        return for_reader(self.rows, cosigned_by(self.note, self.roster), self.roster, self.roster.nodes[number].id)
 
     def who(self, number: int, vouchers: list[bytes], note: Note | None = None) -> list[int]:
         return sorted(map(self.number, self.of(self.roster.nodes[number].id).who(self.roster, note or self.note, vouchers)))
@@ -87,8 +87,8 @@ def test_a_row_of_another_rosters_length_is_no_voucher(four: Four) -> None:
     first = four.roster.nodes[0].id
     four.rows[first] = four.rows[first][:-voucher_size]
     assert four.who(3, four.shown_to(3)) == [1, 2]
-    assert for_reader({first: b""}, four.note, four.roster, four.roster.nodes[3].id) == []
-    assert for_reader(four.rows, four.note, four.roster, NodeId(bytes(16))) == []
+    assert for_reader({first: b""}, [first], four.roster, four.roster.nodes[3].id) == []
+    assert for_reader(four.rows, list(four.rows), four.roster, NodeId(bytes(16))) == []
 
 
 def test_a_cosigner_key_of_small_order_is_vouched_to_by_nobody(four: Four) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from medshard_protocol import checkpoint as checkpoints
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Checkpoint, Note, cosigner_lines, cosigner_verifier, log_verifier
+from medshard_protocol.checkpoint import Checkpoint, Note, cosigned_by, cosigner_lines, cosigner_verifier, log_verifier
 from medshard_protocol.entries import Access, Enrol, Entry, Erase, Genesis, Grant, Register, Revoke, Withdraw
 from medshard_protocol.errors import Malformed, Refused, Unavailable
 from medshard_protocol.identity import public_key
@@ -356,7 +356,7 @@ def vouched(mirror, note, voices=(0, 1), reader=2):
         for number, (node, _, line) in enumerate(cosigner_lines(opened, c.roster))
         if number in voices
     }
-    told = for_reader(rows, opened, c.roster, c.roster.nodes[reader].id)
+    told = for_reader(rows, cosigned_by(opened, c.roster), c.roster, c.roster.nodes[reader].id)
     return shown(note) | ({vouchers_header: pack_vouchers(told)} if told else {})
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from medshard_protocol import merkle
-from medshard_protocol.checkpoint import Note, cosigners, open_published
+from medshard_protocol.checkpoint import Note, cosigned_by, cosigners, open_published
 from medshard_protocol.entries import Access, Enrol, Entry, Genesis, Register
 from medshard_protocol.errors import Conflict, Full, Malformed, Refused, Unavailable
 from medshard_protocol.identity import public_key
@@ -91,7 +91,7 @@ async def test_who_hands_an_entry_in_gets_what_a_quorum_vouches_for_to_each_node
     (inclusion,), rows = unpack_appended(answer, [entry.to_bytes()])
     note = Note.from_bytes(inclusion.checkpoint)
     for number, node in enumerate(net.roster.nodes):
-        told = for_reader(rows, note, net.roster, node.id)
+        told = for_reader(rows, cosigned_by(note, net.roster), net.roster, node.id)
         assert net.roster.has_quorum(net.ledgers[number].mirror.voucher.who(net.roster, note, told))
 
 
