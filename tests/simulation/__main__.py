@@ -25,7 +25,7 @@ from tests.simulation import mutants, warming
 from tests.simulation import run as runs
 from tests.simulation import world as _first
 
-hangs_after_s = 60  # of processor
+hangs_after_s = 30  # of processor; a seed takes 3 at most
 stands_after_s = 1800  # of time
 unfit = 9
 _spent: list[Path] = []  # folders to be removed
@@ -50,7 +50,7 @@ def one(seed: int, mutant: str, bench: Bench) -> Callable[[], dict[str, Any]]:
         os.close(reading)
         gc.disable()
         for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, _hangs)
+            signal.signal(number, _hangs(seed, writing))
         signal.setitimer(signal.ITIMER_PROF, hangs_after_s)  # and not of time, of which a busy machine takes any amount
         signal.alarm(stands_after_s)
         begun = bench.begun if not mutant and runs.size_of(seed) == bench.begun.size else None  # a bug may be one of the beginning
@@ -91,9 +91,15 @@ def one(seed: int, mutant: str, bench: Bench) -> Callable[[], dict[str, Any]]:
     return ended
 
 
-def _hangs(number: int, frame: Any) -> None:
-    traceback.print_stack(frame)
-    os._exit(3)
+def _hangs(seed: int, writing: int) -> Callable[[int, Any], None]:
+    """Tell where a seed goes round for ever, and end it; what was thrown into it might be caught."""
+
+    def tell(number: int, frame: Any) -> None:
+        told = {"seed": seed, "broken": "".join(traceback.format_stack(frame))[-700:] + "goes round for ever", "trace": 0}
+        os.write(writing, json.dumps(told).encode())
+        os._exit(0)
+
+    return tell
 
 
 def main() -> int:

@@ -216,6 +216,14 @@ def loses(host: Host, file_id: FileId) -> None:
     database.close()
 
 
+def spoils_manifest(host: Host, file_id: FileId) -> None:
+    """Its disk changes this file's manifest, if it has one, and leaves the shard."""
+    with disk.real.connect(host.disk.folder / "data" / "store.sqlite") as database:
+        for (value,) in database.execute("SELECT bytes FROM manifests WHERE file_id = ?", (file_id,)).fetchall():
+            database.execute("UPDATE manifests SET bytes = ? WHERE file_id = ?", (value[:-1] + bytes([value[-1] ^ 1]), file_id))
+    database.close()
+
+
 def _spoil(host: Host, rng: Random) -> None:
     data = host.disk.folder / "data"
     for path in sorted(data.glob("shards/??/*")):

@@ -388,8 +388,7 @@ class Run:
         reads = [(reader, self.files[sha256]) for reader, sha256 in self.reads]
         checks.check_traces(max(honest, key=checks.published), reads, set(self._file_ids()))
         self.witness.check(byzantine)
-        if self.world.loop.failures:
-            self.result.told += self.world.loop.failures[:3]
+        self.result.told += self.world.loop.failures[:3]
 
     async def _audit_all(self) -> None:
         if self.auditing is not None and not self.calm:
@@ -427,7 +426,7 @@ class Run:
         await self._repair_those_told()
 
     async def _repair_beside_a_liar(self) -> None:
-        """A disk loses a shard, and one of those that may help to make it again adds something else: it is made again all the same."""
+        """A disk loses a shard or changes a manifest, and one of those that may help adds something else: it is made again all the same."""
         if not self.files or self.rng.random() > 0.35:
             return
         liars = [host for host in self.harm.lies if host not in self.harm.reformed]
@@ -436,8 +435,9 @@ class Run:
             lying.spoils_sums(liars[0], self.rng)
         file_id = self.rng.choice(self._file_ids())
         loser = self.rng.choice([host for host in self.cluster.nodes if host not in liars])
-        faults.loses(loser, file_id)
-        self.result.told.append(f"{loser} loses a shard beside {liars}")
+        harm = faults.spoils_manifest if file_id[0] % 3 == 0 else faults.loses
+        harm(loser, file_id)
+        self.result.told.append(f"{loser} {harm.__name__} beside {liars}")
         await self._repair_those_told()
 
     async def _repair_those_told(self) -> None:
