@@ -85,9 +85,9 @@ def test_a_wrong_share_is_found_and_the_rest_still_give_the_key() -> None:
     assert combine([liars[0], *shares[:2]], keys.public) == (None, shares[:2])
     changed = replace(shares[0], commitments=tuple(os.urandom(32) for _ in range(5)))
     assert combine([changed, shares[1], shares[2]], keys.public) == (keys.root, [changed, shares[1], shares[2]])
-    other = replace(changed, number=5)  # with commitments of its own, and yet on no polynomial of theirs
-    twice = replace(changed, data=os.urandom(32))
-    assert combine([other, changed, twice, shares[1], shares[2]], keys.public) == (keys.root, [changed, shares[1], shares[2]])
+    liars = [replace(shares[3], number=number, data=os.urandom(32)) for number in (4, 5)]
+    scattered = [replace(each, commitments=tuple(os.urandom(32) for _ in range(5))) for each in (*liars, *shares[:4])]
+    assert combine(scattered, keys.public) == (keys.root, scattered[2:]), "they lie on one polynomial, whatever they say of each other"
 
 
 @pytest.mark.parametrize(("threshold", "count"), [(1, 5), (0, 0), (6, 5), (3, 33)])
