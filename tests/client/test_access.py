@@ -15,7 +15,7 @@ from medshard.ledger import LedgerClient
 from medshard.transport import Net
 from medshard_protocol.entries import Access, Entry, Purpose, entry_bytes_max
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
-from medshard_protocol.ids import FileId
+from medshard_protocol.ids import FileId, Key
 from medshard_protocol.proofs import Inclusion
 from medshard_protocol.rights import Reason, Refusal
 from medshard_protocol.sharing import (
@@ -272,11 +272,14 @@ async def test_after_a_read_that_was_refused_the_next_one_is_announced_anew(worl
     assert [unpack_tickets(header[access_header]) for header in holders.headers] == [(0,), (1,)]
 
 
-async def test_without_a_quorum_a_marked_identity_reads_by_a_signed_reason_that_is_kept_first(world: World) -> None:
+@pytest.mark.parametrize("former", [[], [b"\x00" * 32], [b"\xff" * 32]])
+async def test_without_a_quorum_a_marked_identity_reads_by_a_signed_reason_that_is_kept_first(world: World, former: list[bytes]) -> None:
+    """Also one that is marked by a key that it had before, and one that was marked since."""
     kept: list[Entry] = []
     holders = Holders(Reason.WITHIN_REACH, None)
     world.down = Unavailable("no quorum")
-    assert not await reader(world, kept).read(files(2), 0, "fire", holders)
+    reads = Reader(world.net, world.ledger, [keys.public, *map(Key, former)], kept.append)
+    assert not await reads.read(files(2), 0, "fire", holders)
     assert [header.keys() for header in holders.headers] == [{emergency_header}] * 2
     entry = unpack_emergency(holders.headers[1][emergency_header])
     assert set(kept) == {entry}  # one entry, however often it was shown

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pydicom
 import pytest
@@ -73,6 +74,14 @@ async def test_a_request_gives_no_right_and_an_approval_the_one_that_was_asked_f
     with monkeypatch.context() as late:
         late.setattr(consent, "request_s", -1)
         with pytest.raises(Conflict, match="can be approved for"):
+            await Consents(owner).approve(sent)
+    with monkeypatch.context() as early:  # made in two days, as its asker says: to be approved for longer
+        early.setattr(consent, "time", SimpleNamespace(time=lambda: time.time() - 2 * 86_400, gmtime=time.gmtime, strftime=time.strftime))
+        with pytest.raises(Conflict, match="can be approved for"):
+            await Consents(owner).approve(sent)
+    with monkeypatch.context() as few:
+        few.setattr(consent, "hashes_max", 0)
+        with pytest.raises(Malformed, match="1 files meet the request"):
             await Consents(owner).approve(sent)
     (granted,) = await Consents(owner).approve(sent)
     assert (granted.sha256, granted.until, granted.purpose) == (wanted, until, "research")

@@ -305,6 +305,30 @@ async def by_hand(trial: LocalConsortium, body: Hold | Release) -> None:
     await asyncio.to_thread(office.append, entry)
 
 
+async def late_hold(two_keepers: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that holds a file of its own is no second person of another's proposal that has expired."""
+    async with Vault.open(two_keepers[0], passphrase) as alice, Vault.open(two_keepers[1], passphrase) as bob:
+        (digest,) = await put(alice, tmp_path / "own", 3_000)
+        (file_id,) = [each.file_id for each in await alice.custody.standing([digest])]
+        (old,) = await bob.keepers.propose(Type.HOLD, [file_id])
+
+        async def open_now(*entries: int) -> bool:
+            return [each.index for each in await alice.keepers.open() if each.file_id == file_id] == list(entries)
+
+        async with asyncio.timeout(30):
+            while not await open_now(old.index):
+                await asyncio.sleep(0.1)
+        with monkeypatch.context() as late:
+            late.setattr(keepers, "proposal_s", -1)
+            (kept,) = await alice.custody.hold([digest])
+        assert kept.holds == ()
+        async with asyncio.timeout(30):
+            while not (await open_now(kept.waiting) and kept.waiting > old.index):
+                await asyncio.sleep(0.1)
+                (kept,) = await alice.custody.standing([digest])
+        await bob.keepers.refuse([kept.waiting])
+
+
 def test_with_keepers_one_person_alone_holds_and_releases_nothing(
     trial: LocalConsortium,
     two_keepers: tuple[Path, Path],
@@ -388,3 +412,4 @@ def test_with_keepers_one_person_alone_holds_and_releases_nothing(
     assert main(["--home", bob, "proposals", "approve", str(entries[0])]) == Exit.OK
     settled(proposed=[], held=0)
     asyncio.run(destroy())
+    asyncio.run(late_hold(two_keepers, tmp_path, monkeypatch))

@@ -12,7 +12,7 @@ import pytest
 from medshard_protocol import checkpoint as checkpoints
 from medshard_protocol import merkle
 from medshard_protocol.checkpoint import Checkpoint, Note, cosigned_by, cosigner_lines, cosigner_verifier, log_verifier
-from medshard_protocol.entries import Access, Enrol, Entry, Erase, Genesis, Grant, Register, Revoke, Withdraw
+from medshard_protocol.entries import Access, Enrol, Entry, Erase, Genesis, Grant, Register, Revoke, Rotate, Withdraw, rotation_signed
 from medshard_protocol.errors import Malformed, Refused, Unavailable
 from medshard_protocol.identity import public_key
 from medshard_protocol.merkle import sha256
@@ -545,6 +545,16 @@ async def test_an_old_checkpoint_heard_again_does_not_end_an_emergency(mirror):
     mirror.gate._fresh_at -= 11
     mirror.journal.hear(old)
     await in_emergency(mirror, emergency(mirror))
+
+
+async def test_a_marked_identity_with_a_new_key_still_reads_in_an_emergency(mirror):
+    pair = [mirror.c.key(who) for who in ("doctor", "doctor's new")]
+    said = rotation_signed(mirror.c.roster.origin, *map(public_key, pair))
+    await mirror.say("ca 1", Rotate(*map(public_key, pair), *(key.sign(said) for key in pair), nonce))
+    assert mirror.journal.published
+    mirror.gate._fresh_at -= module.out_of_reach_s + 1
+    await in_emergency(mirror, emergency(mirror, "doctor's new"), "doctor's new")
+    await refused_in_emergency(mirror, Reason.NO_EMERGENCY, emergency(mirror, "reader"), "reader")
 
 
 async def test_only_an_emergency_identity_with_a_reason_of_its_own_is_served(out_of_reach):
