@@ -126,7 +126,8 @@ plant("behind-is-no-reason", "a mirror that is shown another end of the log take
 plant("no-refill", "who takes over does not take up what others have", (
     "storenode.ledger.takeover:Takeover.attempt", "await self._refill(reports, published)", "pass"))  # fmt: skip
 plant("one-promise-is-enough", "who takes over asks no quorum", (
-    "storenode.ledger.takeover:Takeover._promises", "enough = self._roster.has_quorum([self._node, *reports])", "enough = True"))  # fmt: skip
+    "storenode.ledger.takeover:Takeover._promises", "enough = self._roster.has_quorum([self._node, *reports])", "enough = True"), (
+    "storenode.ledger.takeover:Takeover._finds_quorum", "return self._roster.has_quorum(", "return True or self._roster.has_quorum("))  # fmt: skip
 plant("epochs-begin-anew", "who takes over counts its epochs from one", (
     "storenode.ledger.takeover:Takeover.attempt", "epoch = max(self._mirror.epoch, self._seen) + 1", "epoch = 1"))  # fmt: skip
 plant("published-by-two", "a sequencer publishes what two have cosigned", (
