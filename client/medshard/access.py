@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import aiohttp
 
@@ -59,6 +59,16 @@ tries_max: Final = 2  # how often one request is asked again
 Work: TypeAlias = Callable[[Net, frozenset[FileId]], Awaitable[None]]  # reads these files over this net
 
 
+class Early(Protocol):
+    """Reading that begins before the ledger's proof is verified, and whose fruits nobody sees until it is."""
+
+    def begin(self, net: Net) -> None:
+        """The ledger says that it has the entry; holders are asked over this net."""
+
+    async def end(self) -> None:
+        """Stop, if it has not ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """One announced read."""
@@ -77,15 +87,15 @@ class Tickets:
         self._held: dict[tuple[FileId, int], Ticket] = {}
         self._unsent: dict[tuple[tuple[FileId, ...], int], Entry] = {}  # signed, and perhaps on their way: tried again, not made again
 
-    async def announce(self, file_ids: Sequence[FileId], purpose: int) -> list[Pass]:
+    async def announce(self, file_ids: Sequence[FileId], purpose: int, early: Early | None = None) -> list[Pass]:
         """Announce a read of these files, in as few entries as can be; a pass for each ``pass_files_max`` of them, in order.
 
-        Raises Refused with the ledger's reason, or Unavailable saying what is down.
+        ``early`` is begun if all of them go into one new entry. Raises Refused with the ledger's reason, Unavailable saying what is down.
         """
         distinct = list(dict.fromkeys(file_ids))
         parts = [distinct[at : at + pass_files_max] for at in range(0, len(distinct), pass_files_max)]
         fresh = [file_id for file_id in distinct if not self.holds(file_id, purpose)]
-        await self._append(fresh, purpose)
+        await self._append(fresh, purpose, early if len(fresh) == len(distinct) else None)
         if any(len(self.held(part, purpose)) > tickets_max for part in parts):  # many small reads before this large one
             await self._append(distinct, purpose)
         kept = frozenset(distinct) - frozenset(fresh)
@@ -112,7 +122,7 @@ class Tickets:
         ticket = self._held.get((file_id, purpose))
         return ticket is not None and ticket.until > time.monotonic()
 
-    async def _append(self, file_ids: Sequence[FileId], purpose: int) -> None:
+    async def _append(self, file_ids: Sequence[FileId], purpose: int, early: Early | None = None) -> None:
         if not file_ids:
             return
         now = time.monotonic()
@@ -121,7 +131,13 @@ class Tickets:
             if (group, purpose) not in self._unsent:
                 self._unsent[group, purpose] = self._ledger.sign(Access(group, purpose, b"", os.urandom(nonce_size)))
         entries = [self._unsent[group, purpose] for group in groups]
-        inclusions = await waiting_for_the_ledger(self._net, self._ledger.append_signed(entries))
+
+        def answered(inclusions: Sequence[Inclusion], vouchers: Mapping[NodeId, bytes]) -> None:
+            if early is not None and len(groups) == 1:
+                ticket = Ticket(inclusions[0], now + ticket_s, vouchers)
+                early.begin(Admitted(self._net, Pass(self, self._net, frozenset(file_ids), purpose, [ticket])))
+
+        inclusions = await waiting_for_the_ledger(self._net, self._ledger.append_signed(entries, answered))
         self._held = {known: ticket for known, ticket in self._held.items() if ticket.until > now}
         for group, inclusion in zip(groups, inclusions, strict=True):
             self._unsent.pop((group, purpose), None)
@@ -328,20 +344,25 @@ class Reader:
         self._keep = keep
         self.tickets = Tickets(net, ledger)
 
-    async def read(self, file_ids: Sequence[FileId], purpose: int, reason: str | None, work: Work) -> bool:
+    async def read(self, file_ids: Sequence[FileId], purpose: int, reason: str | None, work: Work, early: Early | None = None) -> bool:
         """Do ``work`` on these files, part by part; whether it is on the ledger. ``reason`` is given for the case that it cannot be.
 
-        Raises Refused in the ledger's or the holders' words, Unavailable saying what is down, and what ``work`` raises.
+        ``early`` is begun where it can be, and has ended when this returns. Raises Refused in the ledger's or the holders' words,
+        Unavailable saying what is down, and what ``work`` raises.
         """
         try:
-            passes = await self.tickets.announce(file_ids, purpose)
-        except Unavailable as error:
-            if reason is None:
-                raise self._hopeless(error) from None
-            return await self._read_in_emergency(file_ids, purpose, reason, work)
-        for shown in passes:
-            await self._under(shown, work)
-        return True
+            try:
+                passes = await self.tickets.announce(file_ids, purpose, early)
+            except Unavailable as error:
+                if reason is None:
+                    raise self._hopeless(error) from None
+                return await self._read_in_emergency(file_ids, purpose, reason, work)
+            for shown in passes:
+                await self._under(shown, work)
+            return True
+        finally:
+            if early is not None:
+                await early.end()
 
     async def _read_in_emergency(self, file_ids: Sequence[FileId], purpose: int, reason: str, work: Work) -> bool:
         """As long as holders say that the ledger is within reach, both ways are tried in turn."""

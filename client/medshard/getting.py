@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from medshard.model import Progress
 from medshard.restoring import Restore, Target, pour, publish, stripes_needed
 from medshard.smallfiles import SmallReads, object_bytes_max
 from medshard.transport import Net
+from medshard_protocol.errors import MedshardError
 from medshard_protocol.ids import FileId
 from medshard_protocol.manifest import Manifest
 from medshard_protocol.shards import split
@@ -27,12 +28,60 @@ batch_bytes_max: Final = 8 * 1024 * 1024
 OnProgress = Callable[[Progress], None]
 
 
+class Early:
+    """Asks for small files as soon as the ledger has answered, while its proof is still verified: that takes one core, holders the other.
+
+    Nothing that comes is used before the proof holds, which is what ``take`` is called for. What goes wrong here is not told: the
+    files are asked for again, as if this had not been.
+    """
+
+    def __init__(self, manifests: Iterable[Manifest]) -> None:
+        self._manifests = {manifest.file_id: manifest for manifest in manifests}
+        self._reading: asyncio.Task[dict[FileId, dict[int, bytes]]] | None = None
+        self.bad_cells: list[BadCell] = []
+
+    def begin(self, net: Net) -> None:
+        """Ask, if all of them are small; once."""
+        manifests = list(self._manifests.values())
+        if (
+            self._reading is None
+            and all(map(_is_small, manifests))
+            and sum(each.layout.sealed_size for each in manifests) <= batch_bytes_max
+        ):
+            self._reading = asyncio.create_task(SmallReads(net, manifests, self.bad_cells.append).fetch())
+
+    async def take(self, manifests: Collection[Manifest]) -> dict[FileId, dict[int, bytes]] | None:
+        """The shards that came of these very files; None if they did not."""
+        reading, self._reading = self._reading, None
+        if reading is None or {manifest.file_id for manifest in manifests} != set(self._manifests):
+            await _ended(reading)
+            return None
+        try:
+            return await reading
+        except MedshardError:
+            return None
+        finally:
+            await _ended(reading)
+
+    async def end(self) -> None:
+        """Nobody wants them any more."""
+        reading, self._reading = self._reading, None
+        await _ended(reading)
+
+
+async def _ended(task: asyncio.Task[dict[FileId, dict[int, bytes]]] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 class Getter:
     """Restores of one vault over one set of connections."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: Net, early: Early | None = None) -> None:
         self._net = net
-        self.bad_cells: list[BadCell] = []
+        self._early = early
+        self.bad_cells: list[BadCell] = [] if early is None else early.bad_cells
 
     async def restore(self, restores: Sequence[Restore], progress: OnProgress | None = None) -> None:
         """Fill and finish every restore. On an error what is not finished leaves no trace."""
@@ -84,7 +133,9 @@ class Getter:
     ) -> None:
         """Fill these, and publish what is ``finished`` then: in one thread, as going there and back takes longer than a small file does."""
         manifests = [group[0].target.manifest for group in groups]
-        shards = await SmallReads(self._net, manifests, self.bad_cells.append).fetch()
+        shards = None if self._early is None else await self._early.take(manifests)
+        if shards is None:
+            shards = await SmallReads(self._net, manifests, self.bad_cells.append).fetch()
 
         def pour_all() -> None:
             for group in groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from medshard.keys import VaultKeys
@@ -27,6 +27,9 @@ nodes_asked_max: Final = 4  # each of them finds whoever orders entries by now
 follow_pauses_s: Final = (0.0, 0.3, 0.6)  # a node that lies about a quorum costs this long
 entries_max: Final = 256  # in one request
 seen_max: Final = 512  # notes of some 3 KB each
+turns_for_others: Final = 2  # what was begun asks in the first, and its tasks send in the second
+
+Answered = Callable[[Sequence[Inclusion], Mapping[NodeId, bytes]], None]
 
 
 class LedgerClient:
@@ -56,13 +59,14 @@ class LedgerClient:
         """Sign these and put them on the ledger; the proofs, verified. Raises what the ledger says against them, or Unavailable."""
         return await self._append(bodies)
 
-    async def append_signed(self, entries: Sequence[Entry]) -> list[Inclusion]:
+    async def append_signed(self, entries: Sequence[Entry], answered: Answered | None = None) -> list[Inclusion]:
         """Put entries of this vault on the ledger that were signed before; those that are there already stay where they are.
 
+        ``answered`` is told of proofs that are not verified yet, for what can begin meanwhile, and of the vouchers that came with them.
         If the log has ended and another goes on from it, they are signed anew for that one: what was taken is in the inclusions.
         """
         try:
-            return await self._submit_all([entry.to_bytes() for entry in entries])
+            return await self._submit_all([entry.to_bytes() for entry in entries], answered)
         except Refused:
             await self._net.follow()
             if not self._signed_before(entries):
@@ -113,14 +117,14 @@ class LedgerClient:
     async def _append(self, bodies: Sequence[Body]) -> list[Inclusion]:
         return await self.append_signed([self.sign(body) for body in bodies])
 
-    async def _submit_all(self, entries: list[bytes]) -> list[Inclusion]:
+    async def _submit_all(self, entries: list[bytes], answered: Answered | None = None) -> list[Inclusion]:
         proofs: list[Inclusion] = []
         for at in range(0, len(entries), entries_max):
-            proofs += await self._submit(entries[at : at + entries_max])
+            proofs += await self._submit(entries[at : at + entries_max], answered)
             self.reached = max(self.reached, self.published(proofs[-1].checkpoint).size)
         return proofs
 
-    async def _submit(self, entries: list[bytes]) -> list[Inclusion]:
+    async def _submit(self, entries: list[bytes], answered: Answered | None) -> list[Inclusion]:
         """Hand entries in at one node, and at another one as well when that takes long: an entry handed in twice stands in the log once."""
         body, failures = pack_append(entries), list[str]()
         nodes = iter(self._by_preference()[:nodes_asked_max])
@@ -139,7 +143,7 @@ class LedgerClient:
                 for task in done:
                     node = asking.pop(task)
                     try:
-                        proofs = await self._proved(entries, task.result())
+                        proofs = await self._proved(entries, task.result(), answered)
                     except Unavailable as error:
                         failures.append(str(error))
                     else:
@@ -154,8 +158,12 @@ class LedgerClient:
             hint="a quorum of the institutions' nodes must be up, and one that may order entries; see `medshard doctor`",
         )
 
-    async def _proved(self, entries: list[bytes], answer: bytes) -> list[Inclusion]:
+    async def _proved(self, entries: list[bytes], answer: bytes, answered: Answered | None) -> list[Inclusion]:
         proofs, vouchers = unpack_appended(answer, entries)
+        if answered is not None:
+            answered(proofs, vouchers)
+            for _ in range(turns_for_others):
+                await asyncio.sleep(0)
         for inclusion in proofs:
             await self._remember(inclusion)
         self._vouchers = proofs[-1].checkpoint, vouchers

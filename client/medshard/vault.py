@@ -26,7 +26,7 @@ from medshard.access import Reader
 from medshard.anew import Anew
 from medshard.contacts import Contacts
 from medshard.custody import Custody
-from medshard.getting import Getter, default_destination
+from medshard.getting import Early, Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
 from medshard.keepers import Keepers
@@ -313,6 +313,7 @@ class Vault:
         total, before = sum(target.size for target, _ in pairs), 0
         bad: set[tuple[str, int, int]] = set()
         begun: list[Restore] = []
+        early = Early(target.manifest for target, _ in pairs)
 
         async def work(net: Net, file_ids: frozenset[FileId]) -> None:
             nonlocal before
@@ -320,7 +321,7 @@ class Vault:
                 raise Damaged("the read broke off after some bytes were written out", hint="Run the command again.")
             chosen = [(target, path) for target, path in pairs if target.manifest.file_id in file_ids]
             begun[:] = _restores(chosen, out)
-            getter = Getter(net)
+            getter = Getter(net, early)
             shift = before
             try:
                 await getter.restore(begun, progress and (lambda p: progress(Progress(p.done_bytes + shift, total, p.phase, p.path))))
@@ -329,7 +330,7 @@ class Vault:
             before += sum(target.size for target, _ in chosen)
 
         file_ids = [target.manifest.file_id for target, _ in pairs]
-        recorded = await self._reader.read(file_ids, purpose, break_glass or self.home.standing_reason(), work)
+        recorded = await self._reader.read(file_ids, purpose, break_glass or self.home.standing_reason(), work, early)
         if total >= give_back_bytes:
             memory.give_back()
         cells = tuple(sorted(bad))

@@ -11,7 +11,7 @@ import pytest
 from medshard import access, hpke, quorum
 from medshard.access import Admitted, Reader, Tickets
 from medshard.keys import VaultKeys
-from medshard.ledger import LedgerClient
+from medshard.ledger import Answered, LedgerClient
 from medshard.transport import Net
 from medshard_protocol.entries import Access, Entry, Purpose, entry_bytes_max
 from medshard_protocol.errors import MedshardError, Refused, Unavailable
@@ -44,12 +44,13 @@ class World:
     def __init__(self, roster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entries: list[Entry] = []
         self.down: Unavailable | None = None
+        self.forged: Refused | None = None  # what is found when an answer is verified
         self.shown: list[str] = []
         self.note = b"note"
         self.net = Net(roster, {})
         self.ledger = LedgerClient(self.net, keys)
 
-        async def append_signed(entries: Sequence[Entry]) -> list[Inclusion]:
+        async def append_signed(entries: Sequence[Entry], answered: Answered | None = None) -> list[Inclusion]:
             if self.down is not None:
                 raise self.down
             places = []
@@ -57,6 +58,10 @@ class World:
                 if entry not in self.entries:
                     self.entries.append(entry)
                 places.append(Inclusion(self.entries.index(entry), entry.to_bytes(), (), self.note))
+            if answered is not None:
+                answered(places, {})
+            if self.forged is not None:
+                raise self.forged
             return places
 
         async def waiting(net: Net, answer: Coroutine[Any, Any, Any]) -> Any:
@@ -238,6 +243,51 @@ async def test_holders_that_cosigned_are_informed_at_once_and_the_others_a_littl
     now[0] += access.fresh_s + 0.1
     assert all(admitted.is_informed(node.id) for node in world.net.roster.nodes)
     assert all(world.net.is_informed(node.id) for node in world.net.roster.nodes)
+
+
+# Before the proof is verified
+
+
+class Begun:
+    """Reading that begins early."""
+
+    def __init__(self) -> None:
+        self.headers: list[dict[str, str]] = []
+        self.ended = 0
+
+    def begin(self, net: Net) -> None:
+        self.headers.append(dict(net.shard_headers()))
+
+    async def end(self) -> None:
+        self.ended += 1
+
+
+async def test_holders_may_be_asked_as_soon_as_the_ledger_answers_and_nothing_is_done_before_its_proof_holds(world: World) -> None:
+    reader, early, worked = Reader(world.net, world.ledger, (), world.entries.append), Begun(), list[dict[str, str]]()
+
+    async def work(net: Net, file_ids: frozenset[FileId]) -> None:
+        assert early.ended == 0
+        worked.append(dict(net.shard_headers()))
+
+    world.forged = Refused("inclusion: entry 0 is not in the ledger that the checkpoint describes")
+    with pytest.raises(Refused, match="not in the ledger"):
+        await reader.read(files(2), 0, None, work, early)
+    assert (len(early.headers), early.ended, worked) == (1, 1, [])
+    world.forged = None
+    early = Begun()
+    await reader.read(files(2), 0, None, work, early)
+    assert (early.headers, early.ended) == (worked, 1)
+
+
+async def test_a_read_of_which_a_part_was_announced_before_does_not_begin_early(world: World) -> None:
+    reader, early = Reader(world.net, world.ledger, (), world.entries.append), Begun()
+
+    async def work(net: Net, file_ids: frozenset[FileId]) -> None: ...
+
+    await reader.read(files(1), 0, None, work, early)
+    for count in (1, 2, 60):
+        await reader.read(files(count), 0, None, work, early)
+    assert len(early.headers) == 1
 
 
 # Emergencies

@@ -18,7 +18,7 @@ from tests.cluster.hearing import heard_everywhere
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
-from medshard.ledger import LedgerClient
+from medshard.ledger import Answered, LedgerClient
 from medshard.line import Line, Steps
 from medshard.sending import Outgoing, Sending
 from medshard_protocol.entries import Access, Entry
@@ -376,9 +376,9 @@ async def test_every_read_is_on_the_ledger_and_reads_of_one_file_within_ten_minu
     announced: list[tuple[FileId, ...]] = []
     append = LedgerClient.append_signed
 
-    async def noting(self: LedgerClient, entries: Sequence[Entry]) -> list[Inclusion]:
+    async def noting(self: LedgerClient, entries: Sequence[Entry], *more: Answered | None) -> list[Inclusion]:
         announced.extend(entry.body.file_ids for entry in entries if isinstance(entry.body, Access))
-        return await append(self, entries)
+        return await append(self, entries, *more)
 
     monkeypatch.setattr(LedgerClient, "append_signed", noting)
     first, second = [await stored(vault, make(tmp_path, small, name)) for name in ("one", "two")]

@@ -18,7 +18,7 @@ from medshard.gateway.intake import Rules
 from medshard.gateway.model import Committed, Incoming, Outcome, Query
 from medshard.gateway.packing import instances_of
 from medshard.gateway.tags import Level
-from medshard.ledger import LedgerClient
+from medshard.ledger import Answered, LedgerClient
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import Unavailable
 from medshard_protocol.proofs import Inclusion
@@ -107,9 +107,9 @@ async def test_reading_a_whole_study_of_two_series_is_one_entry_of_the_ledger(ar
     appended: list[Entry] = []
     append = LedgerClient.append_signed
 
-    async def counted(self: LedgerClient, entries: Sequence[Entry]) -> list[Inclusion]:
+    async def counted(self: LedgerClient, entries: Sequence[Entry], *more: Answered | None) -> list[Inclusion]:
         appended.extend(entries)
-        return list(await append(self, entries))
+        return list(await append(self, entries, *more))
 
     monkeypatch.setattr(LedgerClient, "append_signed", counted)
     opened = [await archive.open(each) for each in instances]

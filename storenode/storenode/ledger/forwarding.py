@@ -96,8 +96,9 @@ class Forwarding:
     async def _until_change(self, leader: NodeId, body: bytes, left_s: float) -> tuple[int, bytes] | None:
         """Ask one node; give up when this node hears that another one leads."""
         mirror = self._ledger.mirror
-        if not self._ledger.leads:
-            self._watch(body)
+        if self._ledger.leads:  # who is deposed meanwhile says so by itself
+            return await self._ledger.append_here(body)
+        self._watch(body)
         asking = asyncio.create_task(self._ledger.send(leader, body, left_s))
         changing = asyncio.create_task(mirror.change(left_s))
         try:
