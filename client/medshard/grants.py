@@ -62,6 +62,7 @@ class Shared:
     given: bool
     ended: int = 0  # index of the REVOKE entry
     copied: bool = False  # a member of a pack, stored once more to be shared alone
+    message: bool = False  # no document: what vaults say to each other
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,17 @@ attributes_max = 64  # we know 19 names; the rest are the user's tags
 attribute_key_max = 68  # "tag:" and 64 more
 attribute_value_max = 1_024
 media_type_max = 127  # RFC 6838 section 4.2: 127 characters
+message_types = "application/x-medshard-"  # what they begin with
 
 _key_form = re.compile(r"[a-z][a-z0-9-]{0,63}|tag:[^\x00-\x1f\x7f=]{1,64}")
 _kinds: tuple[Kind, ...] = ("file", "pack")
 
 Kind: TypeAlias = Literal["file", "pack"]
+
+
+def is_message(media_type: str) -> bool:
+    """Whether a stored file is nobody's document: shares of a root key, requests, answers, what a vault notes for itself."""
+    return media_type.startswith(message_types)
 
 
 def check_name(name: bytes) -> None:

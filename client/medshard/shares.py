@@ -25,7 +25,7 @@ from medshard.index import Index
 from medshard.keys import VaultKeys
 from medshard.ledger import LedgerClient
 from medshard.lookup import Lookup, Opened
-from medshard.model import OnProgress, Row
+from medshard.model import OnProgress, Row, is_message
 from medshard.packs import Unit
 from medshard.restoring import Target
 from medshard.rights import Rights
@@ -173,7 +173,8 @@ class Shares:
         listed: list[Shared] = []
         for known in grants:
             for row in self._rows_of(known):
-                listed.append(self._listed(known, row.sha256, row.name, institutions[known.peer]))
+                told = self._listed(known, row.sha256, row.name, institutions[known.peer])
+                listed.append(replace(told, message=is_message(row.media_type)))
         return listed
 
     async def log(self, sha256: bytes) -> list[Happened]:

@@ -250,7 +250,7 @@ async def get_identities(request: web.Request) -> web.Response:
         {
             "key": key.hex(), "institution": each.institution, "first": each.first, "withdrawn": each.withdrawn,
             "heir": each.heir.hex() if each.heir else None, "before": each.before.hex() if each.before else None,
-            "sends": facts.sends(key),
+            "sends": facts.sends(key), "inherits": each.inherits,
         }
         for key, each in found[:identities_max]
     ]  # fmt: skip

@@ -399,12 +399,16 @@ def test_new_keys_and_senders_by_command(
     assert all(each in told for each in ("2 custodians have shares of the new key", "new kit"))
     lost = run("owner", "key").split()[0]
     assert "custodians" not in run("owner", "keys", "rotate")  # nothing is left to do
-    run("owner", "shared")
-    assert all(name in run("owner", "ls") for name in ("letter", "scan"))
-    listed = nursery.run(["-m", "storenode", "--home", str(trial.home("hospital-01")), "users", "--all", "--json"])
-    users = {each["key"]: each for each in json.loads(listed.stdout)["users"]}
+    assert "escrow/" not in run("owner", "shared") + run("owner", "find", "escrow")  # no document
+    assert "escrow/" in run("owner", "shared", "--all")
+    listed = run("owner", "ls")
+    assert all(name in listed for name in ("letter", "scan"))
+    assert "escrow/" not in listed
+    assert run("owner", "ls", "--all").count("escrow/") == 2
+    users = vouched_for(trial)
     assert [users[each]["state"] for each in (key, lost, scanner)] == ["succeeded", "user", "sender"]
     assert (users[key]["heir"], users[scanner]["heir"]) == (lost, key)
+    assert users[key]["succeeded"] == users[key]["withdrawn"]
     if not whole:
         return
     assert "no institution vouches" in run("late", "recover", "--kit", "old.txt", code=Exit.REFUSED)
@@ -421,8 +425,16 @@ def test_new_keys_and_senders_by_command(
     asyncio.run(handed_in(trial, sign_withdrawal(trial, "hospital-01", Key(bytes.fromhex(lost)))))
     assert "found" in run("anew", "keys", "rotate", trial.invite("hospital-01"), "--kit", "new.txt")
     assert all(name in run("anew", "ls") for name in ("letter", "scan"))
+    stolen = vouched_for(trial)[lost]
+    assert (stolen["state"], stolen["succeeded"] > stolen["withdrawn"]) == ("succeeded", True)
     run("anew", "get", sha256(b"scan").hexdigest(), "-o", "back")
     assert (tmp_path / "back").read_bytes() == b"scan"
+
+
+def vouched_for(trial: LocalConsortium) -> dict[str, dict[str, Any]]:
+    """What the first hospital's operator is told of all keys, by key."""
+    listed = nursery.run(["-m", "storenode", "--home", str(trial.home("hospital-01")), "users", "--all", "--json"])
+    return {each["key"]: each for each in json.loads(listed.stdout)["users"]}
 
 
 async def test_users_of_one_institution_have_files_of_their_own_and_share_them(trial: LocalConsortium, tmp_path: Path) -> None:

@@ -9,28 +9,30 @@ import click
 from medshard.cli import output
 from medshard.cli.exits import Exit
 from medshard.cli.options import Session, examples, run, sha256, shared, tag
-from medshard.model import Info
+from medshard.model import Info, is_message
 from medshard.text import shown
 
 if TYPE_CHECKING:
     from medshard.query import Query
 
 _long = click.option("-l", "--long", is_flag=True, help="With all attributes.")
+_everything = click.option("--all", "everything", is_flag=True, help="With messages between vaults, which are stored files, too.")
 
 
 @click.command(epilog=examples("medshard ls", "medshard ls -l", "medshard ls --shared", "medshard ls --json | jq '.files | length'"))
 @_long
 @click.option("--shared", "received", is_flag=True, help="What others share with this vault, instead of its own.")
+@_everything
 @shared
-def ls(session: Session, long: bool, received: bool) -> int:
+def ls(session: Session, long: bool, received: bool, everything: bool) -> int:
     """List the files: SHA256, size, day, name.
 
     The list comes from the local index, without asking a node; reindex rebuilds it. What others have shared lately gets into it with
-    `medshard shared`.
+    `medshard shared`. What vaults store for each other, such as shares of a root key and requests, is listed with --all alone.
     """
     from medshard.query import Query
 
-    return run(_list(session, Query(), long=long, own=not received, received=received))
+    return run(_list(session, Query(), everything, long=long, own=not received, received=received))
 
 
 @click.command(
@@ -50,6 +52,7 @@ def ls(session: Session, long: bool, received: bool) -> int:
 @click.option("--policy-number", metavar="TEXT", help="The whole number, or a pattern.")
 @click.option("--tag", "tags", multiple=True, type=tag, metavar="NAME=VALUE", help="Your own mark; the value may be a pattern. Repeatable.")
 @_long
+@_everything
 @shared
 def find(
     session: Session,
@@ -62,6 +65,7 @@ def find(
     policy_number: str | None,
     tags: tuple[tuple[str, str], ...],
     long: bool,
+    everything: bool,
 ) -> int:
     """Find files by patient, name, date, policy …
 
@@ -84,12 +88,13 @@ def find(
         )
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--study-date") from None
-    return run(_list(session, query, long=long))
+    return run(_list(session, query, everything, long=long))
 
 
-async def _list(session: Session, query: Query, *, long: bool, own: bool = True, received: bool = True) -> int:
+async def _list(session: Session, query: Query, everything: bool, *, long: bool, own: bool = True, received: bool = True) -> int:
     async with session.vault() as vault:
-        rows = vault.find(query, own=own, shared=received)
+        found = vault.find(query, own=own, shared=received)
+        rows = (row for row in found if everything or not is_message(row.media_type))
         if session.json:
             output.documents("files", rows)
         else:

@@ -144,11 +144,12 @@ def _grant(text: str) -> Sha256 | int:
 
 
 @click.command("shared", epilog=examples("medshard shared", "medshard shared --json | jq '.with_others[] | select(.ended == 0)'"))
-@click.option("--all", "everything", is_flag=True, help="With grants that have ended.")
+@click.option("--all", "everything", is_flag=True, help="With grants that have ended, and with messages.")
 @shared
 def shared_files(session: Session, everything: bool) -> int:
     """List what is shared with this vault, and what it shares.
 
+    Messages between vaults, such as shares of a root key and requests, are listed with --all alone.
     Every node is asked, and only what the ledger proves is listed. Also puts this vault's key on the nodes again, so that others
     can share with it.
     """
@@ -159,7 +160,7 @@ def shared_files(session: Session, everything: bool) -> int:
                 return await vault.shares.all(progress)
 
     now = time.time()
-    found = [each for each in run(work()) if everything or not (each.ended or 0 < each.until < now)]
+    found = [each for each in run(work()) if everything or not (each.message or each.ended or 0 < each.until < now)]
     mine, theirs = [each for each in found if each.given], [each for each in found if not each.given]
     if session.json:
         output.document({"with_me": output.plain(theirs), "with_others": output.plain(mine)})

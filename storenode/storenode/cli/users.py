@@ -67,7 +67,7 @@ def _told(each: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
     label = labels.get(each["key"]) or labels.get(each["before"] or "", "")
     return {
         "key": each["key"], "since": each["first"], "state": state, "for": label, "withdrawn": each["withdrawn"],
-        "heir": each["heir"], "before": each["before"],
+        "heir": each["heir"], "before": each["before"], "succeeded": each["inherits"] if state == "succeeded" else None,
     }  # fmt: skip
 
 
@@ -76,7 +76,9 @@ def _more(each: dict[str, Any]) -> str:
     if each["state"] == "sender":
         parts.append(f"sends for {each['heir'][:16]}…")
     elif each["state"] == "succeeded":
-        parts.append(f"by {each['heir'][:16]}… with entry {each['withdrawn']}")
+        parts.append(f"by {each['heir'][:16]}… with entry {each['succeeded']}")
+        if each["withdrawn"] != each["succeeded"]:
+            parts.append(f"withdrawn with entry {each['withdrawn']}")
     elif each["withdrawn"] is not None:
         parts.append(f"with entry {each['withdrawn']}")
     if each["before"]:
