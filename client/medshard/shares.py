@@ -246,6 +246,13 @@ class Shares:
             found[target.sha256] = alone
         return found
 
+    async def withdrawn_by(self) -> str:
+        """The institution that has withdrawn this vault's key, in its nodes' word; empty if none has, or nobody answers."""
+        with contextlib.suppress(MedshardError):
+            vouched = await self._rights.vouched(self._keys.public)
+            return vouched.institution if vouched and vouched.withdrawn else ""
+        return ""
+
     async def _institution(self, key: Key) -> str:
         with contextlib.suppress(MedshardError):
             vouched = await self._rights.vouched(key)

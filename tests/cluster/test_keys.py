@@ -276,7 +276,9 @@ async def test_a_rotation_that_was_cut_off_anywhere_is_run_again(
     assert list(home.glob("next.*")) == []
 
 
-async def test_a_stolen_key_is_withdrawn_and_its_owner_goes_on_with_a_new_one(trial: LocalConsortium, tmp_path: Path) -> None:
+async def test_a_stolen_key_is_withdrawn_and_its_owner_goes_on_with_a_new_one(
+    trial: LocalConsortium, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = tmp_path / "home"
     await Vault.join(home, trial.invite("hospital-03"), passphrase, fast_kdf=True)
     content = os.urandom(10_000)
@@ -304,6 +306,11 @@ async def test_a_stolen_key_is_withdrawn_and_its_owner_goes_on_with_a_new_one(tr
             for method, path, data in ways:
                 assert "withdrawn this key" in await refused(vault._net.call(node, method, path, data, timeout_s=5.0)), (node.name, path)
         assert "no institution of the roster vouches" in await refused(vault.get(sha256(content).digest(), tmp_path / "back"))
+    monkeypatch.setenv("MEDSHARD_PASSPHRASE", passphrase)
+    assert await asyncio.to_thread(main, ["--home", str(home), "put", str(tmp_path / "file")]) == Exit.OK  # it is safe, and told no more
+    out, err = capsys.readouterr()
+    assert out.startswith(sha256(content).hexdigest())
+    assert "hospital-03 has withdrawn this vault's key" in err
     with pytest.raises(Refused):  # another institution has no say, and nothing of the try is left
         await rotation.rotate(Home(home), passphrase, trial.invite("insurer-02"), fast_kdf=True)
     assert [path.name for path in home.iterdir() if path.name.startswith(("next", "former"))] == []

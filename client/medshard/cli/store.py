@@ -41,14 +41,23 @@ def put(session: Session, paths: tuple[Path, ...], policy_number: str | None, ta
     """
     _check_policy_number(policy_number)
 
-    async def work() -> PutReport:
+    async def work() -> tuple[PutReport, str]:
         async with session.storing() as vault:
             with output.meter(wanted=not (session.quiet or session.json)) as progress:
-                return await vault.put(paths, tags=dict(tags), policy_number=policy_number, progress=progress)
+                report = await vault.put(paths, tags=dict(tags), policy_number=policy_number, progress=progress)
+            # Of what is stored already no node was asked anything.
+            idle = bool(report.stored) and all(stored.already for stored in report.stored)
+            return report, await vault.shares.withdrawn_by() if idle and isinstance(vault, Vault) else ""
+
+    from medshard.vault import Vault
 
     started = time.monotonic()
-    report = run(work())
-    return tell_put(session, report, time.monotonic() - started)
+    report, institution = run(work())
+    code = tell_put(session, report, time.monotonic() - started)
+    if institution and not session.quiet:
+        told = "all of this was stored before, and nothing else will be: see `medshard doctor`"
+        output.note(f"medshard: {institution} has withdrawn this vault's key; {told}")
+    return code
 
 
 def tell_put(session: Session, report: PutReport, took_s: float = 0.0) -> int:
