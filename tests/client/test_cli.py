@@ -286,9 +286,9 @@ def report(*problems: Problem, stored: int = 1) -> PutReport:
 def test_put_tells_what_is_stored_and_what_is_not(
     given: PutReport, code: Exit, out: str, err: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def run(task: Any) -> PutReport:
+    def run(task: Any) -> tuple[PutReport, str]:
         task.close()
-        return given
+        return given, ""
 
     monkeypatch.setattr(store, "run", run)
     assert main(["put", "x"]) == code
