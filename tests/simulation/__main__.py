@@ -25,7 +25,7 @@ from tests.simulation import mutants, warming
 from tests.simulation import run as runs
 from tests.simulation import world as _first
 
-hangs_after_s = 30  # of processor; a seed takes 3 at most
+hangs_after_s = 60  # of processor
 stands_after_s = 1800  # of time
 unfit = 9
 _spent: list[Path] = []  # folders to be removed

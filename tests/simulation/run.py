@@ -83,8 +83,7 @@ class Run:
         self.files: dict[bytes, list[FileId]] = defaultdict(list)  # the same bytes may be put twice
         self.reads: list[tuple[bytes, bytes]] = []
         self.unfinished: list[Path] = []
-        self.split_since = 0.0
-        self.still = False  # the log stands still, and is right to
+        self.split_since, self.still = 0.0, False  # the log stands still, and is right to
         self.reader: Host | None = None
         self.sources = Path("sources")
         self.sources.mkdir()
@@ -293,8 +292,10 @@ class Run:
 
     async def _reform(self) -> None:
         """Who lied is honest again, but for one who spoils sums, whom a repair must find out by itself."""
-        for host in sorted(self.harm.byzantine | self.harm.false, key=str):
-            if host in self.harm.byzantine and lying.spoils_sums in self.harm.lies.get(host, ()):
+        liars = sorted(self.harm.byzantine | self.harm.false, key=str)
+        spoiler = next((host for host in liars if host in self.harm.byzantine and lying.spoils_sums in self.harm.lies.get(host, ())), None)
+        for host in liars:
+            if host is spoiler:
                 self.harm.lies[host] = [lying.spoils_sums]
             else:
                 self.harm.reformed.add(host)
