@@ -33,6 +33,7 @@ request_bytes_max: Final = 8 * 1024 * 1024
 request_items_max: Final = 256
 hedge_s: Final = 0.4
 timeout_s: Final = 30.0
+linger_s = (0.3, 1.0)  # for a slow rest, once w have theirs: half of the time so far, between these two
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ async def _until_enough(net: Net, tasks: Mapping[asyncio.Task[None], NodeId], en
     # A slow node is left behind: its shards go to repair, and nobody waits a second time for one that stalled lately.
     patient = {task for task in pending if not net.health.is_suspect(tasks[task])}
     if patient:
-        await asyncio.wait(patient, timeout=max(0.3, min(1.0, (time.monotonic() - started) / 2)))
+        least, most = linger_s
+        await asyncio.wait(patient, timeout=max(least, min(most, (time.monotonic() - started) / 2)))
 
 
 def _enough(net: Net, item: Encoded, sent: Sent, w: int) -> bool:

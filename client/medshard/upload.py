@@ -27,6 +27,7 @@ window_stripes: Final = 4  # behind the newest burst of four: at 10/16 and 128 K
 stall_s: Final = 0.5  # how long, in all, a node may let w others wait; or half of the time so far, if that is longer
 stall_slow_s: Final = 0.05  # a node that was left behind lately gets little credit
 silent_s: Final = 0.2  # a node that took nothing for so long before it was left behind may not answer anything
+linger_s = (0.2, 1.0)  # for a slow rest, once w have theirs: a quarter of the time so far, between these two
 look_s: Final = 0.025
 patience_s: Final = 30.0  # with fewer than w others, a slow node is better than none
 
@@ -92,7 +93,8 @@ class Upload:
                     self._leave_behind(sender)
             self._harvest(roots)
             self._require()
-        grace = max(0.2, min(1.0, (time.monotonic() - self._started) / 4))
+        least, most = linger_s
+        grace = max(least, min(most, (time.monotonic() - self._started) / 4))
         last = [sender.outgoing.answer for sender in self._live() if not self._net.health.is_slow(sender.node.id)]
         if last:
             await asyncio.wait(last, timeout=grace)

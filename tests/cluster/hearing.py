@@ -1,8 +1,11 @@
-"""Waiting until every node has heard what one was told: a quorum has an entry, and knows it to be published, before the others."""
+"""Waiting until every node has what some have: a quorum has an entry, and knows it to be published, before the others, and a put that has
+enough acknowledgements waits for the rest a second at most."""
 
 from __future__ import annotations
 
 import asyncio
+
+import pytest
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
@@ -24,6 +27,12 @@ async def heard_everywhere(vault: Vault) -> None:
     async with asyncio.timeout(60):
         while len({await size(node) for node in vault.roster.nodes} - {None}) > 1:
             await asyncio.sleep(0.05)
+
+
+def wait_for_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let puts of this process leave no slow node behind, for a test that presumes that all of them hold their shards."""
+    for module in ("upload", "smallfiles"):
+        monkeypatch.setattr(f"medshard.{module}.linger_s", (30.0, 30.0))
 
 
 def all_heard(trial: LocalConsortium) -> None:

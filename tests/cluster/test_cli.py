@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from pydicom.data import get_testdata_file
+from tests.cluster.hearing import wait_for_every_shard
 
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
@@ -50,6 +51,11 @@ def capsys(capsysbinary: pytest.CaptureFixture[bytes]) -> Captured:
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
     with LocalConsortium(tmp_path_factory.mktemp("trial")) as consortium:
         yield consortium
+
+
+@pytest.fixture(autouse=True)
+def every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_every_shard(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cluster.hearing import wait_for_every_shard
 
 from medshard import Vault, certificate, keepers
 from medshard.cli.exits import Exit
@@ -33,6 +34,11 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]
         code = consortium.invite("insurer-02")
         asyncio.run(Vault.join(consortium.folder / "insurer", code, passphrase, fast_kdf=True))
         yield consortium
+
+
+@pytest.fixture(autouse=True)
+def every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_every_shard(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cluster.hearing import wait_for_every_shard
 from tests.cluster.keyholders import folded_everywhere, handed_in, refused, refused_everywhere, sign_withdrawal
 
 from medshard import Vault, enrolment, escrow, nursery, rotation, sender
@@ -48,6 +49,11 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]
             code = consortium.invite(node)
             asyncio.run(Vault.join(consortium.folder / name, code, passphrase, fast_kdf=True))
         yield consortium
+
+
+@pytest.fixture(autouse=True)
+def every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_every_shard(monkeypatch)
 
 
 def opened(trial: LocalConsortium, name: str):  # type: ignore[no-untyped-def]

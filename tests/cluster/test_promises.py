@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.cluster.hearing import heard_everywhere
+from tests.cluster.hearing import heard_everywhere, wait_for_every_shard
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
@@ -53,6 +53,11 @@ async def vault(trial: LocalConsortium) -> AsyncIterator[Vault]:
         yield opened
 
 
+@pytest.fixture
+def every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_every_shard(monkeypatch)
+
+
 def make(folder: Path, size: int, name: str = "file.bin") -> Path:
     path = folder / name
     path.write_bytes(os.urandom(size))
@@ -84,12 +89,14 @@ async def test_a_file_of_any_size_comes_back_bit_for_bit(vault: Vault, tmp_path:
     await assert_comes_back(vault, await stored(vault, path), path)
 
 
+@pytest.mark.usefixtures("every_shard")
 @pytest.mark.parametrize("size", [small, large])
 async def test_with_any_three_of_six_nodes_gone_every_file_comes_back(
     vault: Vault, trial: LocalConsortium, tmp_path: Path, size: int
 ) -> None:
     path = make(tmp_path, size)
     digest = await stored(vault, path)
+    await heard_everywhere(vault)
     for name in [sequencer(trial), *[n for n in trial.names if n != sequencer(trial)][1:3]]:
         trial.kill(name)
     async with Vault.open(trial.vault_home, trial.passphrase) as fresh:
@@ -149,6 +156,7 @@ def shard_files(trial: LocalConsortium, name: str) -> set[Path]:
     return set((trial.home(name) / "data" / "shards").glob("??/*"))
 
 
+@pytest.mark.usefixtures("every_shard")
 async def test_a_flipped_bit_costs_the_node_and_not_the_reader(vault: Vault, trial: LocalConsortium, tmp_path: Path) -> None:
     before = {name: shard_files(trial, name) for name in trial.names}
     path = make(tmp_path, large)
@@ -169,6 +177,7 @@ async def test_a_flipped_bit_costs_the_node_and_not_the_reader(vault: Vault, tri
     assert (verified.ok, verified.margin) == (False, 0)
 
 
+@pytest.mark.usefixtures("every_shard")
 async def test_a_cut_or_missing_shard_is_damage_and_the_file_comes_back(vault: Vault, trial: LocalConsortium, tmp_path: Path) -> None:
     before = {name: shard_files(trial, name) for name in trial.names}
     path = make(tmp_path, large)

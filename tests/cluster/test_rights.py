@@ -17,7 +17,7 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.uid import UID
-from tests.cluster.hearing import heard_everywhere
+from tests.cluster.hearing import heard_everywhere, wait_for_every_shard
 
 from medshard import Vault
 from medshard.cli.exits import Exit
@@ -46,6 +46,11 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]
             code = consortium.invite(node)
             asyncio.run(Vault.join(consortium.folder / name, code, passphrase, fast_kdf=True))
         yield consortium
+
+
+@pytest.fixture(autouse=True)
+def every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_for_every_shard(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
