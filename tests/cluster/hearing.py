@@ -9,6 +9,7 @@ import pytest
 
 from medshard import Vault
 from medshard.consortium import LocalConsortium
+from medshard.health import Health
 from medshard_protocol.checkpoint import open_published
 from medshard_protocol.errors import Unavailable
 from medshard_protocol.roster import Node
@@ -33,6 +34,9 @@ def wait_for_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let puts of this process leave no slow node behind, for a test that presumes that all of them hold their shards."""
     for module in ("upload", "smallfiles"):
         monkeypatch.setattr(f"medshard.{module}.linger_s", (30.0, 30.0))
+    monkeypatch.setattr("medshard.upload.stall_s", 30.0)
+    for bad in ("is_slow", "is_suspect"):  # in an earlier test, perhaps
+        monkeypatch.setattr(Health, bad, lambda self, node: False)
 
 
 def all_heard(trial: LocalConsortium) -> None:

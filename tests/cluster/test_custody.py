@@ -1,4 +1,4 @@
-"""Kept and destroyed, on six real nodes: retention and holds against the owner's own will, erasure with receipts, certificates."""
+"""Kept and destroyed, on four real nodes: retention and holds against the owner's own will, erasure with receipts, certificates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ passphrase = "three words suffice"
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalConsortium]:
-    with LocalConsortium(tmp_path_factory.mktemp("custody")) as consortium:
+    with LocalConsortium(tmp_path_factory.mktemp("custody"), institutions=4) as consortium:
         code = consortium.invite("insurer-02")
         asyncio.run(Vault.join(consortium.folder / "insurer", code, passphrase, fast_kdf=True))
         yield consortium
@@ -112,10 +112,10 @@ async def test_an_erased_file_is_gone_everywhere_and_its_neighbours_are_not(tria
         shared = await vault.shares.share(hashes, insurer.keys.public)
         assert {each.file_id for each in shared} == {row.file_id}
         (ended,) = await vault.custody.end([hashes[0]])
-        assert (ended.type, ended.moved, ended.missing, len(ended.receipts)) == (Type.ERASE, 2, (), 6)
-        assert sorted(receipt.shard for receipt in ended.receipts if receipt.shard is not None) == list(range(6))
+        assert (ended.type, ended.moved, ended.missing, len(ended.receipts)) == (Type.ERASE, 2, (), 4)
+        assert sorted(receipt.shard for receipt in ended.receipts if receipt.shard is not None) == list(range(4))
         assert all(receipt.keys >= 1 for receipt in ended.receipts)
-        assert sum(receipt.keys for receipt in ended.receipts) > 6  # with the sealed keys of the grant
+        assert sum(receipt.keys for receipt in ended.receipts) > 4  # with the sealed keys of the grant
         assert shard_files(trial, row.file_id) == []
         with pytest.raises(Absent):
             await vault.get(hashes[0], tmp_path / "back")
@@ -145,16 +145,16 @@ async def test_a_node_that_was_down_obeys_when_it_is_back(trial: LocalConsortium
     (digest,) = await put(vault, tmp_path / "one", 900_000)
     (row,) = [row for row in vault.ls() if row.sha256 == digest]
     monkeypatch.setattr("medshard.custody.receipts_wait_s", 2.0)
-    trial.kill("hospital-05")
+    trial.kill("hospital-03")
     (ended,) = await vault.custody.end([digest])
     async with asyncio.timeout(60):
         while len(ended.missing) > 1:  # one that is slow today
             ended = await vault.custody.collect(row.file_id, 2.0)
     assert len(ended.missing) == 1
     assert len(shard_files(trial, row.file_id)) == 1
-    trial.restart("hospital-05")
+    trial.restart("hospital-03")
     whole = await vault.custody.collect(row.file_id, 30.0)
-    assert (whole.missing, len(whole.receipts)) == ((), 6)
+    assert (whole.missing, len(whole.receipts)) == ((), 4)
     assert shard_files(trial, row.file_id) == []
     assert vault.custody.all_ended(digest) == [whole]
 
@@ -178,7 +178,7 @@ async def test_a_certificate_convinces_by_itself_and_not_when_a_word_of_it_is_ch
     genesis: Roster = vault.home.rosters()[0]
     told = certificate.make(ended, vault.home.genesis_sha256(), vault.roster, vault.home.links())
     certified = certificate.check(json.dumps(told).encode(), genesis)
-    assert (certified.documents, len(certified.receipts), certified.missing) == (((50_000, digest),), 6, ())
+    assert (certified.documents, len(certified.receipts), certified.missing) == (((50_000, digest),), 4, ())
     for field, value in (
         ("type", "retired"),
         ("file", "00" * 32),
@@ -209,7 +209,7 @@ def test_the_commands_say_what_they_did(trial: LocalConsortium, tmp_path: Path, 
     assert main(["erase", digest]) == Exit.USAGE
     assert "--yes" in capsys.readouterr().err
     assert main(["erase", digest, "--yes"]) == Exit.OK
-    assert "6 of 6 receipts" in capsys.readouterr().out
+    assert "4 of 4 receipts" in capsys.readouterr().out
     assert main(["certificate", digest, "-o", "gone.json", "--pdf", "gone.pdf"]) == Exit.OK
     assert capsys.readouterr().out.split() == ["gone.json", "gone.pdf"]
     for file in ("gone.json", "gone.pdf"):

@@ -128,6 +128,7 @@ async def traffic(vault: Vault, folder: Path) -> AsyncIterator[list[tuple[bytes,
             digest, data = await stored(vault, folder, f"during-{len(done)}")
             await assert_comes_back(vault, digest, data, folder)
             done.append((digest, data))
+            await asyncio.sleep(0.2)
 
     running = asyncio.create_task(go_on())
     try:

@@ -218,6 +218,7 @@ async def test_the_same_file_again_is_stored_once(vault: Vault, tmp_path: Path) 
     assert sum(1 for _ in vault.ls()) == rows
 
 
+@pytest.mark.usefixtures("every_shard")
 async def test_an_interrupted_put_is_finished_without_sending_a_stored_shard_again(
     trial: LocalConsortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
