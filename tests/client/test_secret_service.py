@@ -18,6 +18,7 @@ from medshard.cli.exits import Exit
 from medshard.keys import create_key_file, open_key_file
 
 secretstorage = pytest.importorskip("secretstorage", reason="the Secret Service is on Linux alone")
+message_bus = pytest.importorskip("jeepney").message_bus
 programs = ("dbus-daemon", "gnome-keyring-daemon")
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, programs)), reason=f"needs {' and '.join(programs)}")
 
@@ -56,7 +57,8 @@ class Session:
         """Under which names it has passphrases; None while it does not answer or is locked."""
         try:
             with closing(secretstorage.dbus_init()) as connection:
-                if not secretstorage.check_service_availability(connection):
+                owned = connection.send_and_get_reply(message_bus.NameHasOwner("org.freedesktop.secrets"))
+                if not owned.body[0]:  # asked too early, the bus would start a keyring of its own, which nobody unlocked
                     return None
                 login = secretstorage.get_default_collection(connection)
                 names = [item.get_attributes()["username"] for item in login.get_all_items()]
