@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from medshard import auditors
+from medshard import auditors, smallfiles, upload
 from medshard.cli import output
 from medshard.consortium import LocalConsortium, standing_reason
 from medshard.grants import Happened
@@ -29,6 +29,7 @@ from medshard_protocol.entries import Purpose, Register
 from medshard_protocol.errors import Absent, Damaged, MedshardError, Refused, Unavailable
 
 flagged_wait_s = 20.0
+patient_s = 15.0, 15.0  # six nodes share one machine, which may have other things to do
 insured = b"Jane Demonstration"
 policy_number = "VN-2024-0007"
 scans = {
@@ -77,6 +78,7 @@ class _Stage:
 async def play(folder: Path | None, *, quiet: bool = False, json: bool = False) -> int:
     """Run the demo in ``folder``, or in a temporary one; the exit code. Raises MedshardError where a step fails."""
     stage = _Stage(silent=quiet or json)
+    upload.linger_s = smallfiles.linger_s = patient_s  # one that is left behind would be missing where half of them are killed
     with _place(folder) as place:
         consortium = LocalConsortium(place / "consortium")
         try:
