@@ -20,8 +20,8 @@ from functools import lru_cache
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from medshard.http1 import Head, head_bytes_max, request_head, split_head
 from medshard_protocol.errors import Malformed
+from medshard_protocol.http1 import Head, head_bytes_max, request_head, split_head
 from medshard_protocol.identity import node_hostname
 from medshard_protocol.roster import Node
 

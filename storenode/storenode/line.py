@@ -10,20 +10,15 @@ request, and whoever stops waiting for its answer: nobody is given the answer to
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
 from medshard_protocol.errors import Malformed, MedshardError, Unavailable
+from medshard_protocol.http1 import Head, head_bytes_max, request_head, split_head
 
-head_bytes_max: Final = 16 * 1024
 piece_bytes: Final = 64 * 1024  # through OpenSSL at a time
-_status: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})[ \r]")
-_length: Final = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})(?=\r\n)", re.IGNORECASE)
-_unusual: Final = re.compile(rb"\r\n(?:transfer-encoding|content-encoding)[ \t]*:", re.IGNORECASE)
-_last: Final = re.compile(rb"\r\nconnection:[ \t]*close(?=\r\n)", re.IGNORECASE)
 _room: Final = memoryview(bytearray(piece_bytes))  # emptied before anything else runs
 
 
@@ -31,7 +26,7 @@ class Line(asyncio.Protocol):
     """Made by ``open``. Lives in one event loop."""
 
     def __init__(self, host: str, headers: Mapping[str, str], tls: ssl.SSLContext | None, hostname: str) -> None:
-        self._head = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **headers}.items())
+        self._host, self._headers = host, dict(headers)
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = tls.wrap_bio(self._in, self._out, server_hostname=hostname) if tls is not None else None
         self._transport: asyncio.Transport
@@ -40,8 +35,7 @@ class Line(asyncio.Protocol):
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None  # to the request that is under way
         self._came = bytearray()
         self._bytes_max = 0
-        self._expected: tuple[int, int] | None = None  # status, and how long head and body are
-        self._last = False  # no other request is answered here
+        self._expected: Head | None = None  # of an answer that is not whole yet
         self.closed = False
 
     @classmethod
@@ -69,7 +63,7 @@ class Line(asyncio.Protocol):
         self._answer, self._bytes_max = self._loop.create_future(), bytes_max
         timer = self._loop.call_later(timeout_s, self._fail, Unavailable(f"no answer within {timeout_s:g} s"))
         try:
-            self._send(f"POST {path} HTTP/1.1\r\n{self._head}Content-Length: {len(body)}\r\n\r\n".encode("ascii") + body)
+            self._send(request_head("POST", self._host, path, {**self._headers, "Content-Length": str(len(body))}) + body)
             return await self._answer
         except BaseException:
             self.close()
@@ -146,32 +140,21 @@ class Line(asyncio.Protocol):
     def _look(self, answer: asyncio.Future[tuple[int, bytes]]) -> None:
         """Give the answer once it is whole."""
         if self._expected is None:
-            self._expected = self._parse()
-        if self._expected is None or len(self._came) < self._expected[1]:
-            return
-        (status, size), self._expected = self._expected, None
-        if len(self._came) > size:
-            raise Malformed("more bytes than the answer announced")
-        body = bytes(self._came[self._came.find(b"\r\n\r\n") + 4 :])
-        self._came.clear()
-        if self._last:
-            self.close()
-        answer.set_result((status, body))
-
-    def _parse(self) -> tuple[int, int] | None:
-        end = self._came.find(b"\r\n\r\n", 0, head_bytes_max) + 4
-        if end < 4:
-            if len(self._came) >= head_bytes_max:
-                raise Malformed("an answer's head is longer than any node's")
-            return None
-        status, lengths = _status.match(self._came), list(_length.finditer(self._came, 0, end))
-        if status is None or _unusual.search(self._came, 0, end) or len(lengths) != (status[1] != b"204"):
-            raise Malformed("not an answer of HTTP/1.1 with its length")
-        length = int(lengths[0][1]) if lengths else 0
-        if length > self._bytes_max:
+            split = split_head(self._came)
+            if split is None:
+                return
+            self._expected, self._came = split[0], bytearray(split[1])
+        if max(self._expected.length, len(self._came)) > self._bytes_max:
             raise Malformed("a longer answer than there can be")
-        self._last = _last.search(self._came, 0, end) is not None
-        return int(status[1]), end + length
+        if len(self._came) < self._expected.length:
+            return
+        if len(self._came) > self._expected.length:
+            raise Malformed("more bytes than the answer announced")
+        head, body, self._expected = self._expected, bytes(self._came), None
+        self._came.clear()
+        if not head.keep:
+            self.close()
+        answer.set_result((head.status, body))
 
     def _send(self, data: bytes) -> None:
         if self._tls is None:

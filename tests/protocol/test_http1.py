@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medshard.http1 import Head, head_bytes_max, request_head, split_head
 from medshard_protocol.errors import Malformed
+from medshard_protocol.http1 import Head, head_bytes_max, request_head, split_head
 
 
 def answer(*lines: str, status: str = "HTTP/1.1 200 OK") -> bytes:

@@ -1,7 +1,7 @@
-"""The least of HTTP/1.1 that a GET or PUT of a shard needs (RFC 9112): the heads of requests and answers. Pure; no node is trusted here.
+"""The least of HTTP/1.1 that shards and pushes need (RFC 9112): the heads of requests and answers. Pure; no node is trusted here.
 
-Law: an answer says its length in one Content-Length and comes as it is. Chunks, codings and interim answers, which no node sends for a
-shard, are refused rather than understood.
+Law: an answer says its length in one Content-Length and comes as it is. Chunks, codings and interim answers, which no node sends
+for them, are refused rather than understood.
 """
 
 from __future__ import annotations
