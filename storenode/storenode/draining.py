@@ -6,9 +6,7 @@ could only fail. Here requests are counted; the server is closed when none is le
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Final
 
 from aiohttp import web
@@ -16,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from medshard_protocol.errors import Unavailable
 from medshard_protocol.messages import body_type, pack_error
+from storenode.traffic import Count
 
 ending: Final = Unavailable("this node is ending", hint="ask again when it is back")
 
@@ -24,30 +23,18 @@ class Draining:
     """Counts the requests of one application that are being answered."""
 
     def __init__(self, app: web.Application) -> None:
-        self._running = 0
+        self._requests = Count()
         self._is_ending = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         app.middlewares.insert(0, self._counting())
 
     async def wait(self, limit_s: float) -> None:
         """Refuse new requests from now on, and wait until those that run have been answered, at most ``limit_s``."""
         self._is_ending = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                await self._idle.wait()
+        await self._requests.idle(limit_s)
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self) -> AbstractContextManager[None]:
         """While a request is being answered."""
-        self._running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        return self._requests.one()
 
     def _counting(self) -> Middleware:
         @web.middleware

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Final
 
 give_way_s: Final = 2.0  # at most: a node that is never idle goes its rounds too
@@ -16,28 +17,43 @@ give_way_s: Final = 2.0  # at most: a node that is never idle goes its rounds to
 Lull = Callable[[], Awaitable[None]]
 
 
-class Traffic:
-    """Counts long bodies on their way in and out. Lives in one event loop."""
+class Count:
+    """Of things under way, and when there are none. Lives in one event loop."""
 
     def __init__(self) -> None:
-        self._bodies = 0
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @contextlib.contextmanager
-    def body(self) -> Iterator[None]:
-        """While a long body is on its way."""
-        self._bodies += 1
-        self._quiet.clear()
+    def one(self) -> Iterator[None]:
+        """While one more is under way."""
+        self._under_way += 1
+        self._idle.clear()
         try:
             yield
         finally:
-            self._bodies -= 1
-            if not self._bodies:
-                self._quiet.set()
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def idle(self, limit_s: float) -> None:
+        """Wait until none is, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+
+
+class Traffic:
+    """Counts long bodies on their way in and out."""
+
+    def __init__(self) -> None:
+        self._bodies = Count()
+
+    def body(self) -> AbstractContextManager[None]:
+        """While a long body is on its way."""
+        return self._bodies.one()
 
     async def lull(self) -> None:
         """Wait until no long body is on its way, at most ``give_way_s``."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(give_way_s):
-                await self._quiet.wait()
+        await self._bodies.idle(give_way_s)

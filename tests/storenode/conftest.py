@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,11 @@ from tests.storenode.auditing import world  # noqa: F401 - a fixture
 
 from medshard_protocol.entries import Enrol, Entry, Register
 from medshard_protocol.errors import MedshardError, Unavailable
-from medshard_protocol.identity import public_key
+from medshard_protocol.identity import public_key, to_pem
 from medshard_protocol.ids import Key, NodeId
 from medshard_protocol.messages import pack_error
 from storenode.callers import peer_key
-from storenode.identity import Peer
+from storenode.identity import Peer, create_institution, key_pem
 from storenode.ledger import Ledger
 from storenode.ledger.channel import Channel
 from storenode.ledger.mirror import Mirror
@@ -194,3 +195,14 @@ async def net(consortium: Callable[..., object], tmp_path: Path) -> AsyncIterato
         yield made
     finally:
         await made.close()
+
+
+@pytest.fixture
+def contexts(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of a server, and of a client that takes it for whom it likes."""
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    institution = create_institution("Clinic")
+    (tmp_path / "server.pem").write_bytes(key_pem(institution.key) + to_pem(institution.certificate).encode())
+    server.load_cert_chain(tmp_path / "server.pem")
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    return server, client

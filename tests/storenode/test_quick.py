@@ -7,16 +7,13 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import pytest
 from aiohttp import web
 from tests.storenode.test_wire import Streams, answer, ended
 
-from medshard_protocol.identity import to_pem
 from storenode import wire
-from storenode.identity import create_institution, key_pem
 from storenode.quick import Request, answer_of, headers_of
 from storenode.wire import Answered, TlsSite
 
@@ -51,12 +48,8 @@ class Site:
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
-    institution = create_institution("Clinic")
-    (tmp_path / "server.pem").write_bytes(key_pem(institution.key) + to_pem(institution.certificate).encode())
-    server.load_cert_chain(tmp_path / "server.pem")
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+async def site(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Site]:
+    server, client = contexts
     app, made = web.Application(client_max_size=0), Site(0, client)
     made.go.set()
     app.router.add_route("*", "/it", made.usual)

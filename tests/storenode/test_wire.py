@@ -11,14 +11,11 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from medshard_protocol.identity import to_pem
 from storenode import lending, wire
-from storenode.identity import create_institution, key_pem
 from storenode.lending import Gone, Stalled
 from storenode.wire import Connection, TlsSite, body_size
 
@@ -96,12 +93,8 @@ class Site:
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
-    institution = create_institution("Clinic")
-    (tmp_path / "server.pem").write_bytes(key_pem(institution.key) + to_pem(institution.certificate).encode())
-    server.load_cert_chain(tmp_path / "server.pem")
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+async def site(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Site]:
+    server, client = contexts
     app, made = web.Application(client_max_size=0), Site(0, client)
     for path, handler in (("/aside/1", made.take), ("/aside/no", made.refuse), ("/aside/full", made.fail), ("/plain", made.take)):
         app.router.add_put(path, handler)
