@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,6 +14,7 @@ from medshard_protocol.entries import Approve
 from medshard_protocol.errors import Absent, Conflict, Damaged, Malformed, Refused
 from medshard_protocol.identity import public_key
 from medshard_protocol.ids import Sha256
+from medshard_protocol.messages import pack_error
 from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import Link
 from storenode import membership as membership_module
@@ -36,6 +39,7 @@ from storenode.genesis import Card, adopt, check_membership, found
 from storenode.identity import Institution as Ca
 from storenode.identity import NodeKeys, create_institution, create_node, key_pem
 from storenode.membership import Membership, pack_chain, read_chain
+from storenode.office import Office
 from storenode.rotation import create_next, promote, waits
 
 four = consortium_of(4)
@@ -384,3 +388,19 @@ def test_nobody_splits_the_votes_without_saying_so() -> None:
     for first, second in (("", "A"), ("A", "B"), ("A", "BC")):
         with pytest.raises(Refused, match=f"another next roster .3 are needed.: {two.hex()[:8]}… by {', '.join(second)}"):
             check_no_split(open_ones(first, second), one, "D", 3)
+
+
+def test_a_proposal_that_this_node_has_not_heard_of_yet_is_found_at_another(consortium, monkeypatch):
+    old = consortium(4).roster
+    new = replace(old, number=1, previous=old.sha256, nodes=(replace(old.nodes[0], capacity=9), *old.nodes[1:]))
+
+    def exchange(node, roster, keys, method, path, body=b"", *, timeout_s=5.0):
+        knows = node.id == old.nodes[2].id
+        if path == "/v1/rosters/votes":
+            return 200, json.dumps({"proposals": [{"sha256": new.sha256.hex(), "approved": []}] if knows else []}).encode()
+        return (200, new.to_bytes()) if knows else pack_error(Absent("this node has no such roster document"))
+
+    for module in ("asking", "office"):
+        monkeypatch.setattr(f"storenode.{module}.exchange", exchange)
+    office = Office(Path(), SimpleNamespace(node_id=old.nodes[0].id), [old], [])
+    assert office.document(new.sha256.hex()) == office.document(new.sha256.hex()[:12]) == new
