@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from hashlib import sha256
+from itertools import chain, combinations
 from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -33,6 +34,7 @@ seed_size: Final = 32  # an AES-256 key
 frame_bytes: Final = 128 * 1024  # sums travel in frames of about this many bytes: a line of k helpers is busy all along after k of them
 frame_head: Final = 1  # bytes before a frame's cells: what it is
 sum_frame: Final = b"\x00"  # cells follow
+spread_sets: Final = 64  # of 15 helpers with two who spoil sums, each 10 find one of these without them
 broken_frame: Final = b"\x01"  # the line broke: two node ids follow, and nothing after them
 
 
@@ -70,20 +72,27 @@ def holders(manifest: Manifest, moves: Mapping[int, Moved]) -> tuple[NodeId, ...
 
 
 def helper_sets(ranked: Sequence[_T], k: int) -> Iterator[tuple[_T, ...]]:
-    """Sets of k helpers to try in turn: the first k, then those with one of them exchanged, then all others.
+    """Sets of k helpers to try in turn: the first k, then those with one of them exchanged for the next, then others from everywhere, and
+    at last all that are left.
 
-    If one helper spoils the sum, the first good set after a bad one says who it was.
+    If one helper spoils the sum, the first good set after a bad one says who it was. If several do, a set without them is as likely to be
+    among the next as among any; in their natural order the first hundreds would have the same helpers in front.
     """
-    first, spares = tuple(ranked[:k]), ranked[k:]
-    if len(first) < k:
+    if len(ranked) < k:
         return
-    yield first
-    for spare in spares:
-        for at in range(k):
-            yield (*first[:at], *first[at + 1 :], spare)
-    for others in combinations(range(len(ranked)), k):
-        if sum(1 for at in others if at >= k) > 1:
-            yield tuple(ranked[at] for at in others)
+    first = tuple(range(k))
+    exchanged = (first[:at] + first[at + 1 :] + (k,) for at in range(k if len(ranked) > k else 0))
+    spread = (_spread(len(ranked), k, number) for number in range(spread_sets))
+    tried = set[tuple[int, ...]]()
+    for chosen in chain((first,), exchanged, spread, combinations(range(len(ranked)), k)):
+        if chosen not in tried:
+            tried.add(chosen)
+            yield tuple(ranked[at] for at in chosen)
+
+
+def _spread(n: int, k: int, number: int) -> tuple[int, ...]:
+    """k of n places in order, chosen without regard to anything, and always the same."""
+    return tuple(sorted(sorted(range(n), key=lambda at: sha256(number.to_bytes(4) + at.to_bytes(4)).digest())[:k]))
 
 
 # -- sums

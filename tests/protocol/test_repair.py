@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations, islice
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from medshard_protocol.galois import mul, reciprocal
 from medshard_protocol.identity import public_key
 from medshard_protocol.ids import FileId, Key, NodeId, Sha256, Tag
 from medshard_protocol.manifest import Manifest, ShardRef
-from medshard_protocol.repair import Lost, Mask, Rebuild, add, coefficients, frames, helper_sets, holders, plan
+from medshard_protocol.repair import Lost, Mask, Rebuild, add, coefficients, frames, helper_sets, holders, plan, spread_sets
 from medshard_protocol.repairorder import (
     Link,
     Order,
@@ -90,6 +91,14 @@ def test_helper_sets_begin_with_the_best_then_exchange_one_and_come_to_all() -> 
     assert all("d" in each for each in sets[1:4])
     assert sorted("".join(sorted(each)) for each in sets) == ["abc", "abd", "abe", "acd", "ace", "ade", "bcd", "bce", "bde", "cde"]
     assert list(helper_sets("ab", 3)) == []
+    assert list(helper_sets("abc", 3)) == [tuple("abc")]
+
+
+@pytest.mark.parametrize(("helpers", "k"), [(15, 10), (9, 5), (5, 3)])
+def test_two_who_spoil_sums_are_soon_left_out(helpers: int, k: int) -> None:
+    sets = [set(each) for each in islice(helper_sets(range(helpers), k), 1 + k + spread_sets)]
+    for spoilers in combinations(range(helpers), 2):
+        assert any(not each & set(spoilers) for each in sets), spoilers
 
 
 def test_the_latest_move_says_who_holds_a_shard() -> None:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from medshard_protocol.errors import Conflict, Damaged, MedshardError, Unavailable
 from medshard_protocol.ids import FileId, NodeId
 from medshard_protocol.messages import unpack_error
-from medshard_protocol.repair import Mask, frames, helper_sets, seed_size
+from medshard_protocol.repair import Mask, frames, helper_sets, seed_size, spread_sets
 from medshard_protocol.repairorder import (
     Link,
     Order,
@@ -102,7 +102,7 @@ class Rebuilding:
     async def run(self) -> None:
         """Make the shard and store it. Raises Unavailable when there is no other set of helpers to try."""
         layout = self._manifest.layout
-        for _ in range(2 * layout.k + 16):
+        for _ in range(1 + layout.k + spread_sets):
             incoming = self._node.store.begin(layout.shard_size, layout.cell_size)
             try:
                 used = await self._fill(incoming)
