@@ -297,14 +297,18 @@ class Custody:
         )
         type_ = Entry.from_bytes(inclusion.entry).body.type
         note = Ended(file_id, type_, inclusion, tuple(opened.header.documents), (), holders, moved)
-        with self._index.together():
-            self._index.put_custody(_ending, file_id, note.to_bytes())
-            self._index.drop_custody(_keeping, file_id)
-            self._index.remove(file_id)
-        self._index.cut()
+        self.let_go(note)
         note = await self._collected(note, receipts_wait_s)
         self._index.put_custody(_ending, file_id, note.to_bytes())
         return note
+
+    def let_go(self, note: Ended) -> None:
+        """Forget an object that has ended, but for this note of it."""
+        with self._index.together():
+            self._index.put_custody(_ending, note.file_id, note.to_bytes())
+            self._index.drop_custody(_keeping, note.file_id)
+            self._index.remove(note.file_id)
+        self._index.cut()
 
     async def _store_anew(self, opened: Opened, members: Sequence[Member], progress: OnProgress | None) -> int:
         """Give members of a pack an object of their own, before theirs is destroyed; how many had none."""

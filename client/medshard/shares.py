@@ -10,7 +10,7 @@ is in sharing, what the log means in history; here the two meet the index and th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -52,6 +52,7 @@ class Shares:
         contacts: Contacts,
         anew: Anew,
     ) -> None:
+        self.elsewhere: Callable[[bool], Awaitable[bool]] | None = None  # learns what other homes of this vault have ended
         self.gone: Callable[[bytes], list[FileId]] = lambda sha256: []  # objects with a document that this vault has ended
         self._net = net
         self._keys = keys
@@ -76,8 +77,12 @@ class Shares:
         return await self._rights.key_of(owner)
 
     async def sync(self, *, whole: bool = False) -> bool:
-        """Learn what others have shared with this vault since the last time, or ever; whether there was anything new."""
-        return await self._sharing.sync(whole=whole)
+        """Learn what others have shared with this vault, and what other homes of it have erased, since the last time, or ever.
+
+        Whether there was anything new.
+        """
+        new = await self._sharing.sync(whole=whole)
+        return bool(self.elsewhere and await self.elsewhere(whole)) or new
 
     async def share(
         self,
@@ -166,7 +171,7 @@ class Shares:
         """What is shared with this vault, and by it, with what has ended; asked of the nodes and proved by the ledger."""
         with contextlib.suppress(Unavailable):
             await self.publish_key()
-        await self._sharing.sync(whole=True)
+        await self.sync(whole=True)
         await self._sharing.refresh_given(progress)
         grants = self._index.grants()
         institutions = {peer: await self._institution(peer) for peer in dict.fromkeys(known.peer for known in grants)}

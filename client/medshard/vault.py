@@ -26,6 +26,7 @@ from medshard.access import Reader
 from medshard.anew import Anew
 from medshard.contacts import Contacts
 from medshard.custody import Custody
+from medshard.elsewhere import Elsewhere
 from medshard.getting import Early, Getter, default_destination
 from medshard.home import Home
 from medshard.index import Index
@@ -90,6 +91,7 @@ class Vault:
         self._lookup.sync = self.shares.sync
         self.custody = Custody(net, keys, index, self._ledger, self._lookup, anew, self.shares.share_again)
         self._lookup.fate = self.custody.fate
+        self.shares.elsewhere = Elsewhere(net, keys, index, self._ledger, self._lookup, self.custody).learn
         self.shares.gone = lambda sha256: [each.file_id for each in self.custody.all_ended(sha256)]
         self.keepers = Keepers(net, keys, self._ledger)
         self._reader = Reader(net, self._ledger, [each.public for each in keys.line], self._keep_pending)

@@ -81,6 +81,11 @@ def proposals_path(after: int | None = None) -> str:
     return "/v1/ledger/proposals" + ("" if after is None else f"?after={after}")
 
 
+def ended_path(after: int | None = None) -> str:
+    """Where a caller learns which of its files have ended, after a place in the log."""
+    return "/v1/ledger/ended" + ("" if after is None else f"?after={after}")
+
+
 def shared_path(after: int | None = None) -> str:
     """Where a caller learns what was granted to it, after a place in the log."""
     return "/v1/grants" + ("" if after is None else f"?after={after}")
@@ -303,6 +308,32 @@ class History:
     def inclusions(self) -> list[Inclusion]:
         """What proves each entry."""
         return [Inclusion(each.index, each.entry, each.path, self.checkpoint) for each in self.entries]
+
+
+@dataclass(frozen=True, slots=True)
+class EndedFiles:
+    """A part of the effective RETIRE and ERASE entries about files of the caller, ascending; unchecked."""
+
+    checkpoint: bytes  # the note; empty if the node knows none, and then there are no entries
+    entries: tuple[Inclusion, ...]  # under that checkpoint
+    next: int  # the first place in the log that was not looked at for this answer
+    more: bool  # ask again from there
+
+    def to_bytes(self) -> bytes:
+        """Answer to GET /v1/ledger/ended."""
+        return encode([version, self.checkpoint, [_placed(each) for each in self.entries], self.next, int(self.more)])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> EndedFiles:
+        """Parse. Raises Malformed; the inclusions are still to be verified."""
+        f = _open(data, 5, "ended", history_bytes_max)
+        note = f.bytes(most=note_bytes_max)
+        entries = tuple(_inclusion(item, note) for item in f.list(most=history_entries_max))
+        next_, more = f.uint(most=size_max), bool(f.uint(most=1))
+        places = [*(each.index for each in entries), next_]
+        if any(one >= other for one, other in pairwise(places)):
+            raise Malformed("ended: places stand in ascending order")
+        return cls(note, entries, next_, more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,7 @@ operations: Final = (
     Operation("GET", "/v1/ledger/registrations/{file}", "The proof that a file is registered", "ledger"),
     Operation("GET", "/v1/ledger/places/{file}", "Where stands what a proof for outsiders needs", "ledger"),
     Operation("GET", "/v1/ledger/history/{file}", "Every entry that names a file", "access", query=("after",)),
+    Operation("GET", "/v1/ledger/ended", "Which files of the caller were retired or erased", "access", query=("after",)),
     Operation("POST", "/v1/ledger/times", "When entries were published", "access", body_type),
     Operation("GET", "/v1/ledger/identities", "All keys that institutions vouch for", "access", gives=json_type, query=("after",)),
     Operation("GET", "/v1/ledger/heads/{index}", "The oldest published head kept with this entry", "proof"),

@@ -22,6 +22,7 @@ from medshard_protocol.facts import Ended, Facts, Granted
 from medshard_protocol.ids import FileId, Key, Sha256, file_id_from_hex, key_from_hex, sha256_from_hex
 from medshard_protocol.messages import body_type
 from medshard_protocol.sharing import (
+    EndedFiles,
     History,
     SealedGrant,
     SealingKey,
@@ -49,6 +50,7 @@ due_every_s: Final = 1.0  # what comes due by the cosigners' clocks is looked fo
 ended_at_once: Final = 1000  # files destroyed between two looks at the log
 identities_max: Final = 1000  # in one answer
 grants_looked_at_max: Final = 1024  # for one answer: a reader with many revoked grants asks again
+ended_looked_at_max: Final = 1024  # for one answer, other owners' files among them
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def routes() -> list[web.RouteDef]:
         web.get("/v1/grants", get_grants, allow_head=False),
         web.get("/v1/ledger/history/{file}", get_history, allow_head=False),
         web.get("/v1/ledger/proposals", get_proposals, allow_head=False),
+        web.get("/v1/ledger/ended", get_ended, allow_head=False),
         web.get("/v1/ledger/identities", get_identities, allow_head=False),
         web.get("/v1/ledger/identities/{key}", get_identity, allow_head=False),
         web.get("/v1/ledger/passings/{key}", get_passings, allow_head=False),
@@ -217,6 +220,28 @@ async def get_proposals(request: web.Request) -> web.Response:
     """Every published proposal of a hold or a release that waits for its second person."""
     ledger, start = request.app[node_key].ledger, _after(request)
     return _told(ledger, [(place, True) for place in ledger.state.proposed() if place >= start])
+
+
+async def get_ended(request: web.Request) -> web.Response:
+    """The published entries that have retired or erased files of the caller, for homes of its vault that did not do it themselves."""
+    ledger, caller, start = request.app[node_key].ledger, vouched_caller(request), _after(request)
+    published = ledger.published
+    if published is None:
+        return _answer(EndedFiles(b"", (), start, more=False).to_bytes())
+    facts = ledger.state
+    end = min(published.checkpoint.size, facts.size)
+    looked = facts.ended(start, end, ended_looked_at_max)
+    own = [each.index for each in looked if each.type is not Type.REVOKE and _is_of(facts, FileId(each.id), caller)]
+    told = own[:history_entries_max]
+    if more := len(looked) == ended_looked_at_max or len(told) < len(own):
+        end = (looked[-1].index if len(told) == len(own) else told[-1]) + 1
+    entries = tuple(ledger.journal.inclusion(place, published) for place in told)
+    return _answer(EndedFiles(published.note, entries, max(start, end), more).to_bytes())
+
+
+def _is_of(facts: Facts, file_id: FileId, key: Key) -> bool:
+    known = facts.registration(file_id)
+    return known is not None and key in (known.owner, facts.heir(known.owner))
 
 
 def _told(ledger: Ledger, places: Sequence[tuple[int, bool]]) -> web.Response:

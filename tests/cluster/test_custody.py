@@ -5,23 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.cluster.hearing import wait_for_every_shard
 
 from medshard import Vault, certificate, keepers
 from medshard.cli.exits import Exit
 from medshard.cli.main import main
 from medshard.consortium import LocalConsortium
-from medshard_protocol.entries import Erase, Hold, Release, Type
+from medshard.custody import _keeping
+from medshard_protocol.entries import Entry, Erase, Hold, Release, Type, sign_entry
 from medshard_protocol.errors import Absent, Malformed, MedshardError, Refused
-from medshard_protocol.ids import FileId
-from medshard_protocol.roster import Roster
+from medshard_protocol.ids import FileId, Key
+from medshard_protocol.roster import Node, Roster
+from medshard_protocol.sharing import EndedFiles
 from storenode.cli.main import main as storenode
 from storenode.office import Office
 
@@ -168,6 +174,108 @@ async def test_a_retired_file_is_forgotten_and_an_index_made_anew_does_not_miss_
     known = {row.sha256 for row in vault.ls()}
     assert kept not in known
     assert {each.file_id for each in vault.custody.all_ended()} >= {ended.file_id, erased.file_id}
+
+
+@pytest.fixture
+async def elsewhere(trial: LocalConsortium, tmp_path: Path) -> AsyncIterator[Vault]:
+    """The same vault in another home, which has no index yet."""
+    home = shutil.copytree(trial.vault_home, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("*.sqlite*"))
+    async with Vault.open(home, trial.passphrase) as opened:
+        yield opened
+
+
+@contextmanager
+def answering(vault: Vault, answer: Callable[[str, bytes], bytes]) -> Iterator[None]:
+    """What nodes say to this home of ended files passes by ``answer``, with the node's name."""
+    call = vault._net.call
+
+    async def altered(node: Node, method: str, path: str, *args: Any, **more: Any) -> bytes:
+        data = await call(node, method, path, *args, **more)
+        return answer(node.name, data) if path.startswith("/v1/ledger/ended") else data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vault._net, "call", altered)
+        yield
+
+
+async def test_what_another_home_has_ended_is_gone_here_and_its_neighbours_are_known(
+    vault: Vault, elsewhere: Vault, tmp_path: Path
+) -> None:
+    hashes = await put(vault, tmp_path / "pack", 40_000, 30_000)
+    (alone,), (kept,) = await put(vault, tmp_path / "one", 20_000), await put(vault, tmp_path / "two", 20_000)
+    await elsewhere.reindex()
+    await elsewhere.custody.retain([alone], int(time.time()) - 10)
+    packs = {row.file_id for row in elsewhere.ls() if row.sha256 in hashes}
+    ended = [*await vault.custody.end([hashes[0]]), *await vault.custody.end([alone], erase=False)]
+    silent = ""
+
+    def answer(name: str, data: bytes) -> bytes:
+        nonlocal silent
+        silent = silent or name
+        return replace(EndedFiles.from_bytes(data), entries=()).to_bytes() if name == silent else data
+
+    with answering(elsewhere, answer):
+        async with asyncio.timeout(30):
+            while {hashes[0], alone} & {row.sha256 for row in elsewhere.ls()}:  # until enough nodes have heard
+                await elsewhere.shares.sync()
+    rows = {row.sha256: row.file_id for row in elsewhere.ls()}
+    assert {hashes[1], kept} <= set(rows)
+    assert rows[hashes[1]] not in packs
+    assert await read(elsewhere, hashes[1], tmp_path)
+    here = {each.file_id: each for each in elsewhere.custody.all_ended()}
+    assert [(here[each.file_id].type, here[each.file_id].at) for each in ended] == [(each.type, each.at) for each in ended]
+    assert {sha256 for _, sha256 in here[ended[0].file_id].documents} == set(hashes)
+    assert elsewhere._index.custody_of(_keeping, ended[1].file_id) is None, "and what kept it is forgotten"
+    with pytest.raises(Absent, match="was erased by this vault"):
+        await elsewhere.get(hashes[0], tmp_path / "gone")
+    collected = await elsewhere.custody.collect(ended[0].file_id)
+    assert {receipt.node for receipt in collected.receipts} >= {receipt.node for receipt in ended[0].receipts}
+    heard = [0]
+
+    def hear(name: str, data: bytes) -> bytes:
+        heard.append(len(EndedFiles.from_bytes(data).entries))
+        return data
+
+    with answering(elsewhere, hear):
+        async with asyncio.timeout(30):
+            while len(heard) == 1 or any(heard[1:]):  # what was told is not told again
+                heard = [0]
+                assert not await elsewhere.shares.sync()
+
+
+async def test_nodes_that_lie_about_what_has_ended_change_nothing(
+    vault: Vault, elsewhere: Vault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (digest,), (gone,) = await put(vault, tmp_path / "one", 20_000), await put(vault, tmp_path / "two", 20_000)
+    await elsewhere.reindex()
+    (row,) = [row for row in elsewhere.ls() if row.sha256 == digest]
+    (ended,) = await vault.custody.end([gone])
+    origin, stranger = vault.roster.origin, Ed25519PrivateKey.generate()
+    public = Key(stranger.public_key().public_bytes_raw())
+    forged = sign_entry(origin, Erase(FileId(row.file_id), 0, bytes(16)), public, stranger.sign).to_bytes()
+    never = sign_entry(origin, Erase(FileId(row.file_id), 0, bytes(16)), vault.keys.public, vault.keys.signing.sign).to_bytes()
+    registration = (await vault.evidence(digest))[1]
+    lies = [replace(ended.inclusion, entry=never), replace(ended.inclusion, entry=forged), registration]
+
+    def answer(name: str, data: bytes) -> bytes:
+        said = EndedFiles.from_bytes(data)
+        if lies:
+            return EndedFiles(lies[0].checkpoint, (lies[0],), max(said.next, lies[0].index + 1), False).to_bytes()
+        return data if name == vault.roster.nodes[0].name else replace(said, entries=()).to_bytes()
+
+    with answering(elsewhere, answer):
+        while lies:
+            with monkeypatch.context() as patch:
+                if lies[0].entry == forged:  # as if it stood in the ledger, without effect
+                    patch.setattr(elsewhere._ledger, "verified", lambda inclusion: Entry.from_bytes(inclusion.entry))
+                assert not await elsewhere.shares.sync()
+            assert {row.sha256 for row in elsewhere.ls()} >= {digest, gone}
+            del lies[0]
+        assert not await elsewhere.shares.sync(whole=True), "in the word of one institution's node"
+    async with asyncio.timeout(30):
+        while gone in {row.sha256 for row in elsewhere.ls()}:
+            await elsewhere.shares.sync(whole=True)
+    assert await read(elsewhere, digest, tmp_path)
 
 
 async def test_a_certificate_convinces_by_itself_and_not_when_a_word_of_it_is_changed(

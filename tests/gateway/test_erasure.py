@@ -28,7 +28,7 @@ from medshard.gateway.model import Incoming, Outcome, Query
 from medshard.gateway.segments import SALT, magic, salt_size
 from medshard.gateway.service import Settings, archive_of
 from medshard.gateway.tags import Level
-from medshard_protocol.errors import Absent
+from medshard_protocol.errors import Absent, MedshardError
 
 piece = 40  # bytes: no two files have that many in common by chance
 
@@ -187,3 +187,31 @@ async def test_a_gateway_sees_what_its_own_vault_has_erased(trial: LocalConsorti
         await archive.catch_up()
         assert archive.instances(verdict.study) == []
         assert left(cached, home) == []
+
+
+async def test_a_gateway_sees_what_another_home_of_its_vault_has_erased(trial: LocalConsortium, tmp_path: Path) -> None:
+    home, office = copied_home(trial, tmp_path), tmp_path / "office"
+    shutil.copytree(home, office)
+    file, kept = make_instance(size=200), make_instance()
+    async with gateway(home, trial.passphrase) as archive:
+        verdicts = [await archive.receive(Incoming(each)) for each in (file, kept)]
+        await archive.settle()
+        await archive.catch_up()
+        (instance,) = archive.instances(verdicts[0].study)
+        assert await (await archive.open(instance)).read() == file
+        cached = await kept_of(home)
+        async with Vault.open(office, trial.passphrase) as administrator:
+            await administrator.reindex()
+            await administrator.custody.end([sha256(file).digest()])
+        async with asyncio.timeout(30):
+            while archive.instances(verdicts[0].study):  # as the gateway does every ten seconds; enough nodes must have heard
+                await archive.ask()
+                await archive.catch_up()
+        assert not list(archive.find(Query(Level.STUDY, {tags.STUDY_UID: verdicts[0].study})))
+        assert left(cached, home) == []
+        with pytest.raises(Absent, match="was erased by this vault"):
+            await archive.vault.get(sha256(file).digest(), tmp_path / "back")
+        with pytest.raises(MedshardError):
+            await (await archive.open(instance)).read()
+        (other,) = archive.instances(verdicts[1].study)
+        assert await (await archive.open(other)).read() == kept

@@ -274,6 +274,11 @@ def of_sharing() -> dict[str, Parser]:
         "sharing.SealedGrant.from_bytes": whole_file(sharing.SealedGrant.from_bytes, one.to_bytes()),
         "sharing.Shared.from_bytes": whole_file(sharing.Shared.from_bytes, shared.to_bytes(), sharing.Shared(b"", (), False).to_bytes()),
         "sharing.History.from_bytes": whole_file(sharing.History.from_bytes, sharing.History(note, told, False).to_bytes()),
+        "sharing.EndedFiles.from_bytes": whole_file(
+            sharing.EndedFiles.from_bytes,
+            sharing.EndedFiles(note, (inclusion,), 2**40, True).to_bytes(),
+            sharing.EndedFiles(b"", (), 0, False).to_bytes(),
+        ),
         "sharing.Vouched.from_bytes": whole_file(sharing.Vouched.from_bytes, sharing.Vouched("Klinik", 0, 7, True).to_bytes()),
     }
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medshard.tls import context_for
-from medshard_protocol.entries import Access, Body, Enrol, Erase, Grant, Register, Revoke, Withdraw, sign_entry
+from medshard_protocol.entries import Access, Body, Enrol, Erase, Grant, Register, Retire, Revoke, Withdraw, sign_entry
 from medshard_protocol.errors import MedshardError
 from medshard_protocol.identity import client_csr, node_hostname
 from medshard_protocol.ids import FileId, Key, Tag
@@ -28,6 +28,7 @@ from medshard_protocol.roster import Roster
 from medshard_protocol.rosters import pack_links
 from medshard_protocol.shards import Layout, digests, shard_root
 from medshard_protocol.sharing import (
+    EndedFiles,
     History,
     SealedGrant,
     SealingKey,
@@ -35,6 +36,7 @@ from medshard_protocol.sharing import (
     Vouched,
     access_header,
     emergency_header,
+    ended_path,
     grant_path,
     grants_path,
     history_path,
@@ -481,6 +483,39 @@ async def test_a_history_tells_every_entry_with_its_proof(node: Running, monkeyp
     assert ([each.index for each in rest.entries], rest.more) == ([told.entries[3].index], False)
     assert (await history(node, FileId(bytes(32)))).entries == ()
     assert (await node.ask("other", "GET", f"/v1/ledger/history/{file_id.hex()}?after=x"))[0] == 400
+
+
+async def test_an_owner_is_told_which_of_its_files_have_ended_and_only_of_those(node: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ended(who: str = "owner", after: int | None = None) -> EndedFiles:
+        status, body = await node.ask(who, "GET", ended_path(after))
+        assert status == 200
+        return EndedFiles.from_bytes(body)
+
+    mine, kept, theirs, another = await node.put(), await node.put(), await node.put("other"), await node.put()
+    await node.say("owner", Revoke(await granted(node, kept), b""))
+    retired, strange = await node.say("owner", Retire(mine, 0, b"")), await node.say("other", Erase(theirs, 0, b""))
+    erased = await node.say("owner", Erase(another, 0, b""))
+    told = await ended()
+    assert [inclusion.verify(node.roster)[1].body.file_id for inclusion in told.entries] == [mine, another]
+    assert (told.next, told.more) == (erased.index + 1, False)
+    assert [each.index for each in (await ended("other")).entries] == [strange.index]
+    assert (await ended("reader")).entries == (), "whom it was shared with"
+    later = await ended(after=erased.index)
+    assert (later.entries, later.next, later.more) == ((), erased.index + 1, False)
+    monkeypatch.setattr("storenode.sharing.ended_looked_at_max", 2)  # the revocation, and the first of the owner's
+    first = await ended()
+    assert ([each.index for each in first.entries], first.next, first.more) == ([retired.index], retired.index + 1, True)
+    rest = await ended(after=first.next - 1)
+    assert ([each.index for each in rest.entries], rest.next, rest.more) == ([erased.index], erased.index + 1, True)
+    monkeypatch.undo()
+    monkeypatch.setattr("storenode.sharing.history_entries_max", 1)
+    first = await ended()
+    assert ([each.index for each in first.entries], first.next, first.more) == ([retired.index], retired.index + 1, True)
+    published = node.ledger.published
+    assert published is not None
+    before = published._replace(checkpoint=replace(published.checkpoint, size=erased.index))
+    monkeypatch.setattr(type(node.ledger), "published", before)
+    assert (await ended(after=retired.index)).entries == (), "what is not published is not told"
 
 
 async def test_an_identity_is_told_with_its_institution(node: Running) -> None:
