@@ -87,6 +87,35 @@ def sick(**more: Any) -> Sick:
     return Sick(file_id, 0.0, 0.0, **more)
 
 
+async def test_a_row_that_makes_no_sense_keeps_no_other_file_from_being_looked_at(tmp_path: Path) -> None:
+    care, looked, store = Care(case(), RepairSection()), asyncio.Event(), ShardStore(tmp_path, capacity=10_000_000, small_bytes_max=100)
+    tending: Any = care.tending
+    tending._means.node.store, tending._means.node.ledger.state = store, SimpleNamespace(registration=lambda file_id: None)
+
+    async def held() -> AsyncIterator[Case]:
+        yield case()
+
+    async def look_into(case: Case) -> None:
+        looked.set()
+
+    tending.held, tending._look_into, tending._unit_s, tending._young = held, look_into, 0.01, [file_id]
+    data = bytes(90)
+    manifest = manifest_for(data, file_id)
+    try:
+        incoming = store.begin(len(data), manifest.layout.cell_size)
+        incoming.write([data])
+        await store.commit_described(incoming, manifest, 0)
+        await store.catalog.write(lambda db: db.execute("DELETE FROM manifests"))
+        await store.catalog.write(lambda db: db.execute("UPDATE shards SET digests = x'00'"))
+        looking, wait = asyncio.create_task(tending._keep_looking()), asyncio.create_task(looked.wait())
+        await asyncio.wait({looking, wait}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        assert looked.is_set()
+        assert file_id in tending._young  # its upload may still end well
+        looking.cancel()
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize(("margin", "told"), [(254, [4]), (1, [4]), (0, [])])
 async def test_a_file_is_repaired_from_the_margin_on_that_is_configured(margin: int, told: list[int]) -> None:
     assert await Care(case(), RepairSection(margin=margin), gone=(0,)).see_to(sick()) == told  # 2 of 4: one more may be lost

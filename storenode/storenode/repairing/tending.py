@@ -235,7 +235,7 @@ class Tending:
                 case = None if row is None else self._case(file_id, row[0])
                 if case is not None:
                     await self._look_into(case)
-                elif self._means.node.store.shard(file_id) is not None and self._means.node.ledger.state.registration(file_id) is None:
+                elif self._is_here(file_id) and self._means.node.ledger.state.registration(file_id) is None:
                     later.append(file_id)  # its upload goes on
             self._young = later
             try:
@@ -243,6 +243,10 @@ class Tending:
             except StopAsyncIteration:
                 every = self.held()
                 await asyncio.sleep(look_every_s)
+
+    def _is_here(self, file_id: FileId) -> bool:
+        """Whether there is a shard, whatever has become of it."""
+        return self._means.node.store.catalog.one("SELECT 1 FROM shards WHERE file_id = ?", file_id) is not None
 
     def _find_young(self) -> None:
         until = int(time.time() - self._unit_s)  # the store's own clock
