@@ -95,6 +95,29 @@ async def test_who_hands_an_entry_in_gets_what_a_quorum_vouches_for_to_each_node
         assert net.roster.has_quorum(net.ledgers[number].mirror.voucher.who(net.roster, note, told))
 
 
+@pytest.mark.parametrize("says", ["nothing", "no"])
+async def test_who_handed_in_what_is_published_gets_the_proof_from_any_node_where_the_sequencer_gives_none(net, says, monkeypatch):
+    monkeypatch.setattr(forwarding, "look_here_after_s", 0.05)
+    await net.start(0, 1, 2, 3)
+    await net.enrol()
+    entry, other = net.register(), net.register()
+    await net.ledgers[0].append([entry])
+    await net.until(lambda: net.published(2) == net.published(0))
+
+    async def withheld(body):
+        if says == "nothing":
+            await asyncio.sleep(60)
+        raise Unavailable("no")
+
+    net.ledgers[0].append_here = withheld
+    async with asyncio.timeout(10):
+        (inclusion,) = await net.ledgers[2].append([entry])
+    assert inclusion.verify(net.roster)[1] == entry
+    with pytest.raises((Unavailable, TimeoutError)):
+        async with asyncio.timeout(1):
+            await net.ledgers[2].append([entry, other])  # not all of it is there
+
+
 async def test_an_entry_handed_in_twice_stands_in_the_log_once(net):
     await net.start(0, 1, 2, 3)
     await net.enrol()

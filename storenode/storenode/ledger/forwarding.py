@@ -1,10 +1,10 @@
 """Getting entries to whoever orders them, through a change of that node, and noticing one that leaves them out.
 
 Law: whoever hands an entry to this node gets the sequencer's answer, or is told that there is none; a takeover in between costs time and
-nothing else, because an entry that is handed in twice stands in the log once. An entry that its author had the right to make, and that a
-sequencer leaves out of the heads that it publishes for ten seconds, is evidence: this node keeps it, cosigns none of those heads, and
-lets another node take over. It hands the entry in again itself, to whoever orders entries by then: nobody is accused of leaving out what
-nobody gave him, and the ten seconds begin anew with each sequencer.
+nothing else, because an entry that is handed in twice stands in the log once. Of one that is published any node tells, where the sequencer
+does not. An entry that its author had the right to make, and that a sequencer leaves out of the heads that it publishes for ten seconds, is
+evidence: this node keeps it, cosigns none of those heads, and lets another node take over. It hands the entry in again itself, to whoever
+orders entries by then: nobody is accused of leaving out what nobody gave him, and the ten seconds begin anew with each sequencer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medshard_protocol.checkpoint import Note, cosigned_times
 from medshard_protocol.entries import Entry
 from medshard_protocol.errors import MedshardError, Unavailable
 from medshard_protocol.ids import NodeId
-from medshard_protocol.proofs import pack_append, unpack_append
+from medshard_protocol.proofs import Appended, pack_append, pack_appended, unpack_append
 from storenode.evidence import evidence_in
 from storenode.ledger import wire
 from storenode.ledger.engine import name_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 append_wait_s = 12.0  # the sequencer gives up first, and says why
 leaderless_wait_s = 6.0  # a takeover takes two seconds
 retry_s = 0.05
+look_here_after_s = 2.0  # of silence: longer than a round takes
 left_out_after_s = 10.0
 unheard_s = 60.0  # without a head for so long there is no quorum, and nobody to accuse
 again_after_s = 3.0
@@ -85,8 +86,10 @@ class Forwarding:
             try:
                 answered = await self._until_change(leader, body, left)
                 if answered is not None and answered[0] != wire.not_leading:
-                    return answered
+                    return answered if answered[0] < 500 else await self._published(body) or answered
             except Unreachable as error:
+                if found := await self._published(body):
+                    return found
                 said = str(error)
             if time.monotonic() > leaderless:
                 break
@@ -102,6 +105,9 @@ class Forwarding:
         asking = asyncio.create_task(self._ledger.send(leader, body, left_s))
         changing = asyncio.create_task(mirror.change(left_s))
         try:
+            await asyncio.wait({asking, changing}, return_when=asyncio.FIRST_COMPLETED, timeout=look_here_after_s)
+            if not (asking.done() or changing.done()) and (found := await self._published(body)):
+                return found
             await asyncio.wait({asking, changing}, return_when=asyncio.FIRST_COMPLETED)
             if asking.done() or mirror.leader == leader:
                 return await asking
@@ -110,6 +116,17 @@ class Forwarding:
             for task in (asking, changing):
                 task.cancel()
             await asyncio.gather(asking, changing, return_exceptions=True)
+
+    async def _published(self, body: bytes) -> tuple[int, bytes] | None:
+        """What the sequencer owes as an answer to entries that are published already; None if not all of them are, as far as is known
+        here. One that keeps its answers to itself leaves nothing out, so nobody replaces it, and who handed in would wait for ever."""
+        entries, journal = unpack_append(body), self._ledger.journal
+        published, places = self._ledger.published, await journal.find([name_of(entry) for entry in entries])
+        found = [places.get(name_of(entry), -1) for entry in entries]
+        if published is None or not all(0 <= place < published.checkpoint.size for place in found):
+            return None
+        inclusions = tuple(journal.inclusion(place, published) for place in found)
+        return (200, pack_appended(Appended(inclusions, {}))) if [each.entry for each in inclusions] == list(entries) else None
 
     # -- entries that are left out
 
