@@ -136,7 +136,7 @@ class Cluster:
 
     def join(self) -> Host:
         """One more node, which the roster has begun to list. It has the chain of rosters, as its operator fetches it."""
-        host = self._add(roster_of(len(self.nodes) + 1), len(self.nodes), False)
+        host = self._add(roster_of(len(self.nodes) + 1), len(self.nodes), True)
         host.disk.become(self.world.seed)
         return host
 
