@@ -28,7 +28,7 @@ $(READY): requirements.lock pyproject.toml setup.py protocol/medshard_protocol/_
 demo: $(READY)  ## a local consortium, real DICOM and PDF in, nodes killed, files back by hash
 	@$(BIN)/medshard demo
 
-test: $(READY)  ## all tests but the long ones (some 6 minutes on 2 cores)
+test: $(READY)  ## all tests but the long ones (some 5 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)  ## ruff, mypy --strict, import-linter
